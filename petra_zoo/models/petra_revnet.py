@@ -1,0 +1,289 @@
+"""Reversible ResNets: timm's ResNet with coupled layers.
+
+`PetraRevNet` is timm's `ResNet` with every layer turned into a `CoupledLayer`: same constructor, same parameter names,
+same variants (deep stems, ResNeXt, SE, anti-aliasing, group norm, dilation, ...). A plain ResNet's state dict loads and
+gives the ResNet's function (coupling 0); trained from scratch the coupling is 1, PETRA's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from petra_zoo.models.coupled_layer import CoupledLayer, saves_memory
+from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
+
+__all__ = ["PetraRevNet"]
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+Memory = Literal["reversible", "recompute", "plain"]
+
+
+class PetraRevNet(ResNet):
+    """A reversible ResNet.
+
+    In train mode the forward stores no activations inside runs of coupled blocks; stem, down-sampling blocks and head
+    are recomputed from their input.
+
+    Args:
+        block: timm's BasicBlock or Bottleneck.
+        layers: blocks per layer.
+        stem_type: timm's, or ``'cifar'``: 3x3 convolution of `stem_width` channels, stride 1, no pooling.
+        coupling: g of every layer or one per layer; None: 1, and whatever a checkpoint says.
+        anchor_every: keep the streams every so many blocks of a run (one number, or one per layer); 0: never.
+        exact: reconstruct to the bit at g = 1, by rounding branches to multiples of 2**-exact_bits.
+        exact_bits: the grid of `exact`; streams must stay below 2**(24 - exact_bits) in float32.
+        **kwargs: timm's `ResNet` arguments; unknown ones raise TypeError.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: Sequence[int],
+        *args: Any,
+        stem_type: str = "",
+        coupling: float | Sequence[float] | None = None,
+        anchor_every: int | Sequence[int] = 0,
+        exact: bool = False,
+        exact_bits: int = 12,
+        **kwargs: Any,
+    ) -> None:
+        if stem_type == "cifar":
+            # timm's plain stem is always 64 wide; its deep stem has twice stem_width, and its convolutions go.
+            width = kwargs.pop("stem_width", 64)
+            super().__init__(block, layers, *args, stem_type="deep", stem_width=width // 2, **kwargs)
+            self._use_cifar_stem(width)
+        else:
+            super().__init__(block, layers, *args, stem_type=stem_type, **kwargs)
+        self._couple(coupling, anchor_every, 2.0**-exact_bits if exact else 0.0)
+
+    @classmethod
+    def from_resnet(
+        cls, source: ResNet, coupling: float | Sequence[float] = 0.0, anchor_every: int | Sequence[int] = 0
+    ) -> PetraRevNet:
+        """A coupled copy of a timm ResNet; with coupling 0 it computes the same to the bit.
+
+        Raises:
+            ValueError: a block is neither BasicBlock nor Bottleneck, exactly.
+        """
+        if type(source) is not ResNet:
+            raise ValueError(f"expected a timm ResNet, got {type(source).__name__}")
+        model = copy.deepcopy(source)
+        model.__class__ = cls
+        model._couple(coupling, anchor_every, 0.0)
+        return model
+
+    def _use_cifar_stem(self, width: int) -> None:
+        old = self.conv1[0]
+        self.conv1 = nn.Conv2d(self.in_chans, width, 3, padding=1, bias=False, **get_device_dtype(old))
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool = nn.Identity()
+        for i, info in enumerate(self.feature_info):
+            info["reduction"] = max(1, info["reduction"] // (2 if i == 0 else 4))
+
+    def _couple(self, coupling: float | Sequence[float] | None, anchor_every: int | Sequence[int], grid: float) -> None:
+        couplings = _one_per_layer(coupling, "coupling")
+        anchors = _one_per_layer(anchor_every, "anchor_every")
+        for i, name in enumerate(LAYERS):
+            blocks = getattr(self, name)
+            layer = CoupledLayer(
+                *blocks, behind_stem=i == 0, coupling=couplings[i], anchor_every=anchors[i] or 0, grid=grid
+            )
+            setattr(self, name, layer.train(blocks.training))
+        self.memory: Memory = "reversible"
+
+    def set_memory(self, memory: Memory) -> None:
+        """Chooses what training stores.
+
+        Args:
+            memory: ``'reversible'``: the ends of runs and the inputs of other units; ``'recompute'``: the input of
+                every unit (activation checkpointing); ``'plain'``: all activations.
+        """
+        if memory not in ("reversible", "recompute", "plain"):
+            raise ValueError(f"memory is 'reversible', 'recompute' or 'plain', not {memory!r}")
+        self.memory = memory
+        for layer in self.coupled_layers():
+            layer.memory = memory
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's switch. A reversible model already stores less; a plain one recomputes every unit."""
+        if enable and self.memory == "plain":
+            self.set_memory("recompute")
+        elif not enable and self.memory == "recompute":
+            self.set_memory("plain")
+
+    def coupled_layers(self) -> list[CoupledLayer]:
+        """The layers that are left (`prune_intermediate_layers` empties some)."""
+        layers = (getattr(self, name) for name in LAYERS)
+        return [layer for layer in layers if isinstance(layer, CoupledLayer)]
+
+    def set_coupling(self, coupling: float | Sequence[float]) -> None:
+        """Sets g of every layer, or one per layer."""
+        values = _one_per_layer(coupling, "coupling")
+        for layer, g in zip(self.coupled_layers(), values, strict=False):
+            layer.set_coupling(g)
+
+    def units(self) -> list[Unit]:
+        """Stem, blocks and head, in the order in which they run.
+
+        Running them one after the other, from the same generator state, equals `model(x)` bit for bit.
+        """
+        stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
+        units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
+        enter = _same
+        for name in LAYERS:
+            layer = getattr(self, name)
+            if isinstance(layer, CoupledLayer):
+                units += layer.units(name, enter)
+                enter = _merge_of(layer)
+        head = {"global_pool": self.global_pool, "fc": self.fc}
+        units.append(FunctionUnit("head", lambda *streams: (self.forward_head(enter(*streams)),), head))
+        return units
+
+    def _stem(self, x: Tensor) -> Streams:
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        layers = self.coupled_layers()
+        return (layers[0].enter(x),) if layers else (x,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
+            if saves_memory(self, x):
+                return self._forward_units(x)
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.unused
+    def _forward_units(self, x: Tensor) -> Tensor:
+        return backpropagate(self.units(), (x,), reconstruct=self.memory == "reversible")[0]
+
+
+def _same(*streams: Tensor) -> Tensor:
+    return streams[0]
+
+
+def _merge_of(layer: CoupledLayer) -> Any:
+    return lambda *streams: layer.merge(streams)
+
+
+def _one_per_layer(value: Any, name: str) -> list[Any]:
+    if value is None or isinstance(value, int | float):
+        return [value] * len(LAYERS)
+    if len(value) != len(LAYERS):
+        raise ValueError(f"{name} is one number or {len(LAYERS)}, one per layer; got {len(value)}")
+    return list(value)
+
+
+def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(32, **{"num_classes": 10, "pool_size": (4, 4), "crop_pct": 1.0, **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "petra_revnet18.untrained": _cfg(),
+        "petra_revnet34.untrained": _cfg(),
+        "petra_revnet50.untrained": _cfg(),
+        "petra_revnet101.untrained": _cfg(),
+        "petra_revnet152.untrained": _cfg(),
+        "petra_revnet18_cifar.untrained": _cifar_cfg(),
+        "petra_revnet34_cifar.untrained": _cifar_cfg(),
+        "petra_revnet50_cifar.untrained": _cifar_cfg(),
+        "petra_revnet_tiny.untrained": _cifar_cfg(),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> PetraRevNet:
+    return build_model_with_cfg(
+        PetraRevNet, variant, pretrained, feature_cfg={"feature_cls": "getter"}, **{**model_args, **kwargs}
+    )
+
+
+@register_model
+def petra_revnet18(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-18: the parameters of timm's resnet18."""
+    return _create("petra_revnet18", pretrained, {"block": BasicBlock, "layers": (2, 2, 2, 2)}, kwargs)
+
+
+@register_model
+def petra_revnet34(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-34: the parameters of timm's resnet34."""
+    return _create("petra_revnet34", pretrained, {"block": BasicBlock, "layers": (3, 4, 6, 3)}, kwargs)
+
+
+@register_model
+def petra_revnet50(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-50: the parameters of timm's resnet50."""
+    return _create("petra_revnet50", pretrained, {"block": Bottleneck, "layers": (3, 4, 6, 3)}, kwargs)
+
+
+@register_model
+def petra_revnet101(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-101: the parameters of timm's resnet101."""
+    return _create("petra_revnet101", pretrained, {"block": Bottleneck, "layers": (3, 4, 23, 3)}, kwargs)
+
+
+@register_model
+def petra_revnet152(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-152: the parameters of timm's resnet152."""
+    return _create("petra_revnet152", pretrained, {"block": Bottleneck, "layers": (3, 8, 36, 3)}, kwargs)
+
+
+@register_model
+def petra_revnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-18 for 32x32 images: 3x3 stem, no pooling."""
+    return _create(
+        "petra_revnet18_cifar", pretrained, {"block": BasicBlock, "layers": (2, 2, 2, 2), "stem_type": "cifar"}, kwargs
+    )
+
+
+@register_model
+def petra_revnet34_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-34 for 32x32 images: 3x3 stem, no pooling."""
+    return _create(
+        "petra_revnet34_cifar", pretrained, {"block": BasicBlock, "layers": (3, 4, 6, 3), "stem_type": "cifar"}, kwargs
+    )
+
+
+@register_model
+def petra_revnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """Reversible ResNet-50 for 32x32 images: 3x3 stem, no pooling."""
+    return _create(
+        "petra_revnet50_cifar", pretrained, {"block": Bottleneck, "layers": (3, 4, 6, 3), "stem_type": "cifar"}, kwargs
+    )
+
+
+@register_model
+def petra_revnet_tiny(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+    """A small reversible ResNet (0.2 M parameters, 14 units) for images of 8x8 to 32x32."""
+    model_args = {
+        "block": BasicBlock,
+        "layers": (3, 3, 3, 3),
+        "channels": (16, 24, 32, 48),
+        "stem_type": "cifar",
+        "stem_width": 16,
+    }
+    return _create("petra_revnet_tiny", pretrained, model_args, kwargs)

@@ -1,0 +1,28 @@
+"""The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
+
+from petra_zoo.reversible.backprop import backpropagate, segments
+from petra_zoo.reversible.coupling import advance, couple, merge, snap, stream_dtype, uncouple
+from petra_zoo.reversible.memory import LiveBytes
+from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
+from petra_zoo.reversible.replay import frozen_statistics
+from petra_zoo.reversible.unit import CoupledUnit, FunctionUnit, Reversal, Streams, Unit
+
+__all__ = [
+    "CoupledUnit",
+    "FunctionUnit",
+    "LiveBytes",
+    "Reversal",
+    "Streams",
+    "Unit",
+    "advance",
+    "backpropagate",
+    "couple",
+    "frozen_statistics",
+    "has_hooks",
+    "merge",
+    "needs_plain_path",
+    "segments",
+    "snap",
+    "stream_dtype",
+    "uncouple",
+]

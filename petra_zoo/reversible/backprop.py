@@ -1,0 +1,117 @@
+"""Backpropagation through units without stored activations.
+
+A *segment* is a run of reversible units, or a single unit without an inverse. Of a run only the final streams are
+stored (and the pairs at anchors), of any other unit its input. The backward pass walks the units in reverse through
+the primitives of `unit.py` and returns parameter gradients from the autograd Function, so that DistributedDataParallel,
+tensor hooks and torch.autograd.grad see what they see with plain backpropagation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from petra_zoo.reversible.replay import Replay
+from petra_zoo.reversible.unit import Streams, Unit
+
+
+def segments(units: Sequence[Unit], reconstruct: bool = True) -> Iterator[list[Unit]]:
+    """Splits units into runs and single units.
+
+    Args:
+        units: in the order in which they run.
+        reconstruct: False treats every unit as having no inverse (activation checkpointing by units).
+    """
+    for reversible, group in groupby(units, key=lambda unit: reconstruct and unit.reversible):
+        if reversible:
+            yield list(group)
+        else:
+            yield from ([unit] for unit in group)
+
+
+def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool = True) -> Streams:
+    """Runs units in order; the backward pass reconstructs runs and recomputes the other units.
+
+    Computes exactly what calling the units one after the other computes, batch-norm statistics included.
+
+    Args:
+        units: what to run; a parameter may appear in several of them.
+        streams: input of the first unit.
+        reconstruct: False stores every unit's input and recomputes all of them.
+
+    Returns:
+        The last unit's output.
+    """
+    for segment in segments(units, reconstruct):
+        parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in segment]
+        flat = [p for group in parameters for p in group]
+        reverse = reconstruct and segment[0].reversible
+        streams = _Segment.apply(segment, [len(group) for group in parameters], reverse, len(streams), *streams, *flat)
+    return streams
+
+
+class _Segment(torch.autograd.Function):
+    """One segment. Its tensor inputs are the streams, then the parameters of the units in order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, units: list[Unit], parameter_counts: list[int], reverse: bool, width: int, *tensors: Tensor
+    ) -> Streams:
+        streams, parameters = tensors[:width], tensors[width:]
+        device = streams[0].device
+        kept: list[Tensor] = []
+        ctx.anchors = {}  # index of a unit -> where its input stands among the kept tensors
+        ctx.replays = []
+        for i, unit in enumerate(units):
+            if not reverse or (i > 0 and unit.anchor):
+                ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
+                kept.extend(streams)
+            replay = Replay.record(unit, device)
+            streams = unit(*streams)
+            replay.settle(device)
+            ctx.replays.append(replay)
+        if reverse:
+            kept.extend(streams)
+        ctx.units, ctx.parameter_counts, ctx.reverse, ctx.width = units, parameter_counts, reverse, width
+        # Not through save_for_backward: the primitives need the parameters themselves, not what a hook unpacks.
+        ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        return streams
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "reversible backpropagation cannot be differentiated twice: "
+                "drop create_graph=True, or call model.set_memory('plain') first"
+            )
+        if ctx.versions != [p._version for p in ctx.parameters]:
+            raise RuntimeError(
+                "a parameter was modified in place between forward and backward: the recomputation would see other "
+                "weights than the forward did; call backward() before optimizer.step()"
+            )
+        kept, parameters = ctx.saved_tensors, list(ctx.parameters)
+        streams: Streams = kept[-2:] if ctx.reverse else ()
+        parameter_gradients: list[Tensor | None] = []
+        for i in reversed(range(len(ctx.units))):
+            unit: Any = ctx.units[i]
+            count = ctx.parameter_counts[i]
+            own = parameters[len(parameters) - count :]
+            del parameters[len(parameters) - count :]
+            with ctx.replays[i]():
+                if ctx.reverse:
+                    reversal = unit.reverse(streams, gradients, own)
+                else:
+                    inputs = kept[ctx.anchors[i]]
+                    needs_input = any(ctx.needs_input_grad[4 : 4 + ctx.width])
+                    reversal = unit.recompute(inputs, gradients, own, needs_input)
+            streams, gradients = reversal.inputs, reversal.input_gradients
+            if i in ctx.anchors:
+                streams = kept[ctx.anchors[i]]
+            parameter_gradients[:0] = reversal.parameter_gradients
+        return None, None, None, None, *gradients, *parameter_gradients

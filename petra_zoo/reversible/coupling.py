@@ -1,0 +1,86 @@
+"""The coupling of two streams: the one formula of petra-zoo.
+
+State: two streams (a, b). A coupled block with input activation h = act(b) and residual branch F computes
+
+    b' = (1 - g) * h + g * a + F(h)        a' = b
+
+g is the coupling. g = 1 is the coupling of RevNet (Gomez et al. 2017) and PETRA (arXiv 2406.02052, Eq. 5), g = 0 is
+the ordinary ResNet. For g > 0 the block has an inverse: b = a', and a follows from b' with one evaluation of F.
+
+A run of blocks *starts* from one stream (a = h, which makes the first block an ordinary residual block) and ends with
+the *merge* of both streams into one activation. Rounding errors grow by about 1/g per inverted block.
+
+These functions are plain tensor arithmetic: they are scripted, traced and exported with the models that call them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stream_dtype(weight_dtype: torch.dtype) -> torch.dtype:
+    """The type of the streams beside weights of a type: at least float32, so that the inverse stays accurate."""
+    if weight_dtype == torch.float64:
+        return torch.float64
+    return torch.float32
+
+
+def advance(h: Tensor, f: Tensor, g: float) -> Tensor:
+    """(1 - g) * h + F(h): what a block adds to g * a. Both tensors have the shape of a stream."""
+    if g == 1.0:
+        return f
+    if g == 0.0:
+        return h + f
+    return (1.0 - g) * h + f
+
+
+def couple(step: Tensor, a: Tensor, g: float) -> Tensor:
+    """b' = step + g * a, with step from `advance`."""
+    if g == 1.0:
+        return step + a
+    return step + g * a
+
+
+def uncouple(b_out: Tensor, step: Tensor, g: float) -> Tensor:
+    """The inverse of `couple`: the stream a of the block's input, for g > 0."""
+    if g == 1.0:
+        return b_out - step
+    return (b_out - step) / g
+
+
+def merge(h: Tensor, h_before: Tensor, g: float) -> Tensor:
+    """Merges the streams at the end of a run: (act(b) + g * act(a)) / (1 + g), from the two activations."""
+    return (h + g * h_before) / (1.0 + g)
+
+
+class _Snap(torch.autograd.Function):
+    """Rounds to a grid; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, grid: float) -> Tensor:
+        limit = grid * 2.0 ** (24 if x.dtype == torch.float32 else 53)
+        if x.device.type != "meta" and not bool(x.abs().max() < limit):
+            raise ValueError(
+                f"exact inversion needs |stream| < {limit:g} (grid {grid:g} in {x.dtype}), "
+                f"found {x.abs().max().item():g}: use a coarser grid (a smaller exact_bits) or exact=False"
+            )
+        return torch.round(x / grid) * grid
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def snap(x: Tensor, grid: float) -> Tensor:
+    """Rounds a stream to multiples of `grid` (a power of two), with a straight-through gradient.
+
+    On the grid the sums of `couple` and `uncouple` are exact at g = 1, so reconstruction is exact to the bit.
+    Reads the largest absolute value back (a device synchronisation): exact mode trades speed for bits.
+
+    Raises:
+        ValueError: a value is too large to lie on the grid in its own type.
+    """
+    if torch.jit.is_scripting():
+        return torch.round(x / grid) * grid
+    return _Snap.apply(x, grid)

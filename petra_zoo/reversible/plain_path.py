@@ -1,0 +1,56 @@
+"""When a module must run as plain operations, although it could save memory.
+
+Tracers and exporters must see ordinary operations, module hooks must see tensors that carry gradients, and without a
+backward pass there is nothing to save.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def needs_plain_path(module: nn.Module, x: object) -> bool:
+    """Whether `module(x)` has to run as plain operations.
+
+    True without gradients, under TorchScript, torch.fx, torch.export, torch.compile (which says so once), torch.func
+    transforms, and when a sub-module carries a hook. Train or eval mode is the caller's to judge.
+    """
+    if torch.compiler.is_compiling():
+        if not torch.compiler.is_exporting():
+            _say_that_compile_stores()
+        return True
+    return (
+        not isinstance(x, torch.Tensor)  # a torch.fx.Proxy
+        or not torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or has_hooks(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a sub-module (not the module itself), or torch globally, carries a hook."""
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS) or any(
+        getattr(m, name) for m in module.modules() if m is not module for name in _HOOKS
+    )
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces, so it is said once per compilation
+def _say_that_compile_stores() -> bool:
+    global _said
+    if not _said:
+        logging.getLogger("petra_zoo").warning(
+            "torch.compile stores activations: a compiled model trains without reversible memory saving"
+        )
+        _said = True
+    return True
+
+
+_said = False

@@ -1,0 +1,184 @@
+"""Units: the smallest things that can be scheduled, and the one primitive that goes backwards through them.
+
+A unit takes streams and gives streams; the stem takes images, the head gives logits. Streams are a tuple of tensors
+[B, C, H, W]: (b,) before a run and behind a unit without an inverse, (b, a) inside a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from petra_zoo.reversible.coupling import advance, couple, snap, uncouple
+from petra_zoo.reversible.replay import frozen_statistics
+
+Streams = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]
+
+
+class Reversal(NamedTuple):
+    """What going backwards through a unit yields: its input, the gradient of its input and of its parameters."""
+
+    inputs: Streams
+    input_gradients: Gradients
+    parameter_gradients: Gradients  # in the order of the parameters asked for
+
+
+class Unit(nn.Module):
+    """A unit without an inverse: going backwards needs its input.
+
+    Args:
+        name: where the unit sits in its model, for example ``layer2.0``.
+        anchor: whether its input is kept although it could be reconstructed (a long run loses accuracy otherwise).
+    """
+
+    def __init__(self, name: str, anchor: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.anchor = anchor
+
+    @property
+    def reversible(self) -> bool:
+        """Whether the unit has an inverse now (a coupling of 0 has none)."""
+        return False
+
+    def forward(self, *streams: Tensor) -> Streams:
+        raise NotImplementedError
+
+    def recompute(
+        self,
+        inputs: Streams,
+        output_gradients: Gradients,
+        parameters: list[nn.Parameter],
+        needs_input_gradient: bool = True,
+    ) -> Reversal:
+        """Backwards through the unit from its *input*: one more evaluation, statistics untouched.
+
+        Args:
+            inputs: the streams the unit received.
+            output_gradients: gradients of the streams it gave; None counts as zero.
+            parameters: the parameters whose gradients are wanted.
+            needs_input_gradient: False for the stem, whose input is data.
+        """
+        leaves = tuple(x.detach().requires_grad_(needs_input_gradient and x.is_floating_point()) for x in inputs)
+        with torch.enable_grad(), frozen_statistics(self):
+            outputs = self(*leaves)
+        wanted = [x for x in leaves if x.requires_grad]
+        gradients = gradients_of(outputs, output_gradients, [*wanted, *parameters])
+        of_inputs = iter(gradients[: len(wanted)])
+        return Reversal(
+            inputs, tuple(next(of_inputs) if x.requires_grad else None for x in leaves), gradients[len(wanted) :]
+        )
+
+
+class FunctionUnit(Unit):
+    """A unit made of a model's own modules and a function over them: stems, heads, down-sampling blocks.
+
+    Args:
+        name: the unit's place in its model.
+        function: streams -> streams; calls the modules below and nothing else that has parameters.
+        modules: the modules whose parameters and statistics belong to this unit, by their name in the model.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Streams], modules: dict[str, nn.Module]) -> None:
+        super().__init__(name)
+        self.function = function
+        for path, module in modules.items():
+            self.add_module(path.replace(".", "_"), module)
+
+    def forward(self, *streams: Tensor) -> Streams:
+        return self.function(*streams)
+
+
+class CoupledUnit(Unit):
+    """A coupled block: b' = (1-g)*h + g*a + F(h), a' = b, with h = act(b).
+
+    Given one stream it starts a run: a = h, so that b' = h + F(h), the ordinary residual block.
+    At g = 0 the second stream has no part in the function and is neither taken nor given.
+
+    Args:
+        name: the unit's place in its model.
+        block: holds the branch's parameters.
+        branch: F, block's own method or a function over it; takes h, gives a tensor of the same shape.
+        activate: act; must not write into its argument and has no parameters of its own.
+        coupling: reads g.
+        starts: whether the block starts its run, that is, takes one stream.
+        anchor: see `Unit`.
+        grid: > 0 rounds every step to multiples of it (exact inversion; the streams that enter must lie on it).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        *,
+        branch: Callable[[Tensor], Tensor],
+        activate: Callable[[Tensor], Tensor],
+        coupling: Callable[[], float],
+        starts: bool = False,
+        anchor: bool = False,
+        grid: float = 0.0,
+    ) -> None:
+        super().__init__(name, anchor)
+        self.block = block
+        self.branch = branch
+        self.activate = activate
+        self.coupling = coupling
+        self.starts = starts
+        self.grid = grid
+
+    @property
+    def reversible(self) -> bool:
+        return self.coupling() > 0.0
+
+    def forward(self, *streams: Tensor) -> Streams:
+        g = self.coupling()
+        b = streams[0]
+        if self.starts or g == 0.0:
+            b_out = self._step(b, 0.0)
+        else:
+            b_out = couple(self._step(b, g), streams[1], g)
+        return (b_out, b) if g > 0.0 else (b_out,)
+
+    def _step(self, b: Tensor, g: float) -> Tensor:
+        h = self.activate(b)
+        step = advance(h, self.branch(h), g)
+        return snap(step, self.grid) if self.grid else step
+
+    def reverse(self, outputs: Streams, output_gradients: Gradients, parameters: list[nn.Parameter]) -> Reversal:
+        """Backwards through the block from its *output*, with a single evaluation of F.
+
+        The primitive of reversible backpropagation and of PETRA: F's graph is built once, its value inverts the
+        block and its vector-Jacobian product gives the gradients. One forward and one backward of F in all.
+
+        Args:
+            outputs: (b', a'), exact or reconstructed.
+            output_gradients: their gradients; None counts as zero.
+            parameters: the parameters whose gradients are wanted.
+        """
+        g = self.coupling()
+        b_out, a_out = outputs
+        d_b_out, d_a_out = output_gradients
+        b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
+        with torch.enable_grad(), frozen_statistics(self):
+            step = self._step(b, 0.0 if self.starts else g)
+        d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
+        if d_a_out is not None:
+            d_b = d_a_out if d_b is None else d_b + d_a_out
+        if self.starts:  # its input is the one stream b, which a' holds
+            return Reversal((a_out,), (d_b,), tuple(d_parameters))
+        a = uncouple(b_out, step.detach(), g)
+        d_a = None if d_b_out is None else (d_b_out if g == 1.0 else g * d_b_out)
+        return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
+
+
+def gradients_of(outputs: Streams, output_gradients: Gradients, wanted: list[Tensor]) -> Gradients:
+    """The vector-Jacobian product of outputs with respect to the wanted tensors; None counts as zero, both ways."""
+    pairs = [(y, d) for y, d in zip(outputs, output_gradients, strict=True) if d is not None and y.requires_grad]
+    if not pairs or not wanted:
+        return (None,) * len(wanted)
+    ys, ds = zip(*pairs, strict=True)
+    return torch.autograd.grad(ys, wanted, ds, allow_unused=True)

@@ -1,0 +1,159 @@
+"""timm's own model tests, run on our models.
+
+timm ships its tests in the source distribution only, so the one of the *installed* version is fetched with pip, once, into
+pytest's cache. The tests run in a process of their own because they narrow timm's registry (`timm_suite_plugin.py`) and
+go by timm's pytest settings, not ours.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+FETCH_SECONDS = 120
+RUN_SECONDS = 570
+OUTER_SECONDS = FETCH_SECONDS + RUN_SECONDS + 30
+
+SMALL = (
+    "petra_revnet_tiny",
+    "petra_revnet18",
+    "petra_revnet18_cifar",
+    "petra_revnet18_paper",
+    "petra_revnet18_paper_cifar",
+)
+LARGE = (
+    "petra_revnet34",
+    "petra_revnet34_cifar",
+    "petra_revnet34_paper",
+    "petra_revnet34_paper_cifar",
+    "petra_revnet50",
+    "petra_revnet50_cifar",
+    "petra_revnet50_paper",
+    "petra_revnet50_paper_cifar",
+    "petra_revnet101",
+    "petra_revnet101_paper",
+    "petra_revnet101_paper_cifar",
+    "petra_revnet152",
+)
+
+# What must have run for every model, by the names of timm 1.0.31. A test that timm no longer selects is a failure too:
+# silence is how a contract gets lost.
+EXPECTED = {
+    "test_model_forward",
+    "test_model_backward",
+    "test_model_default_cfgs",
+    "test_model_forward_torchscript",
+    "test_model_forward_features",
+    "test_model_forward_intermediates",
+    "test_model_forward_intermediates_features",
+    "test_prune_intermediate_layers_contract",
+    "test_model_forward_fx",
+    "test_model_backward_fx",
+    "test_model_forward_fx_torchscript",
+}
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+def _fetch(folder: Path) -> Path:
+    """Put timm's tests and their settings into `folder` and return their place; skip where that cannot be had."""
+    version = importlib.metadata.version("timm")
+    home = folder / f"timm-{version}"
+    if home.exists():
+        return home
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # --no-binary for timm alone: its build back end, which pip asks for metadata, comes as a wheel.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries=1"]
+        command += ["--no-deps", "--no-binary=timm", f"--dest={scratch}", f"timm=={version}"]
+        try:
+            fetched = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"timm {version}'s source distribution did not come within {FETCH_SECONDS} s")
+        archives = list(Path(scratch).glob("timm-*.tar.gz"))
+        if fetched.returncode or not archives:
+            pytest.skip(f"cannot fetch timm {version}'s source distribution: {_last_line(fetched.stderr)}")
+        with tarfile.open(archives[0]) as archive:
+            # Only the tests: timm's sources next to them would be imported in place of the installed timm.
+            wanted = [m for m in archive.getmembers() if m.name.split("/")[1:2] in (["tests"], ["pyproject.toml"])]
+            archive.extractall(scratch, members=wanted, filter="data")
+        try:
+            (Path(scratch) / archives[0].name.removesuffix(".tar.gz")).rename(home)
+        except OSError:
+            if not home.exists():  # otherwise another run was quicker
+                raise
+    return home
+
+
+@cache
+def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
+    """Run timm's tests on `models`; return one record per test and the end of the output."""
+    # GITHUB_ACTIONS makes timm drop tests, TORCH_* would choose a device, and PYTEST_ADDOPTS is meant for our own run.
+    unwanted = {"GITHUB_ACTIONS", "TORCH_BACKEND", "TORCH_DEVICE", "PYTEST_ADDOPTS"}
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.json"
+        environment |= {
+            "PETRA_ZOO_TIMM_SUITE_MODELS": ",".join(models),
+            "PETRA_ZOO_TIMM_SUITE_REPORT": str(report),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-c", str(home / "pyproject.toml"), f"--rootdir={home}", "-q"]
+        command += ["-p", "timm_suite_plugin", "-p", "no:cacheprovider", "tests/test_models.py"]
+        try:
+            done = subprocess.run(
+                command, cwd=home, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return [], f"timm's tests of {', '.join(models)} did not end within {RUN_SECONDS} s"
+        records = json.loads(report.read_text()) if report.exists() else []
+    return records, (done.stdout + done.stderr)[-4000:]
+
+
+def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
+    records, output = _run(home, models)
+    mine = [record for record in records if record["model"] == model]
+    assert mine, f"timm's tests never got to {model}:\n{output}"
+    failures = [
+        f"{record['test']}: {record['outcome']}\n{record['details']}"
+        for record in mine
+        if record["outcome"] != "passed"
+    ]
+    assert not failures, f"{model}: {len(failures)} of timm's {len(mine)} tests did not pass\n\n" + "\n\n".join(
+        failures
+    )
+    missing = EXPECTED - {record["test"] for record in mine}
+    assert not missing, f"{model}: timm's suite did not select {sorted(missing)}"
+
+
+@pytest.fixture(scope="module")
+def timm_tests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # pytest's cache survives the run; with `-p no:cacheprovider` there is none, and the tests are fetched every time.
+    if request.config.pluginmanager.has_plugin("cacheprovider"):
+        return _fetch(request.config.cache.mkdir("timm-suite"))
+    return _fetch(tmp_path_factory.mktemp("timm-suite"))
+
+
+@pytest.mark.timeout(OUTER_SECONDS)
+@pytest.mark.parametrize("model", SMALL)
+def test_small_model(model: str, timm_tests: Path, request: pytest.FixtureRequest) -> None:
+    # One process for all small models selected in this session: importing timm costs more than some models do.
+    selected = {i.callspec.params["model"] for i in request.session.items if i.name.startswith("test_small_model[")}
+    _check(model, timm_tests, tuple(name for name in SMALL if name in selected))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(OUTER_SECONDS)
+@pytest.mark.parametrize("model", LARGE)
+def test_large_model(model: str, timm_tests: Path) -> None:
+    _check(model, timm_tests, (model,))

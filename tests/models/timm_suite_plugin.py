@@ -1,0 +1,78 @@
+"""A pytest plugin for timm's own `tests/test_models.py`: it points that file at our models and writes down what happened.
+
+`test_timm_suite.py` starts pytest with `-p timm_suite_plugin` in a process of its own. timm's file asks the registry which
+models to test while it is imported, so the registry's listing is narrowed here, before that import.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+import petra_zoo  # noqa: F401  (importing it registers our models)
+
+MODELS_VARIABLE = "PETRA_ZOO_TIMM_SUITE_MODELS"
+REPORT_VARIABLE = "PETRA_ZOO_TIMM_SUITE_REPORT"
+
+# They load published weights from the Hub, and timm's tests of a model are meant to run without a network.
+NEEDS_HUB = {"test_model_inference", "test_model_load_pretrained", "test_model_features_pretrained"}
+
+CHOSEN = frozenset(os.environ[MODELS_VARIABLE].split(","))
+_list_models = timm.list_models
+_records: list[dict[str, str]] = []
+
+
+def _architecture(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _list_chosen(filter: Any = "", module: Any = "", *args: Any, **kwargs: Any) -> list[str]:
+    # `module` is dropped: timm selects the forward_intermediates and pruning tests by the file names of its own
+    # families, so that a model from elsewhere would never meet them.
+    return [name for name in _list_models(filter, "", *args, **kwargs) if _architecture(name) in CHOSEN]
+
+
+def _list_pretrained_chosen(filter: Any = "", exclude_filters: Any = "") -> list[str]:
+    return _list_chosen(filter, pretrained=True, exclude_filters=exclude_filters, include_tags=True)
+
+
+timm.list_models = _list_chosen
+timm.list_pretrained = _list_pretrained_chosen
+
+
+def _model_of(item: pytest.Item) -> str | None:
+    """The one of our models that a collected test is about, if any: timm's file also tests models by fixed name."""
+    callspec = getattr(item, "callspec", None)
+    name = callspec.params.get("model_name") if callspec else None
+    architecture = _architecture(name) if isinstance(name, str) else None
+    return architecture if architecture in CHOSEN else None
+
+
+def _function_of(item: pytest.Item) -> str:
+    return str(getattr(item, "originalname", item.name))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    selected = [item for item in items if _model_of(item) and _function_of(item) not in NEEDS_HUB]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    # A phase other than the call is of interest only where it went wrong or skipped the test.
+    if report.when == "call" or report.outcome != "passed":
+        model, function = _model_of(item), _function_of(item)
+        assert model is not None
+        _records.append(
+            {"model": model, "test": function, "outcome": report.outcome, "details": str(report.longrepr or "")}
+        )
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    Path(os.environ[REPORT_VARIABLE]).write_text(json.dumps(_records))
