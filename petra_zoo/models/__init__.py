@@ -1,7 +1,8 @@
 """Reversible networks in timm's registry; importing this package registers them."""
 
-from petra_zoo.models import petra_revnet
+from petra_zoo.models import petra_revnet, petra_revnet_paper
 from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.petra_revnet import PetraRevNet
+from petra_zoo.models.petra_revnet_paper import PetraPaperRevNet
 
-__all__ = ["CoupledLayer", "PetraRevNet", "petra_revnet"]
+__all__ = ["CoupledLayer", "PetraPaperRevNet", "PetraRevNet", "petra_revnet", "petra_revnet_paper"]

@@ -10,6 +10,7 @@ from timm.models import register_notrace_function
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.reversible import (
     CoupledUnit,
     FunctionUnit,
@@ -19,7 +20,6 @@ from petra_zoo.reversible import (
     backpropagate,
     couple,
     merge,
-    needs_plain_path,
     snap,
     stream_dtype,
 )
@@ -139,7 +139,7 @@ class CoupledLayer(nn.Sequential):
         self.last = len(self) - 1
         self.anchor_every = anchor_every
         self.grid = grid
-        self.memory = "reversible"
+        self.memory: Memory = "reversible"
         self.asked_for = coupling
         weight = self[0].conv1.weight
         value = check_coupling(1.0 if coupling is None else coupling)
@@ -269,13 +269,6 @@ def check_coupling(g: float) -> float:
     if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
         raise ValueError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
     return float(g)
-
-
-def saves_memory(module: nn.Module, x: Tensor) -> bool:
-    """Whether a module with a `memory` mode should run through `petra_zoo.reversible.backpropagate` now."""
-    if module.memory == "plain" or (module.memory == "reversible" and not module.training):
-        return False
-    return not needs_plain_path(module, x)
 
 
 def _opening(block: nn.Module, enter: Callable[..., Tensor], grid: float) -> Callable[..., Streams]:

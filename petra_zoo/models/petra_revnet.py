@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,16 +18,16 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from petra_zoo.models.coupled_layer import CoupledLayer, saves_memory
+from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
 
 __all__ = ["PetraRevNet"]
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-Memory = Literal["reversible", "recompute", "plain"]
 
 
-class PetraRevNet(ResNet):
+class PetraRevNet(MemoryModes, ResNet):
     """A reversible ResNet.
 
     In train mode the forward stores no activations inside runs of coupled blocks; stem, down-sampling blocks and head
@@ -98,28 +98,12 @@ class PetraRevNet(ResNet):
                 *blocks, behind_stem=i == 0, coupling=couplings[i], anchor_every=anchors[i] or 0, grid=grid
             )
             setattr(self, name, layer.train(blocks.training))
-        self.memory: Memory = "reversible"
-
-    def set_memory(self, memory: Memory) -> None:
-        """Chooses what training stores.
-
-        Args:
-            memory: ``'reversible'``: the ends of runs and the inputs of other units; ``'recompute'``: the input of
-                every unit (activation checkpointing); ``'plain'``: all activations.
-        """
-        if memory not in ("reversible", "recompute", "plain"):
-            raise ValueError(f"memory is 'reversible', 'recompute' or 'plain', not {memory!r}")
-        self.memory = memory
-        for layer in self.coupled_layers():
-            layer.memory = memory
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """timm's switch. A reversible model already stores less; a plain one recomputes every unit."""
-        if enable and self.memory == "plain":
-            self.set_memory("recompute")
-        elif not enable and self.memory == "recompute":
-            self.set_memory("plain")
+    def set_memory(self, memory: Memory) -> None:
+        super().set_memory(memory)
+        for layer in self.coupled_layers():
+            layer.memory = memory
 
     def coupled_layers(self) -> list[CoupledLayer]:
         """The layers that are left (`prune_intermediate_layers` empties some)."""

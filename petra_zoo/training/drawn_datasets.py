@@ -1,7 +1,5 @@
 """Data sets that need no files: `shapes`, drawn from a seed, and `synthetic`, which is noise for benchmarks."""
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
@@ -37,10 +35,11 @@ _SHAPES: dict[str, tuple[Points, Points | None]] = {
     "square": (_regular(4), None),
     "frame": (_regular(4), _regular(4, 0.55)),
     "triangle": (_regular(3), None),
-    "cross": (_outline(-1, -.3, -.3, -.3, -.3, -1, .3, -1, .3, -.3, 1, -.3, 1, .3, .3, .3, .3, 1, -.3, 1, -.3, .3, -1, .3), None),
+    "cross": (_outline(-1, -.3, -.3, -.3, -.3, -1, .3, -1, .3, -.3, 1, -.3,
+                       1, .3, .3, .3, .3, 1, -.3, 1, -.3, .3, -1, .3), None),
     "star": (_star(), None),
-    "crescent": (_regular(24), _regular(24, 0.85) + [0.45, 0.0]),
-    "half disc": (_regular(24)[:13] - [0.0, 0.4], None),
+    "crescent": (_regular(24), _regular(24, 0.85) + np.array([0.45, 0.0])),
+    "half disc": (_regular(24)[:13] - np.array([0.0, 0.4]), None),
     "arrow": (_outline(-1, -.25, 0, -.25, 0, -.8, 1, 0, 0, .8, 0, .25, -1, .25), None),
 }  # fmt: skip
 
@@ -68,55 +67,46 @@ class ShapesDataset(ImageDataset):
 
 def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Image.Image:
     background = rng.integers(40, 216, 3)
-    colour = rng.integers(0, 256, 3)
-    while np.abs(colour - background).sum() < 120:
-        colour = rng.integers(0, 256, 3)
+    shade = rng.integers(0, 256, 3)
+    while np.abs(shade - background).sum() < 200:
+        shade = rng.integers(0, 256, 3)
+    colour = tuple(shade.tolist())
 
-    texture = np.clip(background + rng.normal(0, 35, (6, 6, 3)), 0, 255).astype(np.uint8)
+    texture = np.clip(background + rng.normal(0, 18, (6, 6, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(texture).resize((_CANVAS, _CANVAS), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(2, 6)):
-        draw.line(_ints(rng.uniform(0, _CANVAS, 4)), fill=_rgb(rng), width=int(rng.integers(1, 4)))
     for _ in range(rng.integers(1, 4)):
-        # Small pieces of shapes in the shape's own colour, so that neither colour nor area gives the class away.
-        piece = _place(rng, _regular(int(rng.integers(3, 7))), rng.uniform(3, 6), rng.uniform(0, _CANVAS, 2))
-        draw.polygon(piece, fill=_ints(colour) if rng.random() < 0.5 else _rgb(rng))
+        draw.line(rng.uniform(0, _CANVAS, 4).tolist(), fill=_any_colour(rng), width=int(rng.integers(1, 4)))
+    for _ in range(rng.integers(1, 4)):
+        # Small pieces in the shape's own colour too, so that neither colour nor area gives the class away.
+        piece = _regular(int(rng.integers(3, 7))) @ _turn(rng) * rng.uniform(3, 5.5) + rng.uniform(0, _CANVAS, 2)
+        draw.polygon(piece.ravel().tolist(), fill=colour if rng.random() < 0.5 else _any_colour(rng))
 
     mask = Image.new("L", image.size)
-    radius, centre = rng.uniform(13, 24), rng.uniform(22, 42, 2)
-    place = _affine(rng, radius, centre)
     mask_draw = ImageDraw.Draw(mask)
-    mask_draw.polygon(place(outline), fill=255)
+    radius, centre = rng.uniform(16, 26), rng.uniform(25, 39, 2)
+    turn = radius * np.diag([1.0, rng.uniform(0.75, 1.0)]) @ _turn(rng)
+    mask_draw.polygon((outline @ turn + centre).ravel().tolist(), fill=255)
     if hole is not None:
-        mask_draw.polygon(place(hole), fill=0)
-    image.paste(_ints(colour), mask=mask)
+        mask_draw.polygon((hole @ turn + centre).ravel().tolist(), fill=0)
+    image.paste(colour, mask=mask)
 
-    if rng.random() < 0.6:
-        cover = _place(rng, _regular(4), radius * rng.uniform(0.3, 0.55), centre + rng.normal(0, 0.6 * radius, 2))
-        draw.polygon(cover, fill=_rgb(rng))
+    if rng.random() < 0.5:
+        cover = _regular(4) @ _turn(rng) * radius * rng.uniform(0.25, 0.5) + centre + rng.normal(0, 0.6 * radius, 2)
+        draw.polygon(cover.ravel().tolist(), fill=_any_colour(rng))
 
     small = np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BOX), dtype=np.float64)
-    noisy = small + rng.normal(0, rng.uniform(5, 30), small.shape)
+    noisy = small + rng.normal(0, rng.uniform(3, 18), small.shape)
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
-def _affine(rng: np.random.Generator, radius: float, centre: Points) -> Callable[[Points], list[tuple[float, float]]]:
-    """A random rotation and stretch, the same for a shape's outline and its hole."""
-    angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.0)
-    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ np.diag([1.0, stretch])
-    return lambda points: [(x, y) for x, y in radius * points @ matrix.T + centre]
+def _turn(rng: np.random.Generator) -> Points:
+    angle = rng.uniform(0, 2 * np.pi)
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
-def _place(rng: np.random.Generator, points: Points, radius: float, centre: Points) -> list[tuple[float, float]]:
-    return _affine(rng, radius, centre)(points)
-
-
-def _ints(values: npt.NDArray[np.generic]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
-
-
-def _rgb(rng: np.random.Generator) -> tuple[int, ...]:
-    return _ints(rng.integers(0, 256, 3))
+def _any_colour(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(rng.integers(0, 256, 3).tolist())
 
 
 class SyntheticDataset(ImageDataset):

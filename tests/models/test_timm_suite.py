@@ -1,8 +1,8 @@
 """timm's own model tests, run on our models.
 
-timm ships its tests in the source distribution only, so the one of the *installed* version is fetched with pip, once, into
-pytest's cache. The tests run in a process of their own because they narrow timm's registry (`timm_suite_plugin.py`) and
-go by timm's pytest settings, not ours.
+timm ships its tests in the source distribution only, so the one of the *installed* version is fetched with pip, once,
+into pytest's cache. The tests run in a process of their own because they narrow timm's registry
+(`timm_suite_plugin.py`) and go by timm's pytest settings, not ours.
 """
 
 import importlib.metadata
@@ -104,7 +104,7 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
         environment |= {
             "PETRA_ZOO_TIMM_SUITE_MODELS": ",".join(models),
             "PETRA_ZOO_TIMM_SUITE_REPORT": str(report),
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(":"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
             "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1",
         }

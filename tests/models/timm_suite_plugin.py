@@ -1,7 +1,7 @@
-"""A pytest plugin for timm's own `tests/test_models.py`: it points that file at our models and writes down what happened.
+"""A pytest plugin that points timm's own `tests/test_models.py` at our models and writes down what happened.
 
-`test_timm_suite.py` starts pytest with `-p timm_suite_plugin` in a process of its own. timm's file asks the registry which
-models to test while it is imported, so the registry's listing is narrowed here, before that import.
+`test_timm_suite.py` starts pytest with `-p timm_suite_plugin` in a process of its own. timm's file asks the registry
+which models to test while it is imported, so the registry's listing is narrowed here, before that import.
 """
 
 import json

@@ -1,0 +1,164 @@
+"""Everything a recipe can say, with timm's names for what timm has too."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from timm.optim import list_optimizers
+
+from petra_zoo.training.image_dataset import BadImagePolicy
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
+
+_TIMM_LR_BASE = 0.1
+
+
+class Augmentation(BaseModel):
+    """What happens to an image between the file and the network.
+
+    Attributes:
+        no_aug: Train on resized images without any augmentation (mixing included).
+        train_crop_mode: `rrc` random resized crop, `rkrc`/`rkrr` timm's aspect-keeping ones, `pad` a random crop from
+            the image padded by `crop_padding` pixels, as is usual for CIFAR.
+        scale: Area range of `rrc` and `rkr*`; timm's default where None. Likewise `ratio`.
+        color_jitter: Strength for brightness, contrast and saturation; 0 or None for none. Off where `aa` is set.
+        aa: timm's AutoAugment string, such as `rand-m9-mstd0.5-inc1`.
+        reprob, remode: Random erasing: probability and fill (`const`, `rand`, `pixel`).
+        interpolation: How images are resized; `random` (training only) picks one per image.
+        crop_pct: Validation takes this share of the resized image; None for 1 where the images have the input's
+            size already, else timm's 0.875.
+        mixup, cutmix: Alphas; 0 for off. `mixup_prob`: share of batches mixed; `mixup_switch_prob`: of those, share
+            given to cutmix where both are on.
+        smoothing: Label smoothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    no_aug: bool = False
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr", "pad"] = "rrc"
+    crop_padding: Count = 4
+    scale: tuple[Positive, Positive] | None = None
+    ratio: tuple[Positive, Positive] | None = None
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    color_jitter: NotNegative | None = None
+    aa: str | None = None
+    reprob: Probability = 0.0
+    remode: Literal["const", "rand", "pixel"] = "const"
+    interpolation: Interpolation = "bicubic"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    mixup_prob: Probability = 1.0
+    mixup_switch_prob: Probability = 0.5
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Recipe(Augmentation):
+    """One training run: the network, the data, the method, the optimizer and its schedule.
+
+    Attributes:
+        batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
+        split: Units per stage, one entry per stage; None to let the engine balance them.
+        last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
+        num_classes, img_size: None to take them from the data.
+        train_split, val_split: What a data set opened through timm calls its splits.
+        lr, lr_base: The learning rate, or the one that belongs to `lr_base_size` images per update; see
+            `learning_rate`.
+        epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
+        amp_dtype: The type autocast uses where `amp` is set.
+        checkpoint_hist: How many checkpoints are kept.
+        val_interval, log_interval: Epochs between validations; updates between log lines.
+        output: The run directory; None for `runs/` + the recipe's name and time.
+    """
+
+    model: str
+    pretrained: bool = False
+    model_kwargs: dict[str, Any] = {}
+    drop: Probability = 0.0
+    drop_path: Probability = 0.0
+
+    dataset: str
+    data_dir: Path | None = None
+    dataset_download: bool = False
+    train_split: str | None = None
+    val_split: str | None = None
+    num_classes: AtLeastOne | None = None
+    img_size: AtLeastOne | None = None
+    in_chans: Literal[1, 3] = 3
+    batch_size: AtLeastOne = 128
+    validation_batch_size: AtLeastOne | None = None
+    workers: Count = 4
+    on_bad_image: BadImagePolicy = "fail"
+
+    method: Literal["petra", "dsp", "delayed", "backprop", "reversible"] = "petra"
+    stages: AtLeastOne = 1
+    split: list[AtLeastOne] | None = None
+    accumulation_steps: AtLeastOne = 1
+    last_stage: Literal["graph", "recompute"] = "graph"
+
+    opt: str = "sgd"
+    lr: Positive | None = None
+    lr_base: Positive | None = None
+    lr_base_size: AtLeastOne = 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 2e-5
+    opt_eps: Positive | None = None
+    opt_betas: tuple[Probability, Probability] | None = None
+    opt_kwargs: dict[str, Any] = {}
+    clip_grad: Positive | None = None
+    layer_decay: Positive | None = None
+
+    sched: Literal["cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none"] = "cosine"
+    epochs: AtLeastOne = 300
+    warmup_epochs: Count = 5
+    warmup_lr: NotNegative = 1e-5
+    warmup_prefix: bool = False
+    min_lr: NotNegative = 0.0
+    decay_epochs: Positive | None = None
+    decay_milestones: list[AtLeastOne] = [90, 180, 270]
+    decay_rate: Positive = 0.1
+    cooldown_epochs: Count = 0
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = None
+    amp: bool = False
+    amp_dtype: Literal["bfloat16"] = "bfloat16"
+    channels_last: bool = False
+    model_ema: bool = False
+    model_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
+    seed: Count = 42
+    log_interval: AtLeastOne = 50
+    val_interval: AtLeastOne = 1
+    checkpoint_hist: AtLeastOne = 3
+    output: Path | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: `lr`, or `lr_base` (0.1 unless given) scaled linearly to the images per update."""
+        if self.lr is not None:
+            return self.lr
+        return (self.lr_base or _TIMM_LR_BASE) * self.batch_size * self.accumulation_steps / self.lr_base_size
+
+    @field_validator("opt")
+    @classmethod
+    def _optimizer_is_timms(cls, opt: str) -> str:
+        if opt.removeprefix("lookahead_") not in list_optimizers(exclude_filters=["fused*", "bnb*"]):
+            raise ValueError("expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw")
+        return opt
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.lr is not None and self.lr_base is not None:
+            raise ValueError("lr and lr_base are both set; set one of them to null")
+        if self.split is not None and len(self.split) != self.stages:
+            raise ValueError(
+                f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"
+            )
+        if not self.warmup_prefix and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} leaves none of epochs={self.epochs} to train")
+        return self
