@@ -17,13 +17,15 @@ from petra_zoo.reversible import (
     Streams,
     Unit,
     advance,
+    as_stream,
     backpropagate,
     couple,
     merge,
     snap,
-    stream_dtype,
 )
 
+# Both look at a tensor's type or values: torch.fx must not trace into them.
+register_notrace_function(as_stream)
 register_notrace_function(snap)
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
@@ -55,7 +57,7 @@ class CoupledBasicBlock(BasicBlock):
     def forward(self, h: Tensor, a: Optional[Tensor] = None, g: float = 0.0, grid: float = 0.0) -> Tensor:  # noqa: UP045
         """b' from the activation h and, inside a run, the stream a (TorchScript: hence Optional)."""
         f = self.branch(h)
-        step = advance(self.shortcut(h).to(stream_dtype(self.conv1.weight.dtype)), f, 0.0 if a is None else g)
+        step = advance(as_stream(self.shortcut(h), self.conv1.weight), f, 0.0 if a is None else g)
         if grid > 0.0:
             step = snap(step, grid)
         return step if a is None else couple(step, a, g)
@@ -150,7 +152,9 @@ class CoupledLayer(nn.Sequential):
     def g(self) -> float:
         """The coupling as a number, read back from the buffer only when the buffer has changed."""
         buffer = self.coupling
-        if buffer.is_meta or torch.compiler.is_compiling():
+        if (
+            not isinstance(buffer, Tensor) or buffer.is_meta or torch.compiler.is_compiling()
+        ):  # traced: a torch.fx.Proxy
             return self._g
         version = -1 if buffer.is_inference() else buffer._version
         if buffer is not self._read[0] or version != self._read[1]:
@@ -173,7 +177,7 @@ class CoupledLayer(nn.Sequential):
         b = h
         for i, block in enumerate(self):
             if i == 0:  # the same as `enter`, which TorchScript cannot call here
-                b = h.to(stream_dtype(block.conv1.weight.dtype))
+                b = as_stream(h, block.conv1.weight)
                 if self.grid > 0.0 and self.first_reversible == 0:
                     b = snap(b, self.grid)
                 h = b
@@ -196,7 +200,7 @@ class CoupledLayer(nn.Sequential):
     @torch.jit.unused
     def enter(self, h: Tensor) -> Tensor:
         """The stream b that an activation becomes in front of the layer."""
-        b = h.to(stream_dtype(self[0].conv1.weight.dtype))
+        b = as_stream(h, self[0].conv1.weight)
         return snap(b, self.grid) if self.grid > 0.0 and self.first_reversible == 0 else b
 
     @torch.jit.unused

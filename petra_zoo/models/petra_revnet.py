@@ -5,8 +5,6 @@ same variants (deep stems, ResNeXt, SE, anti-aliasing, group norm, dilation, ...
 gives the ResNet's function (coupling 0); trained from scratch the coupling is 1, PETRA's.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +66,7 @@ class PetraRevNet(MemoryModes, ResNet):
     @classmethod
     def from_resnet(
         cls, source: ResNet, coupling: float | Sequence[float] = 0.0, anchor_every: int | Sequence[int] = 0
-    ) -> PetraRevNet:
+    ) -> "PetraRevNet":
         """A coupled copy of a timm ResNet; with coupling 0 it computes the same to the bit.
 
         Raises:

@@ -5,8 +5,6 @@ ResNet's and splits into two halves, each of ResNet width; down-sampling blocks 
 concatenates them, so features are twice as wide. Every convolution has a bias and torch's default initialisation.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from petra_zoo.models.memory_modes import MemoryModes, saves_memory
-from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit, backpropagate, stream_dtype
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit, as_stream, backpropagate
 
 __all__ = ["PetraPaperRevNet"]
 
@@ -66,8 +64,7 @@ class PaperBasicDown(nn.Module):
         dtype = self.conv1.weight.dtype
         h = F.relu(self.bn1(self.conv1(b.to(dtype))))
         out = F.relu(self.bn2(self.conv2(h))) + self.downsample(a.to(dtype))
-        streams = stream_dtype(dtype)
-        return out.to(streams), h.to(streams)
+        return as_stream(out, self.conv1.weight), as_stream(h, self.conv1.weight)
 
 
 class PaperBottleneck(nn.Module):
@@ -104,8 +101,7 @@ class PaperBottleneckDown(nn.Module):
         x = F.relu(self.bn1(self.conv1(b)))
         x = F.relu(self.bn2(self.conv2(x)))
         out = F.relu(self.bn3(self.conv3(x))) + self.downsample(a)
-        streams = stream_dtype(dtype)
-        return out.to(streams), self.downsample_b(b).to(streams)
+        return as_stream(out, self.conv1.weight), as_stream(self.downsample_b(b), self.conv1.weight)
 
 
 def _projection(width_in: int, width: int, stride: int, dd: dict[str, Any]) -> nn.Sequential:
@@ -318,7 +314,7 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
         return self._split(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        b, a = x.to(stream_dtype(self.conv1.weight.dtype)).chunk(2, dim=1)
+        b, a = as_stream(x, self.conv1.weight).chunk(2, dim=1)
         return b, a
 
     def _join(self, streams: tuple[Tensor, Tensor]) -> Tensor:

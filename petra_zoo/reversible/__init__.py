@@ -1,7 +1,7 @@
 """The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
 
 from petra_zoo.reversible.backprop import backpropagate, segments
-from petra_zoo.reversible.coupling import advance, couple, merge, snap, stream_dtype, uncouple
+from petra_zoo.reversible.coupling import advance, as_stream, couple, merge, snap, uncouple
 from petra_zoo.reversible.memory import LiveBytes
 from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
 from petra_zoo.reversible.replay import frozen_statistics
@@ -15,6 +15,7 @@ __all__ = [
     "Streams",
     "Unit",
     "advance",
+    "as_stream",
     "backpropagate",
     "couple",
     "frozen_statistics",
@@ -23,6 +24,5 @@ __all__ = [
     "needs_plain_path",
     "segments",
     "snap",
-    "stream_dtype",
     "uncouple",
 ]

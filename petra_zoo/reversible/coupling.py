@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 
-def stream_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """The type of the streams beside weights of a type: at least float32, so that the inverse stays accurate."""
-    if weight_dtype == torch.float64:
-        return torch.float64
-    return torch.float32
+def as_stream(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the type of streams beside `weight`: at least float32, so that the inverse stays accurate."""
+    if weight.dtype == torch.float64:
+        return x.double()
+    return x.float()
 
 
 def advance(h: Tensor, f: Tensor, g: float) -> Tensor:

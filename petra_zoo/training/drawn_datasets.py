@@ -68,11 +68,11 @@ class ShapesDataset(ImageDataset):
 def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Image.Image:
     background = rng.integers(40, 216, 3)
     shade = rng.integers(0, 256, 3)
-    while np.abs(shade - background).sum() < 200:
+    while np.abs(shade - background).sum() < 150:
         shade = rng.integers(0, 256, 3)
     colour = tuple(shade.tolist())
 
-    texture = np.clip(background + rng.normal(0, 18, (6, 6, 3)), 0, 255).astype(np.uint8)
+    texture = np.clip(background + rng.normal(0, 25, (6, 6, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(texture).resize((_CANVAS, _CANVAS), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(1, 4)):
@@ -91,12 +91,12 @@ def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Ima
         mask_draw.polygon((hole @ turn + centre).ravel().tolist(), fill=0)
     image.paste(colour, mask=mask)
 
-    if rng.random() < 0.5:
-        cover = _regular(4) @ _turn(rng) * radius * rng.uniform(0.25, 0.5) + centre + rng.normal(0, 0.6 * radius, 2)
+    if rng.random() < 0.6:
+        cover = _regular(4) @ _turn(rng) * radius * rng.uniform(0.3, 0.55) + centre + rng.normal(0, 0.6 * radius, 2)
         draw.polygon(cover.ravel().tolist(), fill=_any_colour(rng))
 
     small = np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BOX), dtype=np.float64)
-    noisy = small + rng.normal(0, rng.uniform(3, 18), small.shape)
+    noisy = small + rng.normal(0, rng.uniform(3, 25), small.shape)
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 

@@ -37,7 +37,7 @@ class Augmentation(BaseModel):
         smoothing: Label smoothing.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     no_aug: bool = False
     train_crop_mode: Literal["rrc", "rkrc", "rkrr", "pad"] = "rrc"
@@ -125,7 +125,7 @@ class Recipe(Augmentation):
     decay_rate: Positive = 0.1
     cooldown_epochs: Count = 0
 
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] | None = None
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = None
     amp: bool = False
     amp_dtype: Literal["bfloat16"] = "bfloat16"
     channels_last: bool = False
@@ -147,7 +147,7 @@ class Recipe(Augmentation):
     @field_validator("opt")
     @classmethod
     def _optimizer_is_timms(cls, opt: str) -> str:
-        if opt.removeprefix("lookahead_") not in list_optimizers(exclude_filters=["fused*", "bnb*"]):
+        if opt.removeprefix("lookahead_") not in list_optimizers():
             raise ValueError("expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw")
         return opt
 
@@ -159,6 +159,4 @@ class Recipe(Augmentation):
             raise ValueError(
                 f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"
             )
-        if not self.warmup_prefix and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} leaves none of epochs={self.epochs} to train")
         return self

@@ -1,0 +1,52 @@
+"""`petra-zoo recipes`: the recipes that come with the package."""
+
+import fnmatch
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from petra_zoo.training.recipe import copy_recipe, list_recipes, load_recipe, recipe_text
+
+app = typer.Typer(help="List, show and copy the recipes that come with the package.", no_args_is_help=True)
+
+_COLUMNS = ("model", "dataset", "method", "stages", "epochs")
+
+
+@app.command("ls")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Wildcards, such as 'digits/*'.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List recipes."""
+    names = fnmatch.filter(list_recipes(), pattern)
+    rows = [{"name": name, **load_recipe(name).model_dump(include=set(_COLUMNS))} for name in names]
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif console.is_terminal:
+        table = Table("recipe", *_COLUMNS)
+        for row in rows:
+            table.add_row(*(str(row[column]) for column in ("name", *_COLUMNS)))
+        console.print(table)
+    else:
+        typer.echo("".join(f"{name}\n" for name in names), nl=False)
+
+
+@app.command("show")
+def show_command(name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")]) -> None:
+    """Print a recipe's YAML."""
+    typer.echo(recipe_text(name), nl=False)
+
+
+@app.command("cp")
+def copy_command(
+    name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new file, or an existing folder.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Copy a recipe to a file of your own."""
+    typer.echo(str(copy_recipe(name, destination, force=force)))

@@ -1,0 +1,231 @@
+"""Batches of augmented images, every one of them a function of (seed, epoch, index) alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from petra_zoo.errors import UserError
+from petra_zoo.training.augmentation import Transform, build_transform, seeded_generators
+from petra_zoo.training.image_dataset import BadImage, BadImagePolicy, DataError, ImageDataset
+from petra_zoo.training.settings import Augmentation
+
+# One number per purpose, so that no two draws share a seed.
+_SHUFFLE, _SAMPLE, _MIX = range(3)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the sampler hands to the data set: carrying the epoch here takes it into persistent workers too."""
+
+    epoch: int
+    index: int
+
+
+class _Sample(NamedTuple):
+    image: Tensor
+    label: int
+    bad: list[BadImage]
+
+
+class _Batch(NamedTuple):
+    images: Tensor
+    labels: Tensor
+    bad: list[BadImage]
+
+
+@dataclass
+class _Batches:
+    """The batch sampler: lists of places. The order is drawn from (seed, epoch)."""
+
+    length: int
+    batch_size: int
+    shuffle: bool
+    seed: int
+    drop_last: bool
+    epoch: int = 0
+    start: int = 0
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[_Place]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((_SHUFFLE, self.seed, self.epoch)).permutation(self.length)
+        chunks = [order[at * self.batch_size : (at + 1) * self.batch_size] for at in range(self.start, len(self))]
+        return iter([[_Place(self.epoch, int(index)) for index in chunk] for chunk in chunks])
+
+
+class _Samples(Dataset[_Sample | DataError]):
+    """The data set as workers see it: images transformed, trouble handed over as a value.
+
+    An error raised in a worker would reach the main process as a traceback in text; returned, it stays one line.
+    """
+
+    def __init__(
+        self, source: ImageDataset, transform: Transform, *, grey: bool, on_bad_image: BadImagePolicy, seed: int | None
+    ) -> None:
+        self._source, self._transform, self._grey, self._on_bad_image = source, transform, grey, on_bad_image
+        self._seed = seed
+
+    def __getitem__(self, place: _Place) -> _Sample | DataError:
+        try:
+            image, label, bad = self._source.load(place.index, self._on_bad_image)
+        except DataError as error:
+            return error
+        if self._grey:
+            image = image.convert("L")
+        if self._seed is None:
+            return _Sample(self._transform(image), label, bad)
+        with seeded_generators(_SAMPLE, self._seed, place.epoch, place.index):
+            return _Sample(self._transform(image), label, bad)
+
+
+def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
+    good: list[_Sample] = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        good.append(sample)
+    labels = torch.tensor([sample.label for sample in good])
+    return _Batch(torch.stack([sample.image for sample in good]), labels, [bad for one in good for bad in one.bad])
+
+
+class ImageLoader:
+    """Iterates over batches of one epoch; see `create_loader`."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        samples: Dataset[_Sample | DataError],
+        batches: _Batches,
+        *,
+        mixing: Augmentation | None,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        self._batches = batches
+        self._mixing = mixing
+        self._mixup: Mixup | None = None
+        if mixing and (mixing.mixup or mixing.cutmix):
+            self._mixup = Mixup(
+                mixing.mixup,
+                mixing.cutmix,
+                prob=mixing.mixup_prob,
+                switch_prob=mixing.mixup_switch_prob,
+                label_smoothing=mixing.smoothing,
+                num_classes=dataset.num_classes,
+            )
+        self._loader: DataLoader[_Sample | DataError] = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and the augmentation of the next iterations; the first epoch is 0."""
+        self._batches.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.iter_from(0)
+
+    def iter_from(self, batch_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates from batch `batch_index` of the epoch on, without loading the earlier ones.
+
+        Yields:
+            Images, float32 [B, C, H, W], and labels: int64 [B], or float32 [B, classes] where training mixes images or
+            smooths labels.
+
+        Raises:
+            DataError: An image is bad and the policy is 'fail', or a label is out of range.
+        """
+        self._batches.start = batch_index
+        epoch = self._batches.epoch
+        for at, batch in enumerate(self._loader, start=batch_index):
+            if isinstance(batch, DataError):
+                raise batch
+            self.dataset.note_bad(batch.bad)
+            yield self._mix(batch.images, batch.labels, epoch, at)
+
+    def _mix(self, images: Tensor, labels: Tensor, epoch: int, batch_index: int) -> tuple[Tensor, Tensor]:
+        if self._mixing is None:
+            return images, labels
+        smoothed = mixup_target(labels, self.dataset.num_classes, 1.0, self._mixing.smoothing)
+        if self._mixup is None:
+            return images, smoothed
+        even = len(images) // 2 * 2  # timm mixes pairs and refuses odd batches: the last image of one stays as it is
+        with seeded_generators(_MIX, self._batches.seed, epoch, batch_index):
+            _, smoothed[:even] = self._mixup(images[:even], labels[:even])  # mixes the images in place
+        return images, smoothed
+
+
+def create_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    train: bool,
+    input_size: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    on_bad_image: BadImagePolicy = "fail",
+    drop_last: bool = False,
+    pin_memory: bool = False,
+) -> ImageLoader:
+    """Makes an iterable of batches over a data set.
+
+    A sample's augmentation is drawn from (seed, epoch, index), the order from (seed, epoch), mixing from (seed, epoch,
+    batch): the number of workers changes nothing, and the process's own generators are never touched.
+
+    Args:
+        dataset: What to load. Its `bad_images` counts the skipped ones, whichever process met them.
+        batch_size: Images per batch.
+        train: Whether to shuffle, augment and mix. Validation goes through the data set in order.
+        input_size: C, H, W of the network's input; C = 1 makes the images grey.
+        mean: Normalisation, C values for images scaled to 0..1.
+        std: Likewise.
+        augmentation: What to do to the images; a `Recipe` is one too. timm's defaults where None.
+        seed: The run's seed, not negative.
+        workers: Processes that read and augment; they stay alive between epochs. 0 for this process.
+        on_bad_image: `skip` puts the next readable sample in the place of an undecodable one; `fail` raises.
+        drop_last: Leave out the last batch where it is smaller.
+        pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
+
+    Raises:
+        UserError: `mean` or `std` does not fit `input_size`, or there is not even one batch.
+    """
+    augmentation = augmentation or Augmentation()
+    channels = input_size[0]
+    if channels not in (1, 3) or len(mean) != channels or len(std) != channels:
+        raise UserError(
+            f"input_size={input_size} with {len(mean)} mean and {len(std)} std values; expected 1 or 3 channels "
+            "and one value for each"
+        )
+    batches = _Batches(len(dataset), batch_size, shuffle=train, seed=seed, drop_last=drop_last)
+    if not len(batches):
+        raise UserError(f"batch_size={batch_size} is more than the {len(dataset)} images; expected at most that many")
+    transform = build_transform(
+        augmentation, train=train, input_size=input_size, mean=mean, std=std, native_size=dataset.image_size
+    )
+    random = train and not augmentation.no_aug
+    samples = _Samples(dataset, transform, grey=channels == 1, on_bad_image=on_bad_image, seed=seed if random else None)
+    mixes = random and (augmentation.mixup or augmentation.cutmix or augmentation.smoothing)
+    return ImageLoader(
+        dataset, samples, batches, mixing=augmentation if mixes else None, workers=workers, pin_memory=pin_memory
+    )
