@@ -1,16 +1,17 @@
-"""Outside contenders for the cost of one training step through a stack of reversible blocks.
+"""Outside contenders for the cost of one training step through a run of reversible blocks.
 
 Every builder has the signature `build(depth, channels) -> nn.Module`, draws the same weights from the same seed, and
-computes the same function, so that step times and memory compare like with like and outputs can be compared, too:
+computes the same function, so that times and memory compare like with like and gradients can be compared, too:
 
-    streams (a, b), input and output [B, 2C, H, W] = a and b side by side in the channel dimension
-    each of `depth` blocks:  (a, b) -> (b, a + F(b)),  F = conv3x3 - BN - ReLU - conv3x3 - BN on C channels
+    input and output  [B, 2C, H, W]: the streams (a, b) side by side in the channel dimension
+    each block        (a, b) -> (b, a + F(b)),  F = conv3x3 - BN - ReLU - conv3x3 - BN on C channels
 
-F is the branch of timm's BasicBlock. Its input is not passed through an activation: none of the contenders' couplings
-has a place for one outside F, and an activation inside F would cost each of them one more stored or recomputed tensor.
+F is the branch of timm's BasicBlock, and the block is this project's with coupling 1 and act = identity, as in the
+networks of the PETRA paper.
 
-`memcnn` and `revlib` are needed only here: `pip install -r benchmarks/reversible_step/requirements.txt`.
-`python benchmarks/reversible_step/contenders.py` checks every contender against `plain`.
+memcnn and revlib are needed here only: `pip install --no-deps -r benchmarks/reversible_step/requirements.txt`
+(memcnn also asks for SimpleITK and more, for experiments of its own). Running this file checks every contender against
+plain backpropagation.
 """
 
 import argparse
@@ -25,25 +26,33 @@ SEED = 0
 Builder = Callable[[int, int], nn.Module]
 
 
-def branch(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-    )
+class Branch(nn.Sequential):
+    """F of block `index`. The libraries register and rename branches as they like; the index finds them again."""
+
+    def __init__(self, index: int, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.index = index
 
 
-def branches(depth: int, channels: int) -> nn.ModuleList:
-    """The same `depth` branches at every call, whatever the caller's generator state, which is left alone."""
+def build_branches(depth: int, channels: int) -> list[Branch]:
+    """The same branches at every call; the caller's generator state neither matters nor changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return nn.ModuleList(branch(channels) for _ in range(depth))
+        return [Branch(index, channels) for index in range(depth)]
+
+
+def branches_of(model: nn.Module) -> list[Branch]:
+    return sorted((m for m in model.modules() if isinstance(m, Branch)), key=lambda branch: branch.index)
 
 
 class Block(nn.Module):
-    def __init__(self, branch: nn.Module) -> None:
+    def __init__(self, branch: Branch) -> None:
         super().__init__()
         self.branch = branch
 
@@ -52,9 +61,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """The blocks in a row, with stored activations or with `torch.utils.checkpoint` around each block."""
+    """The blocks in a row, with stored activations or with torch's checkpointing of every single block."""
 
-    def __init__(self, branches: nn.ModuleList, *, checkpointed: bool) -> None:
+    def __init__(self, branches: list[Branch], *, checkpointed: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(branch) for branch in branches)
         self.checkpointed = checkpointed
@@ -68,47 +77,37 @@ class Stack(nn.Module):
 
 def build_plain(depth: int, channels: int) -> nn.Module:
     """Ordinary backpropagation with stored activations: the reference."""
-    return Stack(branches(depth, channels), checkpointed=False)
+    return Stack(build_branches(depth, channels), checkpointed=False)
 
 
 def build_checkpoint(depth: int, channels: int) -> nn.Module:
-    """One input kept per block (a' is b, so the pair costs one new tensor), the block run again in the backward."""
-    return Stack(branches(depth, channels), checkpointed=True)
-
-
-class MemcnnStack(nn.Module):
-    """memcnn's additive coupling holds two branches, y1 = x1 + F(x2), y2 = x2 + G(y1): exactly two of our blocks."""
-
-    def __init__(self, branches: nn.ModuleList) -> None:
-        super().__init__()
-        import memcnn
-
-        if len(branches) % 2:
-            raise ValueError(f"memcnn couples blocks in pairs: depth must be even, not {len(branches)}")
-        pairs = zip(branches[::2], branches[1::2], strict=True)
-        self.couplings = nn.ModuleList(
-            # Only the first one keeps its input: memcnn frees the storage of a coupling's input, which would be the
-            # caller's batch here.
-            memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(Fm=f, Gm=g), keep_input=index == 0)
-            for index, (f, g) in enumerate(pairs)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for coupling in self.couplings:
-            x = coupling(x)
-        return x
+    """Every block keeps its input, which is one new tensor per block because the new a is the old b."""
+    return Stack(build_branches(depth, channels), checkpointed=True)
 
 
 def build_memcnn(depth: int, channels: int) -> nn.Module:
-    """memcnn 1.5.2, `InvertibleModuleWrapper` around `AdditiveCoupling`. The depth must be even."""
-    return MemcnnStack(branches(depth, channels))
+    """memcnn's additive coupling holds two branches, y1 = x1 + F(x2), y2 = x2 + G(y1): two blocks. Even depths only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it still imports torch.cuda.amp.custom_fwd
+        import memcnn
+
+    if depth % 2:
+        raise ValueError(f"memcnn couples blocks in pairs: the depth must be even, not {depth}")
+    branches = build_branches(depth, channels)
+    return nn.Sequential(
+        *(
+            # It empties the storage of what it is given, unless told to keep it: the first input is the caller's.
+            memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(Fm=f, Gm=g), keep_input=f.index == 0)
+            for f, g in zip(branches[::2], branches[1::2], strict=True)
+        )
+    )
 
 
 def build_revlib(depth: int, channels: int) -> nn.Module:
-    """revlib 1.7.2, `ReversibleSequential` in its default memory mode: each module is one block of ours."""
+    """revlib's sequence in its default memory mode, an autograd function that reconstructs; one module is one block."""
     import revlib
 
-    return revlib.ReversibleSequential(*branches(depth, channels))
+    return revlib.ReversibleSequential(*build_branches(depth, channels))
 
 
 CONTENDERS: dict[str, Builder] = {
@@ -119,36 +118,49 @@ CONTENDERS: dict[str, Builder] = {
 }
 
 
-def step(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward, loss and backward; the loss and the gradient of the images."""
-    images = images.detach().requires_grad_()
-    loss = model(images * 1.0).square().mean()  # a non-leaf goes in, as in a network
+def step(model: nn.Module, streams: Tensor) -> Tensor:
+    """Forward, loss and backward; returns the loss."""
+    # The reversible libraries' functions need an input with a gradient, as it comes from a stem.
+    loss = model(streams.detach().requires_grad_()).square().mean()
     loss.backward()
-    assert images.grad is not None
-    return loss.detach(), images.grad
+    return loss.detach()
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """The gradients of all parameters in the order of the blocks; None for one of them is an error."""
+    named = [(f"block {b.index} {name}", p.grad) for b in branches_of(model) for name, p in b.named_parameters()]
+    missing = [name for name, gradient in named if gradient is None]
+    if missing:
+        raise RuntimeError(f"no gradient for {missing}")
+    return [gradient for _, gradient in named if gradient is not None]
+
+
+def batch_norm_updates(model: nn.Module) -> list[int]:
+    """How often each block's first batch norm has updated its running statistics."""
+    return [int(branch[1].num_batches_tracked) for branch in branches_of(model)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Check every contender's gradients against plain backpropagation.")
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--channels", type=int, default=8)
     options = parser.parse_args()
-    torch.manual_seed(1)
-    images = torch.randn(4, 2 * options.channels, 12, 12)
-    reference: tuple[Tensor, Tensor, list[Tensor]] | None = None
-    print(f"{'contender':12}{'BN updates/step':>16}{'loss':>10}{'max gradient error':>20}{'finite':>8}")
+    streams = torch.randn(4, 2 * options.channels, 12, 12, generator=torch.Generator().manual_seed(SEED))
+    plain = build_plain(options.depth, options.channels)
+    step(plain, streams)
+    expected = gradients_of(plain)
+    scale = max(float(gradient.abs().max()) for gradient in expected)
     for name, build in CONTENDERS.items():
-        model = build(options.depth, options.channels).train()
-        loss, gradient = step(model, images)
-        missing = [key for key, value in model.named_parameters() if value.grad is None]
-        assert not missing, f"{name}: no gradient for {missing}"
-        gradients = [gradient, *(value.grad for value in model.parameters() if value.grad is not None)]
-        # By shape and order of construction: each library registers the branches in its own order.
-        print(name, loss)
-        del reference
-        reference = (loss, gradient, gradients)
+        model = build(options.depth, options.channels)
+        loss = step(model, streams)
+        gradients = gradients_of(model)
+        error = max(float((g - e).abs().max()) for g, e in zip(gradients, expected, strict=True)) / scale
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        print(
+            f"{name:10}  loss {loss:.6f}  {len(gradients)} gradients, {'all finite' if finite else 'NOT FINITE'}, "
+            f"largest difference to plain {error:.1e}  batch-norm updates per step {batch_norm_updates(model)}"
+        )
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        main()
+    main()

@@ -1,0 +1,138 @@
+"""Stages of PETRA's buffered ancestors: they differ from PETRA only in what they keep."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from petra_zoo.petra.messages import Down, Up
+from petra_zoo.petra.stage import Stage, leaves
+from petra_zoo.reversible import Streams, frozen_statistics
+
+
+class BufferedStage(Stage):
+    """DSP (Xu, Huo, Huang, CVPR 2020): keeps the stage's input and re-runs the stage with the current parameters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.inputs: deque[Streams] = deque()
+
+    def forward(self, up: Up) -> Up:
+        if self.watcher:
+            self.watcher.saw_forward(self, up)
+        self.inputs.append(up.streams)
+        with torch.no_grad():
+            return Up(up.micro_batch, self._run(up.streams, up.micro_batch), up.labels)
+
+    def _run(self, streams: Streams, micro_batch: int) -> Streams:
+        for i, unit in enumerate(self.units):
+            with self.surroundings(i, micro_batch, streams[0].device):
+                streams = unit(*streams)
+        return streams
+
+    def backward(self, down: Down) -> Down:
+        kept = self.inputs.popleft()
+        inputs = leaves(kept, needs_gradient=self.first_unit > 0)
+        with ExitStack() as stack:
+            for unit in self.units:
+                stack.enter_context(frozen_statistics(unit))
+            outputs = self.evaluate(inputs, down.micro_batch)
+        gradients, found = self._vector_jacobian(outputs, down.gradients, inputs)
+        return self._finish_backward(down.micro_batch, kept, gradients, found)
+
+    def in_flight_state(self) -> Any:
+        return list(self.inputs)
+
+    def load_in_flight_state(self, state: Any) -> None:
+        self.inputs = deque(tuple(x.clone() for x in streams) for streams in state)
+
+
+@dataclass
+class _Graph:
+    micro_batch: int
+    inputs: Streams
+    outputs: Streams
+    parameters: list[Tensor]  # the version the graph was built with
+
+
+class GraphStage(Stage):
+    """Keeps the graph of the forward: plain backpropagation where there is no delay.
+
+    With a delay it must keep the parameters too, one copy per version in flight (PipeDream's weight stashing): the
+    classic delayed gradient, taken at the old input and the old parameters, that updates the current ones.
+
+    Args:
+        stash: whether parameters change between a micro-batch's forward and its backward.
+    """
+
+    def __init__(self, *args: Any, stash: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stash = stash and not self.last
+        self.graphs: deque[_Graph] = deque()
+        self._version: list[Tensor] | None = None
+
+    def forward(self, up: Up) -> Up:
+        if self.watcher:
+            self.watcher.saw_forward(self, up)
+        graph = self._build(up.micro_batch, up.streams, self._parameters_now())
+        self.graphs.append(graph)
+        return Up(up.micro_batch, tuple(x.detach() for x in graph.outputs), up.labels)
+
+    def backward(self, down: Down) -> Down:
+        graph = self.graphs.popleft()
+        gradients, found = self._vector_jacobian(graph.outputs, down.gradients, graph.inputs, graph.parameters)
+        return self._finish_backward(down.micro_batch, (), gradients, found)
+
+    def update(self, partial: bool = False) -> bool:
+        updated = super().update(partial)
+        if updated:
+            self._version = None
+        return updated
+
+    def _parameters_now(self) -> list[Tensor]:
+        own = [p for group in self.parameters for p in group]
+        if not self.stash:
+            return list(own)
+        if self._version is None:
+            self._version = [p.detach().clone().requires_grad_() for p in own]
+        return self._version
+
+    def _build(self, micro_batch: int, streams: Streams, parameters: list[Tensor]) -> _Graph:
+        own = [p for group in self.parameters for p in group]
+        copies = {id(p): copy for p, copy in zip(own, parameters, strict=True)}
+        inputs = streams = leaves(streams, needs_gradient=self.first_unit > 0)
+        with torch.enable_grad():
+            for i, unit in enumerate(self.units):
+                named = {name: copies[id(p)] for name, p in unit.named_parameters() if id(p) in copies}
+                with self.surroundings(i, micro_batch, streams[0].device):
+                    streams = functional_call(unit, named, streams) if self.stash else unit(*streams)
+        return _Graph(micro_batch, inputs, streams, parameters)
+
+    def in_flight_state(self) -> Any:
+        """Graphs cannot be saved: their inputs and parameters can, once per version."""
+        versions: list[list[Tensor]] = []
+        entries = []
+        for graph in self.graphs:
+            index = next((i for i, version in enumerate(versions) if version is graph.parameters), len(versions))
+            if index == len(versions):
+                versions.append(graph.parameters)
+            entries.append((graph.micro_batch, tuple(x.detach() for x in graph.inputs), index))
+        current = next((i for i, version in enumerate(versions) if version is self._version), None)
+        detached = [[p.detach() for p in version] for version in versions]
+        return {"versions": detached, "graphs": entries, "current": current}
+
+    def load_in_flight_state(self, state: Any) -> None:
+        versions = [[p.detach().clone().requires_grad_() for p in version] for version in state["versions"]]
+        self._version = None if state["current"] is None else versions[state["current"]]
+        self.graphs = deque()
+        with ExitStack() as stack:  # the forward that built these graphs has updated the statistics already
+            for unit in self.units:
+                stack.enter_context(frozen_statistics(unit))
+            for micro_batch, inputs, index in state["graphs"]:
+                self.graphs.append(self._build(micro_batch, tuple(x.clone() for x in inputs), versions[index]))

@@ -1,0 +1,31 @@
+"""What neighbouring stages send each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from petra_zoo.reversible import Streams
+from petra_zoo.reversible.unit import Gradients
+
+
+@dataclass
+class Up:
+    """Stage j -> j + 1: the output of stage j for a micro-batch; its labels travel along to the last stage."""
+
+    micro_batch: int
+    streams: Streams
+    labels: Tensor
+
+
+@dataclass
+class Down:
+    """Stage j + 1 -> j: the reconstructed output of stage j and the gradient of the loss with respect to it.
+
+    `streams` is empty where stage j does not reconstruct from it.
+    """
+
+    micro_batch: int
+    streams: Streams
+    gradients: Gradients

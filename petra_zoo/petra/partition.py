@@ -1,0 +1,104 @@
+"""Partition of a model's units into stages."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Cost of a micro-batch in forwards of a unit: forward 1, recomputation 1, backward 2; the last stage keeps its graph.
+COST = 4.0
+COST_WITHOUT_RECOMPUTATION = 3.0
+
+
+def count_operations(model: Any, input_size: tuple[int, int, int]) -> list[float]:
+    """Floating-point operations of each unit's forward for one image, counted on the meta device.
+
+    Counts matrix products and convolutions (torch's FlopCounterMode), so it is the same on every machine.
+
+    Args:
+        model: a model with `units()`.
+        input_size: [C, H, W] of an image.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    streams: tuple[torch.Tensor, ...] = (torch.empty(1, *input_size, device="meta"),)
+    streams = (streams[0].to(next(model.parameters()).dtype),)
+    operations = []
+    with torch.no_grad():
+        for unit in model.units():
+            with FlopCounterMode(display=False) as counter:
+                streams = unit(*streams)
+            operations.append(float(counter.get_total_flops()))
+    return operations
+
+
+def balance(costs: Sequence[float], stages: int, last_stage_discount: float = 0.75) -> list[int]:
+    """Splits units into consecutive stages so that the slowest stage is as fast as can be.
+
+    Args:
+        costs: cost of each unit, in order.
+        stages: number of stages J, at most the number of units.
+        last_stage_discount: cost of a unit in the last stage relative to another stage (3/4 where it keeps its graph).
+
+    Returns:
+        Units per stage. Of equally good partitions the one whose early stages are smallest: they have most in flight.
+    """
+    total = [0.0, *accumulate(costs)]
+    n = len(costs)
+    # best[j][i]: (slowest stage, partition) of units i.. in j stages
+    best: list[list[tuple[float, tuple[int, ...]]]] = [[], []]
+    best[1] = [((total[n] - total[i]) * last_stage_discount, (n - i,)) for i in range(n)]
+    for j in range(2, stages + 1):
+        row = []
+        for i in range(n - j + 1):
+            row.append(
+                min(
+                    (max(total[k] - total[i], best[j - 1][k][0]), (k - i, *best[j - 1][k][1]))
+                    for k in range(i + 1, n - j + 2)
+                )
+            )
+        best.append(row)
+    return list(best[stages][0][1])
+
+
+def partition(
+    model: Any,
+    units: int,
+    stages: int | None,
+    split: Sequence[int] | None,
+    input_size: tuple[int, int, int] | None,
+    costs: Sequence[float] | None = None,
+    last_stage_discount: float = 0.75,
+) -> list[range]:
+    """The units of each stage, given (`split`) or balanced (`stages`).
+
+    Raises:
+        ValueError: more stages than units, a split that does not fit, or neither of the two.
+    """
+    if split is not None:
+        if stages is not None and stages != len(split):
+            raise ValueError(f"split={list(split)} has {len(split)} stages, but stages={stages}: give one of them")
+        if any(n < 1 for n in split) or sum(split) != units:
+            raise ValueError(
+                f"split={list(split)} must be positive and add up to the model's {units} units, not {sum(split)}"
+            )
+        sizes = list(split)
+    elif stages is None:
+        raise ValueError("give stages=J, or split=[units per stage]")
+    elif not 1 <= stages <= units:
+        raise ValueError(f"stages={stages} does not fit a model of {units} units: choose 1 to {units}")
+    elif stages == units:
+        sizes = [1] * units
+    else:
+        if costs is None:
+            size = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
+            if size is None:
+                raise ValueError("the model does not say its input size: give input_size=(C, H, W), or split=[...]")
+            costs = count_operations(model, tuple(size))
+        sizes = balance(costs, stages, last_stage_discount)
+    bounds = [0, *accumulate(sizes)]
+    return [range(a, b) for a, b in pairwise(bounds)]

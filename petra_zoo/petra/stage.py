@@ -1,0 +1,247 @@
+"""One stage of PETRA: Algorithm 1 of arXiv 2406.02052, from the worker's perspective.
+
+A stage holds one version of its parameters. Within a tick its forward and its backward both use the parameters from
+before the tick's update. Nothing is kept in reversible units; a unit without an inverse keeps a FIFO of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from petra_zoo.petra.generator import seed_generators
+from petra_zoo.petra.messages import Down, Up
+from petra_zoo.reversible import CoupledUnit, Reversal, Streams, Unit
+from petra_zoo.reversible.unit import Gradients, gradients_of
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages of a pipeline share."""
+
+    loss: Loss
+    accumulation_steps: int = 1
+    seed: int = 0
+    autocast: torch.dtype | None = None
+    clip_grad: float | None = None
+    last_stage_keeps_graph: bool = True
+
+
+class Watcher(Protocol):
+    """What a probe sees of a stage; see `petra_zoo.petra.probes`."""
+
+    def saw_forward(self, stage: Stage, up: Up) -> None: ...
+
+    def saw_backward(self, stage: Stage, micro_batch: int, inputs: Streams, gradients: dict[int, Tensor]) -> None: ...
+
+
+class Stage:
+    """Consecutive units, the optimizer of their parameters and what is in flight between forward and backward.
+
+    Args:
+        units: the stage's units.
+        first_unit: index of the first of them in the model.
+        settings: shared by all stages.
+        sends_streams: whether the stage below reconstructs, that is, wants to be sent its output back.
+        last: whether this is the last stage, which has no delay.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], first_unit: int, settings: Settings, sends_streams: bool, last: bool
+    ) -> None:
+        self.units = list(units)
+        self.first_unit = first_unit
+        self.settings = settings
+        self.sends_streams = sends_streams
+        self.last = last
+        self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in units]
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.scheduler: Any = None
+        self.fifos: list[deque[Streams]] = [deque() for _ in units]
+        self.gradients_in_window = 0
+        self.watcher: Watcher | None = None
+
+    # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
+
+    def forward(self, up: Up) -> Up:
+        """x_j = F_j(x_{j-1}, theta_j) for a young micro-batch."""
+        if self.watcher:
+            self.watcher.saw_forward(self, up)
+        streams = up.streams
+        with torch.no_grad():
+            for i, unit in enumerate(self.units):
+                if self._keeps_input(unit):
+                    self.fifos[i].append(streams)
+                with self.surroundings(i, up.micro_batch, streams[0].device):
+                    streams = unit(*streams)
+        return Up(up.micro_batch, streams, up.labels)
+
+    def backward(self, down: Down) -> Down:
+        """Reconstruction and vector-Jacobian product of an older micro-batch, with the *current* parameters."""
+        streams, gradients = down.streams, down.gradients
+        found: dict[int, Tensor] = {}
+        for i in reversed(range(len(self.units))):
+            unit = self.units[i]
+            kept = self.fifos[i].popleft() if self._keeps_input(unit) else None  # exact: re-anchors what is below
+            with self.surroundings(i, down.micro_batch, _device(gradients)):
+                reversal = self._backward_unit(unit, kept, streams, gradients, i)
+            streams, gradients = kept or reversal.inputs, reversal.input_gradients
+            _collect(found, self.parameters[i], reversal.parameter_gradients)
+        return self._finish_backward(down.micro_batch, streams, gradients, found)
+
+    def forward_backward(self, up: Up) -> tuple[Down, Tensor, Tensor]:
+        """The last stage, which has no delay: forward, loss and backward of one micro-batch in one tick.
+
+        Returns:
+            The message down, the loss (0-d) and the logits.
+        """
+        if not self.settings.last_stage_keeps_graph:
+            logits = self.forward(up).streams[0]
+            loss, d_logits = self._loss(logits, up.labels)
+            return self.backward(Down(up.micro_batch, (logits,), (d_logits,))), loss, logits
+        if self.watcher:
+            self.watcher.saw_forward(self, up)
+        inputs = leaves(up.streams, needs_gradient=self.first_unit > 0)
+        logits = self.evaluate(inputs, up.micro_batch)[0]
+        loss, d_logits = self._loss(logits.detach(), up.labels)
+        gradients, found = self._vector_jacobian((logits,), (d_logits,), inputs)
+        return self._finish_backward(up.micro_batch, up.streams, gradients, found), loss, logits.detach()
+
+    def update(self, partial: bool = False) -> bool:
+        """theta_j = Optimizer_j(theta_j, mean of the window's gradients), once the window is full.
+
+        Args:
+            partial: update with the gradients there are.
+        """
+        count = self.gradients_in_window
+        if count == 0 or (count < self.settings.accumulation_steps and not partial):
+            return False
+        self.gradients_in_window = 0
+        if self.optimizer is None:
+            return True
+        flat = [p for group in self.parameters for p in group if p.grad is not None]
+        if count > 1:
+            torch._foreach_div_([p.grad for p in flat], float(count))
+        if self.settings.clip_grad is not None:
+            clip_grad_norm_(flat, self.settings.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, streams: Streams, micro_batch: int) -> Streams:
+        """Runs the units with a graph."""
+        with torch.enable_grad():
+            for i, unit in enumerate(self.units):
+                with self.surroundings(i, micro_batch, streams[0].device):
+                    streams = unit(*streams)
+        return streams
+
+    @contextmanager
+    def surroundings(self, i: int, micro_batch: int, device: torch.device) -> Iterator[None]:
+        """What every evaluation of unit i for a micro-batch shares: random numbers and autocast."""
+        seed_generators(self.settings.seed, self.first_unit + i, micro_batch, device)
+        with ExitStack() as stack:
+            if self.settings.autocast is not None:
+                stack.enter_context(torch.autocast(device.type, dtype=self.settings.autocast))
+            yield
+
+    def _keeps_input(self, unit: Unit) -> bool:
+        return not unit.reversible or unit.anchor
+
+    def _backward_unit(
+        self, unit: Unit, kept: Streams | None, streams: Streams, gradients: Gradients, i: int
+    ) -> Reversal:
+        if unit.reversible:
+            assert isinstance(unit, CoupledUnit)
+            return unit.reverse(streams, gradients, self.parameters[i])
+        assert kept is not None
+        return unit.recompute(kept, gradients, self.parameters[i], needs_input_gradient=self.first_unit + i > 0)
+
+    def _vector_jacobian(
+        self, outputs: Streams, gradients: Gradients, inputs: Streams, parameters: list[Tensor] | None = None
+    ) -> tuple[Gradients, dict[int, Tensor]]:
+        """Gradients of the inputs, and of the parameters by id; `parameters` replaces the stage's own."""
+        own = [p for group in self.parameters for p in group]
+        wanted = [x for x in inputs if x.requires_grad]
+        found = gradients_of(outputs, gradients, [*wanted, *(own if parameters is None else parameters)])
+        of_inputs = iter(found[: len(wanted)])
+        by_parameter: dict[int, Tensor] = {}
+        _collect(by_parameter, own, found[len(wanted) :])
+        return tuple(next(of_inputs) if x.requires_grad else None for x in inputs), by_parameter
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self.settings.loss(logits if logits.dtype == torch.float64 else logits.float(), labels)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    def _finish_backward(
+        self, micro_batch: int, inputs: Streams, gradients: Gradients, found: dict[int, Tensor]
+    ) -> Down:
+        """Adds a micro-batch's parameter gradients to the window and addresses the message down."""
+        if self.watcher:
+            self.watcher.saw_backward(self, micro_batch, inputs, found)
+        for p in (p for group in self.parameters for p in group):
+            gradient = found.get(id(p))
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        self.gradients_in_window += 1
+        return Down(micro_batch, inputs if self.sends_streams else (), gradients)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, schedule, accumulated gradients and everything in flight inside the stage."""
+        return {
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "gradients": [p.grad for group in self.parameters for p in group],
+            "gradients_in_window": self.gradients_in_window,
+            "in_flight": self.in_flight_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave; the model's own parameters must have been restored before."""
+        if self.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler:
+            self.scheduler.load_state_dict(state["scheduler"])
+        flat = [p for group in self.parameters for p in group]
+        for p, gradient in zip(flat, state["gradients"], strict=True):
+            p.grad = None if gradient is None else gradient.clone()
+        self.gradients_in_window = state["gradients_in_window"]
+        self.load_in_flight_state(state["in_flight"])
+
+    def in_flight_state(self) -> Any:
+        """What the stage keeps between the forward and the backward of a micro-batch."""
+        return [list(fifo) for fifo in self.fifos]
+
+    def load_in_flight_state(self, state: Any) -> None:
+        """Restores what `in_flight_state` gave."""
+        self.fifos = [deque(tuple(x.clone() for x in streams) for streams in fifo) for fifo in state]
+
+
+def leaves(streams: Streams, needs_gradient: bool) -> Streams:
+    """Copies of the streams that start a graph."""
+    return tuple(x.detach().requires_grad_(needs_gradient) for x in streams)
+
+
+def _collect(found: dict[int, Tensor], parameters: list[nn.Parameter], gradients: Gradients) -> None:
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            found[id(p)] = found[id(p)] + gradient if id(p) in found else gradient
+
+
+def _device(gradients: Gradients) -> torch.device:
+    return next(g.device for g in gradients if g is not None)

@@ -1,0 +1,75 @@
+"""`petra-zoo recipes`: listing, showing, copying."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from petra_zoo.cli.recipes_command import app
+from petra_zoo.errors import UserError
+from petra_zoo.training.recipe import list_recipes, load_recipe
+
+DIGITS = "digits/petra_revnet_tiny"
+
+
+def run(*arguments: str) -> str:
+    result: Result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_ls_prints_one_name_per_line_in_a_pipe() -> None:
+    assert run("ls").splitlines() == list_recipes()
+
+
+def test_ls_takes_a_pattern() -> None:
+    assert all(name.startswith("shapes/") for name in run("ls", "shapes/*").splitlines())
+    assert run("ls", "nothing*") == ""
+
+
+def test_ls_gives_json() -> None:
+    rows = {row["name"]: row for row in json.loads(run("ls", "--json"))}
+    assert rows[DIGITS]["model"] == "petra_revnet_tiny"
+    assert rows[DIGITS]["method"] == "petra"
+
+
+def test_ls_draws_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any output for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    output = run("ls")
+    assert "epochs" in output
+    assert DIGITS in output
+
+
+def test_show_prints_the_file_with_its_comments() -> None:
+    output = run("show", DIGITS)
+    assert output.startswith("#")
+    assert "petra-zoo train digits/petra_revnet_tiny" in output
+
+
+def test_show_of_an_unknown_recipe_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="unknown recipe"):
+        run("show", "digits/nothing")
+
+
+def test_cp_makes_folders_and_a_recipe_that_loads(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "own.yaml"
+    assert run("cp", DIGITS, str(target)).strip() == str(target)
+    assert load_recipe(str(target)) == load_recipe(DIGITS)
+
+
+def test_cp_into_a_folder_keeps_the_name(tmp_path: Path) -> None:
+    run("cp", DIGITS, str(tmp_path))
+    assert (tmp_path / "petra_revnet_tiny.yaml").exists()
+
+
+def test_cp_overwrites_only_when_forced(tmp_path: Path) -> None:
+    target = tmp_path / "own.yaml"
+    target.write_text("mine")
+    with pytest.raises(UserError, match="exists; choose another name, or overwrite it with --force"):
+        run("cp", DIGITS, str(target))
+    assert target.read_text() == "mine"
+    run("cp", DIGITS, str(target), "--force")
+    assert target.read_text() != "mine"

@@ -1,0 +1,136 @@
+"""Recipes: what can be said, what is refused and how, and that what is saved comes back."""
+
+from pathlib import Path
+
+import pytest
+
+from petra_zoo.errors import UserError
+from petra_zoo.training.recipe import Recipe, list_recipes, load_recipe, make_recipe, save_recipe
+
+DIGITS = "digits/petra_revnet_tiny"
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(DIGITS, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_installed_recipes_are_listed_and_all_of_them_load() -> None:
+    assert DIGITS in list_recipes()
+    for name in list_recipes():
+        assert load_recipe(name).dataset == name.partition("/")[0]
+
+
+def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.yaml", "model: petra_revnet18\ndataset: shapes\n")
+    assert load_recipe(path).model == "petra_revnet18"
+
+
+def test_overrides_are_typed_and_the_later_one_wins() -> None:
+    recipe = load_recipe(
+        DIGITS, ["lr=1e-4", "epochs=3", "split=[1, 2, 3, 4]", "amp=true", "data_dir=/data", "lr=1e-3", "aa=null"]
+    )
+    assert recipe.lr == 1e-3  # a string to YAML, which wants 1.0e-3
+    assert (recipe.epochs, recipe.split, recipe.amp) == (3, [1, 2, 3, 4], True)
+    assert recipe.data_dir == Path("/data")
+
+
+def test_a_mapping_can_be_overridden() -> None:
+    assert load_recipe(DIGITS, ["model_kwargs={coupling: 0.5}"]).model_kwargs == {"coupling": 0.5}
+
+
+def test_timms_name_for_accumulation_replaces_ours(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.yaml", "model: m\ndataset: shapes\naccumulation_steps: 2\n")
+    assert load_recipe(path, ["grad_accum_steps=4"]).accumulation_steps == 4
+
+
+def test_unknown_recipe_gives_the_nearest() -> None:
+    with pytest.raises(UserError, match=f"unknown recipe 'digit/petra_revnet_tiny'; did you mean '{DIGITS}'"):
+        load_recipe("digit/petra_revnet_tiny")
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"recipe file nowhere\.yaml cannot be read"):
+        load_recipe("nowhere.yaml")
+
+
+def test_unknown_setting_gives_the_nearest() -> None:
+    assert refusal("epoch=3") == "unknown setting 'epoch'; did you mean 'epochs'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lr=-1", "lr=-1: expected greater than 0"),
+        ("lr=.inf", "lr=inf: expected a finite number"),
+        ("lr=fast", "lr='fast': expected a valid number, unable to parse string as a number"),
+        ("stages=0", "stages=0: expected greater than or equal to 1"),
+        ("batch_size=1.5", "batch_size=1.5: expected a valid integer, got a number with a fractional part"),
+        ("method=foo", "method='foo': expected 'petra', 'dsp', 'delayed', 'backprop' or 'reversible'"),
+        ("opt_betas=[0.9]", "opt_betas=[0.9]: entry 1: required, but not given"),
+        ("decay_milestones=[1,x]", "decay_milestones=[1, 'x']: entry 1: expected a valid integer, unable to parse "
+         "string as an integer"),
+        ("scale=3", "scale=3: expected a list"),
+        ("data_dir=5", "data_dir=5: expected a path"),
+        ("device=gpu", "device='gpu': expected text of the form '^(cpu|cuda(:[0-9]+)?)$'"),
+        ("opt=sdg", "opt='sdg': expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw"),
+        ("split=[1,2]", "split=[1, 2] has 2 entries; expected one per stage, stages=4"),
+        ("lr_base=0.1", "lr and lr_base are both set; set one of them to null"),
+        ("epochs", "override 'epochs' is not KEY=VALUE, such as lr=0.1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_in_one_line(override: str, message: str) -> None:
+    assert refusal(override) == message
+
+
+def test_broken_yaml_in_an_override_is_one_line() -> None:
+    assert refusal("split=[1").startswith("override 'split=[1': the value is not valid YAML")
+
+
+def test_several_wrong_values_are_all_named() -> None:
+    assert refusal("lr=-1", "stages=0") == (
+        "stages=0: expected greater than or equal to 1; lr=-1: expected greater than 0"
+    )
+
+
+def test_what_is_required_is_named() -> None:
+    with pytest.raises(UserError, match="^model: required, but not given; dataset: required, but not given$"):
+        make_recipe({})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- model", "is not a YAML mapping"), ("", "is not a YAML mapping"), ("model: [", "is not valid YAML")],
+)
+def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "bad.yaml", text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_lr_base_scales_with_the_images_per_update() -> None:
+    recipe = load_recipe(DIGITS, ["lr=null", "lr_base=0.2", "lr_base_size=128", "batch_size=32", "grad_accum_steps=8"])
+    assert recipe.learning_rate == pytest.approx(0.4)
+    assert load_recipe(DIGITS, ["lr=0.3"]).learning_rate == 0.3
+    assert load_recipe(DIGITS, ["lr=null", "batch_size=256"]).learning_rate == pytest.approx(0.1)
+
+
+def test_a_saved_recipe_comes_back_equal_with_the_network_first(tmp_path: Path) -> None:
+    recipe = load_recipe(DIGITS, ["scale=[0.5, 1]", "data_dir=/data", "opt_betas=[0.9, 0.99]", "opt_kwargs={a: 1}"])
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(str(tmp_path / "saved.yaml")) == recipe
+    assert (tmp_path / "saved.yaml").read_text().startswith("model: petra_revnet_tiny\n")
+
+
+def test_every_setting_has_a_default_but_model_and_dataset() -> None:
+    required = [name for name, field in Recipe.model_fields.items() if field.is_required()]
+    assert required == ["model", "dataset"]
