@@ -137,7 +137,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 def batch_norm_updates(model: nn.Module) -> list[int]:
     """How often each block's first batch norm has updated its running statistics."""
-    return [int(branch[1].num_batches_tracked) for branch in branches_of(model)]
+    return [int(branch.get_buffer("1.num_batches_tracked")) for branch in branches_of(model)]
 
 
 def main() -> None:

@@ -16,6 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
+
+import petra_zoo  # noqa: F401  (importing it registers our models)
 
 FETCH_SECONDS = 120
 RUN_SECONDS = 570
@@ -150,12 +153,16 @@ def timm_tests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return _fetch(tmp_path_factory.mktemp("timm-suite"))
 
 
+def test_every_registered_model_is_listed() -> None:
+    assert sorted(timm.list_models("petra_*")) == sorted(SMALL + LARGE)
+
+
 @pytest.mark.timeout(OUTER_SECONDS)
 @pytest.mark.parametrize("model", SMALL)
 def test_small_model(model: str, timm_tests: Path, request: pytest.FixtureRequest) -> None:
     # One process for all small models selected in this session: importing timm costs more than some models do.
-    selected = {i.callspec.params["model"] for i in request.session.items if i.name.startswith("test_small_model[")}
-    _check(model, timm_tests, tuple(name for name in SMALL if name in selected))
+    selected = {item.name for item in request.session.items}
+    _check(model, timm_tests, tuple(name for name in SMALL if f"test_small_model[{name}]" in selected))
 
 
 @pytest.mark.slow

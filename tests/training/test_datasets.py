@@ -184,7 +184,7 @@ def test_missing_and_empty_folders_say_what_was_expected(tmp_path: Path) -> None
 
 def test_a_bad_image_is_named(image_folder: Path) -> None:
     bad = image_folder / "train" / "c2" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:60])
+    bad.write_bytes(bad.read_bytes()[:45])  # cut in its pixels, behind a whole header
     train = open_dataset("folder", "train", data_dir=image_folder)
     broken = next(index for index in range(len(train)) if train.source(index) == str(bad))
     with pytest.raises(DataError, match=r"c2/1\.png cannot be read"):

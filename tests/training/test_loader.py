@@ -176,8 +176,8 @@ def test_smoothing_gives_soft_labels_only_in_training() -> None:
 
 
 def test_mixup_of_an_odd_batch_leaves_its_last_image() -> None:
-    plain = list(make_loader(length=5, augmentation=Augmentation()))[0]
-    mixed = list(make_loader(length=5, augmentation=Augmentation(mixup=1.0)))[0]
+    plain = next(iter(make_loader(length=5, augmentation=Augmentation())))
+    mixed = next(iter(make_loader(length=5, augmentation=Augmentation(mixup=1.0))))
     assert torch.equal(plain[0][4], mixed[0][4])
     assert not torch.equal(plain[0][0], mixed[0][0])
     assert mixed[1][4].tolist() == torch.nn.functional.one_hot(plain[1][4], 10).tolist()

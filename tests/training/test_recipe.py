@@ -102,7 +102,7 @@ def test_several_wrong_values_are_all_named() -> None:
 
 
 def test_what_is_required_is_named() -> None:
-    with pytest.raises(UserError, match="^model: required, but not given; dataset: required, but not given$"):
+    with pytest.raises(UserError, match=r"^model: required, but not given; dataset: required, but not given$"):
         make_recipe({})
 
 

@@ -1,0 +1,237 @@
+"""From a recipe to the objects of a run: data, model, optimizer, schedule, pipeline."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra import Pipeline
+from petra_zoo.training.datasets import ImageDataset, open_dataset
+from petra_zoo.training.loader import ImageLoader, create_loader
+from petra_zoo.training.recipe import Recipe
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The recipe's device, or the GPU where there is one.
+
+    Raises:
+        UserError: a GPU was asked for and there is none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={name}: torch sees no CUDA device here; use device=cpu")
+    return torch.device(name)
+
+
+def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the validation split.
+
+    Raises:
+        UserError: the data is missing or has more classes than the recipe says.
+    """
+    train, val = (
+        open_dataset(
+            recipe.dataset,
+            split,
+            data_dir=recipe.data_dir,
+            download=recipe.dataset_download,
+            split_name=recipe.train_split if split == "train" else recipe.val_split,
+        )
+        for split in ("train", "val")
+    )
+    if recipe.num_classes is not None and recipe.num_classes < train.num_classes:
+        raise UserError(
+            f"num_classes={recipe.num_classes}, but data set {recipe.dataset} has labels 0 to {train.num_classes - 1}: "
+            f"set num_classes={train.num_classes}, or leave it out"
+        )
+    return train, val
+
+
+def check_image_size(model: nn.Module, name: str, size: int) -> None:
+    """Refuses images smaller than what the network reduces one pixel from.
+
+    Raises:
+        UserError: the image is too small; names a model that takes it.
+    """
+    reduction = model.feature_info[-1]["reduction"]
+    if size < reduction:
+        raise UserError(
+            f"images of {size}x{size} are too small for {name}, which reduces by {reduction}: "
+            f"use img_size={reduction} or more, or a model for small images (petra_revnet_tiny, petra_revnet18_cifar)"
+        )
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` for a model of the zoo, with one clear line where it does not exist.
+
+    Raises:
+        UserError: no such model, one without units, or arguments that it does not take.
+    """
+    local = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    architecture = name.split(".", 1)[0]
+    if not local and architecture not in (known := timm.list_models("petra_*")):
+        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
+        what = "is timm's, but not reversible" if timm.is_model(architecture) else "is unknown"
+        raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name!r}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise UserError(f"model {name!r}: {_first_line(error)}; see petra-zoo list") from error
+
+
+def build_model(recipe: Recipe, train: ImageDataset) -> nn.Module:
+    """The recipe's model for the classes of the data, initialised from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    kwargs = dict(recipe.model_kwargs)
+    if recipe.drop:
+        kwargs["drop_rate"] = recipe.drop
+    if recipe.drop_path:
+        kwargs["drop_path_rate"] = recipe.drop_path
+    model = create_model(
+        recipe.model,
+        pretrained=recipe.pretrained,
+        num_classes=recipe.num_classes or train.num_classes,
+        in_chans=recipe.in_chans,
+        **kwargs,
+    )
+    check_image_size(model, recipe.model, image_size(recipe, train, model))
+    return model.to(choose_device(recipe.device), memory_format=memory_format(recipe))
+
+
+def memory_format(recipe: Recipe) -> torch.memory_format:
+    """How image tensors are laid out."""
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+
+def image_size(recipe: Recipe, data: ImageDataset, model: nn.Module) -> int:
+    """Height and width of the network's input: the recipe's, else the images' own, else the model's."""
+    return int(recipe.img_size or data.image_size or model.pretrained_cfg["input_size"][-1])
+
+
+def data_config(recipe: Recipe, data: ImageDataset, model: nn.Module) -> dict[str, Any]:
+    """What preprocessing a checkpoint of this run needs, in timm's words; it goes into config.json."""
+    size = image_size(recipe, data, model)
+    mean, std = (data.mean, data.std) if recipe.in_chans == 3 else ((sum(data.mean) / 3,), (sum(data.std) / 3,))
+    native = data.image_size == size
+    return {
+        "input_size": (recipe.in_chans, size, size),
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic" if recipe.interpolation == "random" else recipe.interpolation,
+        "crop_pct": recipe.crop_pct or (1.0 if native else 0.875),
+    }
+
+
+def build_loaders(
+    recipe: Recipe, train: ImageDataset, val: ImageDataset, config: dict[str, Any], device: torch.device
+) -> tuple[ImageLoader, ImageLoader]:
+    """Loaders of both splits."""
+    common = {key: config[key] for key in ("input_size", "mean", "std")} | {
+        "augmentation": recipe,
+        "seed": recipe.seed,
+        "workers": recipe.workers,
+        "on_bad_image": recipe.on_bad_image,
+        "pin_memory": device.type == "cuda",
+    }
+    return (
+        create_loader(train, batch_size=recipe.batch_size, train=True, **common),
+        create_loader(val, batch_size=recipe.validation_batch_size or recipe.batch_size, train=False, **common),
+    )
+
+
+def optimizer_factory(recipe: Recipe, model: nn.Module) -> Callable[[NamedParameters], torch.optim.Optimizer]:
+    """Makes a stage's optimizer: timm's, with timm's parameter groups of the whole model cut down to the stage."""
+    skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    if recipe.layer_decay is not None:
+        groups = param_groups_layer_decay(model, recipe.weight_decay, skip, recipe.layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, recipe.weight_decay, skip)
+    options: dict[str, Any] = dict(recipe.opt_kwargs)
+    if recipe.opt_eps is not None:
+        options["eps"] = recipe.opt_eps
+    if recipe.opt_betas is not None:
+        options["betas"] = recipe.opt_betas
+
+    def make(named: NamedParameters) -> torch.optim.Optimizer:
+        own = {id(p) for _, p in named}
+        mine = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
+        try:
+            return create_optimizer_v2(
+                [group for group in mine if group["params"]],
+                opt=recipe.opt,
+                lr=recipe.learning_rate,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                **options,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer {recipe.opt!r}: {_first_line(error)}") from error
+
+    return make
+
+
+def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch.optim.Optimizer], Any]:
+    """Makes a stage's schedule: timm's, advanced with every update."""
+    updates = max(1, math.ceil(batches_per_epoch / recipe.accumulation_steps))
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        return create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            decay_epochs=recipe.decay_epochs,
+            decay_milestones=recipe.decay_milestones,
+            cooldown_epochs=recipe.cooldown_epochs,
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_prefix=recipe.warmup_prefix,
+            step_on_epochs=False,
+            updates_per_epoch=updates,
+        )[0]
+
+    return make
+
+
+def build_pipeline(recipe: Recipe, model: nn.Module, batches_per_epoch: int, config: dict[str, Any]) -> Pipeline:
+    """The engine for a recipe.
+
+    Raises:
+        UserError: stages or split do not fit the model.
+    """
+    try:
+        return Pipeline(
+            model,
+            None if recipe.split else recipe.stages,
+            split=recipe.split,
+            method=recipe.method,
+            accumulation_steps=recipe.accumulation_steps,
+            optimizer=optimizer_factory(recipe, model),
+            scheduler=scheduler_factory(recipe, batches_per_epoch),
+            autocast=torch.bfloat16 if recipe.amp else None,
+            clip_grad=recipe.clip_grad,
+            last_stage=recipe.last_stage,
+            seed=recipe.seed,
+            input_size=config["input_size"],
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

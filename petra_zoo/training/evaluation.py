@@ -1,0 +1,84 @@
+"""Accuracy of a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores.
+
+    Attributes:
+        top1: share of images whose label is the best guess, in percent.
+        top5: share whose label is among the best five, in percent.
+        loss: mean cross-entropy.
+        images: how many images were seen.
+        confusion: [classes, classes] counts; row: label, column: prediction.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    confusion: Tensor
+
+    def worst_classes(self, names: list[str], count: int = 3) -> list[dict[str, Any]]:
+        """The classes most often mistaken: accuracy, and what they are taken for most."""
+        totals = self.confusion.sum(1)
+        accuracy = self.confusion.diagonal() / totals.clamp_min(1)
+        worst = [int(i) for i in torch.argsort(accuracy, stable=True) if totals[i] > 0 and accuracy[i] < 1][:count]
+        rows = []
+        for i in worst:
+            others = self.confusion[i].clone()
+            others[i] = 0
+            j = int(others.argmax())
+            rows.append(
+                {
+                    "class": names[i],
+                    "accuracy": 100.0 * float(accuracy[i]),
+                    "images": int(totals[i]),
+                    "taken_for": names[j],
+                    "times": int(others[j]),
+                }
+            )
+        return rows
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Evaluation:
+    """Runs a model over batches.
+
+    Args:
+        predict: images [B, C, H, W] -> logits [B, num_classes], in eval mode.
+        batches: images and labels [B].
+        num_classes: number of logits.
+        device: where the model is.
+        memory_format: layout of the images.
+    """
+    correct1 = correct5 = images_seen = 0
+    loss = 0.0
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    for images, labels in batches:
+        logits = predict(images.to(device, memory_format=memory_format, non_blocking=True)).float().cpu()
+        best = logits.topk(min(5, num_classes), dim=1).indices
+        hits = best == labels[:, None]
+        correct1 += int(hits[:, 0].sum())
+        correct5 += int(hits.sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        images_seen += len(labels)
+        confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
+    seen = max(1, images_seen)
+    return Evaluation(100.0 * correct1 / seen, 100.0 * correct5 / seen, loss / seen, images_seen, confusion)

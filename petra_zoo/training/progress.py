@@ -1,0 +1,107 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from petra_zoo.training.evaluation import Evaluation
+from petra_zoo.training.recipe import Recipe
+
+
+class Reporter:
+    """Reports a run to a console.
+
+    Args:
+        console: rich's; whether it is a terminal decides between a bar and lines.
+        quiet: say nothing at all.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(highlight=False)
+        self.quiet = quiet
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._plain_interval = 0
+
+    def start(self, recipe: Recipe, partition: list[int], batches: int, epochs: int) -> None:
+        """Says what is about to run."""
+        self._plain_interval = recipe.log_interval * recipe.accumulation_steps
+        if recipe.method in ("backprop", "reversible"):
+            how = f"{recipe.method} (exact, no delay)"
+        else:
+            how = f"{recipe.method}: {len(partition)} stages of {', '.join(map(str, partition))} units"
+        self.line(f"{recipe.model} on {recipe.dataset}, {how}, {epochs} epochs of {batches} micro-batches")
+        if self.console.is_terminal and not self.quiet:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("training", total=batches * epochs, state="")
+
+    def batch(
+        self, epoch: int, done: int, total: int, loss: float | None, top1: float, speed: float, fill: str
+    ) -> None:
+        """One micro-batch was fed."""
+        if self._bar:
+            shown = f"loss {loss:.3f} acc {top1:.1f}%" if loss is not None else "filling"
+            state = f"{shown}  {speed:.0f} img/s  in flight {fill}"
+            self._bar.update(self._task, description=f"epoch {epoch + 1}", completed=done, state=state)
+        elif loss is not None and self._plain_interval and done % self._plain_interval == 0:
+            left = (total - done) / max(done, 1)
+            self.line(
+                f"epoch {epoch + 1}  {done}/{total}  loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {left:.1f}x left"
+            )
+
+    def epoch(self, epoch: int, train_loss: float, result: Evaluation, seconds: float) -> None:
+        """An epoch ended and was validated."""
+        self.line(
+            f"epoch {epoch + 1:>3}  train loss {train_loss:.4f}  val loss {result.loss:.4f}  "
+            f"val top-1 {result.top1:.2f} %  {seconds:.1f} s"
+        )
+
+    def line(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def show(self) -> None:
+        """Shows the bar, once there is one."""
+        if self._bar:
+            self._bar.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class Speed:
+    """Images per second over a sliding window of about five seconds."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+        self._images = 0
+
+    def add(self, images: int) -> float:
+        """Counts images and gives the present speed."""
+        now = time.perf_counter()
+        self._images += images
+        self._marks.append((now, self._images))
+        while len(self._marks) > 2 and now - self._marks[0][0] > 5.0:
+            self._marks.pop(0)
+        then, before = self._marks[0]
+        return (self._images - before) / max(now - then, 1e-9)
