@@ -23,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
         apart: tensors (parameters, their gradients, buffers, a batch) that exist already and do not count.
 
     Attributes:
-        now: live bytes at this moment.
+        now: live bytes after the last operation.
         peak: the largest `now` so far.
 
     Example:
@@ -36,30 +36,38 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._seen: dict[int, int] = {}  # storage address -> bytes; 0 for what does not count
+        self._alive: dict[int, weakref.ref[Any]] = {}  # by the storage's address
+        self._apart: set[int] = set()
         for x in apart:
-            self._seen[x.untyped_storage()._cdata] = 0
+            self._set_apart(x.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_iter((args, kwargs)):
-            self._know(x, counts=False)
+            if _has_storage(x):
+                self._set_apart(x.untyped_storage())  # unless made inside: a batch, a parameter
         out = func(*args, **(kwargs or {}))
         for x in tree_iter(out):
-            self._know(x, counts=True)
+            if _has_storage(x):
+                self._watch(x.untyped_storage())
+        # Summed anew each time: some libraries free memory by resizing a storage, which no dispatcher sees.
+        self.now = sum(storage.nbytes() for ref in self._alive.values() if (storage := ref()) is not None)
+        self.peak = max(self.peak, self.now)
         return out
 
-    def _know(self, x: object, counts: bool) -> None:
-        if not isinstance(x, Tensor) or x.device.type == "meta":
-            return
-        storage = x.untyped_storage()
+    def _set_apart(self, storage: Any) -> None:
         key = storage._cdata
-        if key in self._seen:
+        if key in self._alive or key in self._apart:
             return
-        size = storage.nbytes() if counts else 0
-        self._seen[key] = size
-        weakref.finalize(storage, self._forget, key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._apart.add(key)
+        weakref.finalize(storage, self._apart.discard, key)
 
-    def _forget(self, key: int) -> None:
-        self.now -= self._seen.pop(key, 0)
+    def _watch(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._alive or key in self._apart:
+            return
+        self._alive[key] = weakref.ref(storage)
+        weakref.finalize(storage, self._alive.pop, key, None)
+
+
+def _has_storage(x: object) -> bool:
+    return isinstance(x, Tensor) and x.device.type != "meta"

@@ -59,7 +59,7 @@ def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     return train, val
 
 
-def check_image_size(model: nn.Module, name: str, size: int) -> None:
+def check_image_size(model: Any, name: str, size: int) -> None:
     """Refuses images smaller than what the network reduces one pixel from.
 
     Raises:
@@ -73,7 +73,7 @@ def check_image_size(model: nn.Module, name: str, size: int) -> None:
         )
 
 
-def create_model(name: str, **kwargs: Any) -> nn.Module:
+def create_model(name: str, **kwargs: Any) -> Any:
     """`timm.create_model` for a model of the zoo, with one clear line where it does not exist.
 
     Raises:
@@ -93,7 +93,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"model {name!r}: {_first_line(error)}; see petra-zoo list") from error
 
 
-def build_model(recipe: Recipe, train: ImageDataset) -> nn.Module:
+def build_model(recipe: Recipe, train: ImageDataset) -> Any:
     """The recipe's model for the classes of the data, initialised from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     kwargs = dict(recipe.model_kwargs)
@@ -117,12 +117,12 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
     return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
-def image_size(recipe: Recipe, data: ImageDataset, model: nn.Module) -> int:
+def image_size(recipe: Recipe, data: ImageDataset, model: Any) -> int:
     """Height and width of the network's input: the recipe's, else the images' own, else the model's."""
     return int(recipe.img_size or data.image_size or model.pretrained_cfg["input_size"][-1])
 
 
-def data_config(recipe: Recipe, data: ImageDataset, model: nn.Module) -> dict[str, Any]:
+def data_config(recipe: Recipe, data: ImageDataset, model: Any) -> dict[str, Any]:
     """What preprocessing a checkpoint of this run needs, in timm's words; it goes into config.json."""
     size = image_size(recipe, data, model)
     mean, std = (data.mean, data.std) if recipe.in_chans == 3 else ((sum(data.mean) / 3,), (sum(data.std) / 3,))
@@ -153,13 +153,15 @@ def build_loaders(
     )
 
 
-def optimizer_factory(recipe: Recipe, model: nn.Module) -> Callable[[NamedParameters], torch.optim.Optimizer]:
+def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters], torch.optim.Optimizer]:
     """Makes a stage's optimizer: timm's, with timm's parameter groups of the whole model cut down to the stage."""
     skip = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if recipe.layer_decay is not None:
-        groups = param_groups_layer_decay(model, recipe.weight_decay, skip, recipe.layer_decay)
+        groups = param_groups_layer_decay(
+            model, recipe.weight_decay, no_weight_decay_list=skip, layer_decay=recipe.layer_decay
+        )
     else:
-        groups = param_groups_weight_decay(model, recipe.weight_decay, skip)
+        groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
     options: dict[str, Any] = dict(recipe.opt_kwargs)
     if recipe.opt_eps is not None:
         options["eps"] = recipe.opt_eps
@@ -208,7 +210,7 @@ def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch
     return make
 
 
-def build_pipeline(recipe: Recipe, model: nn.Module, batches_per_epoch: int, config: dict[str, Any]) -> Pipeline:
+def build_pipeline(recipe: Recipe, model: Any, batches_per_epoch: int, config: dict[str, Any]) -> Pipeline:
     """The engine for a recipe.
 
     Raises:

@@ -49,7 +49,7 @@ class Reporter:
             self._task = self._bar.add_task("training", total=batches * epochs, state="")
 
     def batch(
-        self, epoch: int, done: int, total: int, loss: float | None, top1: float, speed: float, fill: str
+        self, epoch: int, done: int, total: int, images: int, loss: float | None, top1: float, speed: float, fill: str
     ) -> None:
         """One micro-batch was fed."""
         if self._bar:
@@ -57,10 +57,9 @@ class Reporter:
             state = f"{shown}  {speed:.0f} img/s  in flight {fill}"
             self._bar.update(self._task, description=f"epoch {epoch + 1}", completed=done, state=state)
         elif loss is not None and self._plain_interval and done % self._plain_interval == 0:
-            left = (total - done) / max(done, 1)
-            self.line(
-                f"epoch {epoch + 1}  {done}/{total}  loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {left:.1f}x left"
-            )
+            seconds = (total - done) * images / max(speed, 1e-9)
+            shown = f"loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {seconds:.0f} s left"
+            self.line(f"epoch {epoch + 1}  {done}/{total}  {shown}")
 
     def epoch(self, epoch: int, train_loss: float, result: Evaluation, seconds: float) -> None:
         """An epoch ended and was validated."""

@@ -15,7 +15,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from timm.models import save_for_hf
-from torch import nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.recipe import Recipe, save_recipe
@@ -61,7 +60,7 @@ class RunDirectory:
                     writer.writeheader()
                 writer.writerow(row)
 
-    def save_model(self, model: nn.Module, data_config: dict[str, Any], class_names: list[str]) -> None:
+    def save_model(self, model: Any, data_config: dict[str, Any], class_names: list[str]) -> None:
         """Writes model.safetensors and config.json, which `timm.create_model('local-dir:...')` reads.
 
         Raises:

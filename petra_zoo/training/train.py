@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from petra_zoo.petra import Output, Pipeline
 from petra_zoo.training.build import (
@@ -83,7 +83,7 @@ class Run:
         self.recipe, self.pipeline, self.config = recipe, pipeline, config
         self.train_loader, self.val_loader = loaders
         self.train_data, self.directory, self.reporter = train_data, directory, reporter
-        self.model: nn.Module = pipeline.model
+        self.model = pipeline.model
         self.device = next(self.model.parameters()).device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
         self.labels: dict[int, Tensor] = {}  # of micro-batches on their way to the head
@@ -133,7 +133,7 @@ class Run:
             done, images_per_second = epoch * batches + i + 1, speed.add(len(images))
             loss, top1 = meter.recent()
             fill = f"{self.pipeline.in_flight}/{2 * len(self.pipeline.stages) - 1}"
-            self.reporter.batch(epoch, done, epochs * batches, loss, top1, images_per_second, fill)
+            self.reporter.batch(epoch, done, epochs * batches, len(images), loss, top1, images_per_second, fill)
             if self.pipeline.fed % (self.recipe.log_interval * k) == 0 and loss is not None:
                 self.directory.log(
                     event="train",

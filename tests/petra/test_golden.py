@@ -28,7 +28,7 @@ def test_golden_trajectory_is_reproduced(name: str) -> None:
         pytest.skip(f"golden trajectories are not here: {path.name} is distributed beside the repository, in shared/")
     with safe_open(path, "pt") as file:
         settings = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     assert json.loads(settings["units"]) == UNITS
     width = int(settings["stream_width"])
     model = PetraPaperRevNet((3, 3), (width, 2 * width), num_classes=10, stem_type="cifar", dtype=torch.float64)

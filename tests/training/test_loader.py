@@ -228,6 +228,7 @@ def test_a_bad_image_fails_in_one_line_that_names_it(damaged: ImageDataset, work
     with pytest.raises(DataError, match=r"2\.png cannot be read .*on_bad_image=skip$") as caught:
         list(load_damaged(damaged, workers, "fail"))
     assert "\n" not in str(caught.value)
+    del caught  # it holds this frame, which holds it: the workers would wait for the garbage collector
 
 
 def test_nothing_readable_is_an_error_even_when_skipping(tmp_path: Path) -> None:

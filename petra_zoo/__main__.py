@@ -1,0 +1,5 @@
+"""`python -m petra_zoo` is `petra-zoo`."""
+
+from petra_zoo.cli.main import run
+
+run()

@@ -1,0 +1,19 @@
+"""`petra-zoo demo`: watch PETRA train."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from petra_zoo.training.demo import run_demo
+
+
+def demo(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the demo recipe's.")
+    ] = None,
+) -> None:
+    """Train a reversible network on handwritten digits with PETRA, evaluate it and show some predictions."""
+    for line in run_demo(overrides or []):
+        typer.echo(line)

@@ -1,0 +1,46 @@
+"""`petra-zoo`: the command line. One small file per command, no logic of its own."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from petra_zoo import __version__
+from petra_zoo.cli import demo_command, evaluate_command, info_command, list_command, recipes_command, train_command
+from petra_zoo.errors import UserError
+
+app = typer.Typer(
+    name="petra-zoo",
+    help="Reversible networks for timm, trained with PETRA. Start with: petra-zoo demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo_command.demo)
+app.command("train")(train_command.train)
+app.command("evaluate")(evaluate_command.evaluate)
+app.command("list")(list_command.list_models)
+app.command("info")(info_command.info)
+app.add_typer(recipes_command.app, name="recipes")
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"petra-zoo {__version__}")
+        raise typer.Exit
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad use."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app(arguments)
+    except UserError as error:
+        print(f"petra-zoo: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,86 @@
+"""What there is to say about a network before it is trained."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from petra_zoo.errors import UserError
+from petra_zoo.reversible import segments
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts about a registered network, computed on the meta device.
+
+    Attributes:
+        macs: multiply-adds of a forward, per image.
+        runs: lengths of the runs of reversible blocks.
+        coupling: g of each reversible block's layer, as initialised.
+    """
+
+    name: str
+    summary: str
+    parameters: int
+    macs: float
+    input_size: tuple[int, int, int]
+    num_classes: int
+    units: int
+    reversible_units: int
+    runs: list[int]
+    coupling: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def model_names(pattern: str = "*") -> list[str]:
+    """Registered networks of the zoo whose names match, with or without the prefix petra_.
+
+    Raises:
+        UserError: none does.
+    """
+    names = [name for name in timm.list_models(pattern) if name.startswith("petra_")] or timm.list_models(
+        f"petra_*{pattern}"
+    )
+    if not names:
+        raise UserError(f"no model matches {pattern!r}; petra-zoo list shows all, wildcards are * and ?")
+    return list(names)
+
+
+def describe(name: str) -> Description:
+    """Looks a network up.
+
+    Raises:
+        UserError: no such network; names the nearest.
+    """
+    known = timm.list_models("petra_*")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+        raise UserError(f"model {name!r} is unknown; nearest: {', '.join(near)} (petra-zoo list shows all)")
+    model: Any = timm.create_model(name, device="meta").eval()
+    input_size = tuple(model.pretrained_cfg["input_size"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *input_size, device="meta"))
+    units = model.units()
+    runs = [len(segment) for segment in segments(units) if segment[0].reversible]
+    return Description(
+        name=name,
+        summary=(inspect.getdoc(model_entrypoint(name)) or "").split("\n")[0],
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() / 2,
+        input_size=input_size,
+        num_classes=model.num_classes,
+        units=len(units),
+        reversible_units=sum(runs),
+        runs=runs,
+        coupling=[segment[0].coupling() for segment in segments(units) if segment[0].reversible],
+    )
