@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+COMPILE_STORES = "torch.compile stores activations: a compiled model trains without reversible memory saving"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
@@ -46,9 +47,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _say_that_compile_stores() -> bool:
     global _said
     if not _said:
-        logging.getLogger("petra_zoo").warning(
-            "torch.compile stores activations: a compiled model trains without reversible memory saving"
-        )
+        logging.getLogger("petra_zoo").warning(COMPILE_STORES)
         _said = True
     return True
 
