@@ -25,6 +25,9 @@ def count_operations(model: Any, input_size: tuple[int, int, int]) -> list[float
         input_size: [C, H, W] of an image.
     """
     model = copy.deepcopy(model).to("meta").eval()
+    for module in model.modules():  # a user's hooks are for the model's own forward
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     streams: tuple[torch.Tensor, ...] = (torch.empty(1, *input_size, device="meta"),)
     streams = (streams[0].to(next(model.parameters()).dtype),)
     operations = []
