@@ -19,6 +19,8 @@ def train(
     """Train a network by a recipe: petra-zoo train digits/petra_revnet_tiny epochs=5 method=dsp."""
     result = run_training(load_recipe(recipe, overrides or []), name=recipe)
     typer.echo(f"saved {result.path}: top-1 {result.evaluation.top1:.2f} % on {result.evaluation.images} images")
+    if result.bad_images:
+        typer.echo(f"{result.bad_images} unreadable training images skipped")
     if result.interrupted:
         raise typer.Exit(1)
     typer.echo(f"next: petra-zoo evaluate {result.path}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Optional
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from timm.models import register_notrace_function
@@ -37,7 +37,9 @@ class CoupledBasicBlock(BasicBlock):
     def branch(self, h: Tensor) -> Tensor:
         """F(h): everything before the addition."""
         x = self.act1(self.drop_block(self.bn1(self.conv1(h.to(self.conv1.weight.dtype)))))
-        x = self.bn2(self.conv2(self.aa(x)))
+        if self.aa is not None:
+            x = self.aa(x)
+        x = self.bn2(self.conv2(x))
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -54,10 +56,10 @@ class CoupledBasicBlock(BasicBlock):
             return self.downsample(h.to(self.conv1.weight.dtype))
         return h
 
-    def forward(self, h: Tensor, a: Optional[Tensor] = None, g: float = 0.0, grid: float = 0.0) -> Tensor:  # noqa: UP045
-        """b' from the activation h and, inside a run, the stream a (TorchScript: hence Optional)."""
-        f = self.branch(h)
-        step = advance(as_stream(self.shortcut(h), self.conv1.weight), f, 0.0 if a is None else g)
+    def forward(self, x: Tensor, a: Optional[Tensor] = None, g: float = 0.0, grid: float = 0.0) -> Tensor:  # noqa: UP045
+        """b' from the activation x and, inside a run, the stream a (TorchScript: hence Optional)."""
+        f = self.branch(x)
+        step = advance(as_stream(self.shortcut(x), self.conv1.weight), f, 0.0 if a is None else g)
         if grid > 0.0:
             step = snap(step, grid)
         return step if a is None else couple(step, a, g)
@@ -70,7 +72,9 @@ class CoupledBottleneck(Bottleneck):
         """F(h): everything before the addition."""
         x = self.act1(self.bn1(self.conv1(h.to(self.conv1.weight.dtype))))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
-        x = self.bn3(self.conv3(self.aa(x)))
+        if self.aa is not None:
+            x = self.aa(x)
+        x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
         if self.drop_path is not None:
@@ -85,6 +89,7 @@ class CoupledBottleneck(Bottleneck):
     forward = CoupledBasicBlock.forward
 
 
+CoupledBlock = CoupledBasicBlock | CoupledBottleneck
 COUPLED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     BasicBlock: CoupledBasicBlock,
     Bottleneck: CoupledBottleneck,
@@ -104,7 +109,7 @@ def couple_block(block: nn.Module) -> nn.Module:
             "(resnet, resnext, wide_resnet, seresnet, ecaresnet and their stems)"
         )
     block.__class__ = coupled
-    act = block.act2 if isinstance(block, BasicBlock) else block.act3
+    act: Any = block.act2 if isinstance(block, BasicBlock) else block.act3
     if next(act.parameters(), None) is not None:
         raise ValueError(f"an activation with parameters ({type(act).__name__}) has no coupled form: use relu or silu")
     if hasattr(act, "inplace"):
@@ -126,6 +131,14 @@ class CoupledLayer(nn.Sequential):
         anchor_every: keep the streams every so many blocks of the run; 0: never.
         grid: > 0 makes the inversion exact at g = 1 (see `petra_zoo.reversible.snap`).
     """
+
+    if TYPE_CHECKING:  # torch types blocks as Module, and modules and buffers as Tensor | Module
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __getitem__(self, idx: Any) -> Any: ...
+
+        def __iter__(self) -> Iterator[CoupledBlock]: ...
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ def describe(name: str) -> Description:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
     units = model.units()
-    runs = [len(segment) for segment in segments(units) if segment[0].reversible]
+    runs: list[list[Any]] = [segment for segment in segments(units) if segment[0].reversible]  # of `CoupledUnit`s
     return Description(
         name=name,
         summary=(inspect.getdoc(model_entrypoint(name)) or "").split("\n")[0],
@@ -80,7 +80,7 @@ def describe(name: str) -> Description:
         input_size=input_size,
         num_classes=model.num_classes,
         units=len(units),
-        reversible_units=sum(runs),
-        runs=runs,
-        coupling=[segment[0].coupling() for segment in segments(units) if segment[0].reversible],
+        reversible_units=sum(len(run) for run in runs),
+        runs=[len(run) for run in runs],
+        coupling=[run[0].coupling() for run in runs],
     )

@@ -54,13 +54,14 @@ class PetraRevNet(MemoryModes, ResNet):
         exact_bits: int = 12,
         **kwargs: Any,
     ) -> None:
+        init: Any = super().__init__  # timm's annotations ask for an instance of the block, not its class
         if stem_type == "cifar":
             # timm's plain stem is always 64 wide; its deep stem has twice stem_width, and its convolutions go.
             width = kwargs.pop("stem_width", 64)
-            super().__init__(block, layers, *args, stem_type="deep", stem_width=width // 2, **kwargs)
+            init(block, layers, *args, stem_type="deep", stem_width=width // 2, **kwargs)
             self._use_cifar_stem(width)
         else:
-            super().__init__(block, layers, *args, stem_type=stem_type, **kwargs)
+            init(block, layers, *args, stem_type=stem_type, **kwargs)
         self._couple(coupling, anchor_every, 2.0**-exact_bits if exact else 0.0)
 
     @classmethod
@@ -74,17 +75,19 @@ class PetraRevNet(MemoryModes, ResNet):
         """
         if type(source) is not ResNet:
             raise ValueError(f"expected a timm ResNet, got {type(source).__name__}")
-        model = copy.deepcopy(source)
+        model: Any = copy.deepcopy(source)
         model.__class__ = cls
         model._couple(coupling, anchor_every, 0.0)
         return model
 
     def _use_cifar_stem(self, width: int) -> None:
         old = self.conv1[0]
-        self.conv1 = nn.Conv2d(self.in_chans, width, 3, padding=1, bias=False, **get_device_dtype(old))
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
-        for i, info in enumerate(self.feature_info):
+        conv = nn.Conv2d(self.in_chans, width, 3, padding=1, bias=False, **get_device_dtype(old))
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.add_module("conv1", conv)
+        self.add_module("maxpool", nn.Identity())
+        infos: list[dict[str, Any]] = self.feature_info
+        for i, info in enumerate(infos):
             info["reduction"] = max(1, info["reduction"] // (2 if i == 0 else 4))
 
     def _couple(self, coupling: float | Sequence[float] | None, anchor_every: int | Sequence[int], grid: float) -> None:

@@ -6,7 +6,7 @@ concatenates them, so features are twice as wide. Every convolution has a bias a
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,10 @@ class PaperBottleneck(nn.Module):
 
     expansion = 4
 
+    if TYPE_CHECKING:  # modules and buffers, which torch types as Tensor | Module
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self, width: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         _bottleneck_branch(self, width, width // self.expansion, width, 1, {"device": device, "dtype": dtype})
@@ -87,6 +91,10 @@ class PaperBottleneck(nn.Module):
 
 class PaperBottleneckDown(nn.Module):
     """Changes resolution or width: (b, a) -> (F(b) + BN(conv1x1(a)), BN(conv1x1(b))); two projections."""
+
+    if TYPE_CHECKING:  # modules and buffers, which torch types as Tensor | Module
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, width_in: int, width: int, stride: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -122,7 +130,8 @@ def _bottleneck_branch(
 class TwoStreamLayer(nn.Sequential):
     """Blocks that take and give both streams."""
 
-    def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    # Two tensors where torch's Sequential takes one.
+    def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         for block in self:
             b, a = block(b, a)
         return b, a
@@ -170,14 +179,13 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
         stem = 2 * widths[0]
         if stem_type == "cifar":
             self.conv1 = nn.Conv2d(in_chans, stem, 3, padding=1, **dd)
-            self.maxpool = nn.Identity()
         else:
             self.conv1 = nn.Conv2d(in_chans, stem, 7, stride=2, padding=3, **dd)
-            self.maxpool = nn.MaxPool2d(2)
+        self.maxpool = nn.Identity() if stem_type == "cifar" else nn.MaxPool2d(2)
         self.bn1 = nn.BatchNorm2d(stem, **dd)
         self.act1 = nn.ReLU(inplace=True)
         reduction = 1 if stem_type == "cifar" else 2
-        self.feature_info = [{"num_chs": stem, "reduction": reduction, "module": "act1"}]
+        self.feature_info: list[dict[str, Any]] = [{"num_chs": stem, "reduction": reduction, "module": "act1"}]
         reduction *= 1 if stem_type == "cifar" else 2
 
         block, down = (PaperBottleneck, PaperBottleneckDown) if bottleneck else (PaperBasicBlock, PaperBasicDown)
@@ -225,11 +233,11 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
         """Both streams behind the last layer, concatenated: [B, num_features, H, W]."""
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
             if saves_memory(self, x):
-                return self._join(self._run(self.units()[:-1], (x,)))
+                return self._join(*self._run(self.units()[:-1], (x,)))
         b, a = self._split(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
         for layer in self.layers:
             b, a = layer(b, a)
-        return self._join((b, a))
+        return self._join(b, a)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits [B, num_classes] from the features, or what the classifier would see."""
@@ -265,8 +273,8 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
             units = self._layer_units(i - 1)
             streams = self._run(units, streams) if saves_memory(self, x) else layer(*streams)
             if i in take:
-                taps.append(self._join(streams))
-        return taps if intermediates_only else (self._join(streams), taps)
+                taps.append(self._join(*streams))
+        return taps if intermediates_only else (self._join(*streams), taps)
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -292,12 +300,13 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
         for i in range(len(self.layers)):
             units += self._layer_units(i)
         head = {"global_pool": self.global_pool, "fc": self.fc}
-        return [*units, FunctionUnit("head", lambda *streams: (self.forward_head(self._join(streams)),), head)]
+        return [*units, FunctionUnit("head", lambda *streams: (self.forward_head(self._join(*streams)),), head)]
 
     @torch.jit.unused
     def _layer_units(self, i: int) -> list[Unit]:
         units: list[Unit] = []
-        for j, block in enumerate(self.layers[i]):
+        layer: Any = self.layers[i]
+        for j, block in enumerate(layer):
             name = f"layers.{i}.{j}"
             if isinstance(block, PaperBasicBlock | PaperBottleneck):
                 units.append(CoupledUnit(name, block, branch=block.branch, activate=_identity, coupling=_one))
@@ -317,8 +326,8 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
         b, a = as_stream(x, self.conv1.weight).chunk(2, dim=1)
         return b, a
 
-    def _join(self, streams: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.cat([streams[0], streams[1]], dim=1).to(self.conv1.weight.dtype)
+    def _join(self, b: Tensor, a: Tensor) -> Tensor:
+        return torch.cat([b, a], dim=1).to(self.conv1.weight.dtype)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Pipeline:
         self.fed += 1
         for stage in self.stages:
             if stage.watcher:
-                stage.watcher.saw_batch(fed)  # type: ignore[attr-defined]
+                stage.watcher.saw_batch(fed)
                 break
         output = self._run_tick(fed)
         if self.fed % self.settings.accumulation_steps == 0:
@@ -169,7 +169,7 @@ class Pipeline:
     @property
     def in_flight(self) -> int:
         """Micro-batches fed whose backward has not ended."""
-        flying = {m.micro_batch for m in (*self._ups.values(), *self._downs.values())}
+        flying = {up.micro_batch for up in self._ups.values()} | {down.micro_batch for down in self._downs.values()}
         return self.fed - min(flying) if flying else 0
 
     def _run_tick(self, fed: Up | None) -> Output:
@@ -224,7 +224,8 @@ class Pipeline:
                 stage.scheduler.step_update(updates)
             else:
                 # A stage behind schedule has not stepped its optimizer yet: torch would warn about the order.
-                stage.optimizer._opt_called = True  # type: ignore[union-attr]
+                optimizer: Any = stage.optimizer  # the attribute is private to torch
+                optimizer._opt_called = True
                 stage.scheduler.step()
 
     @contextmanager

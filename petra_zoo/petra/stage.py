@@ -39,6 +39,8 @@ class Settings:
 class Watcher(Protocol):
     """What a probe sees of a stage; see `petra_zoo.petra.probes`."""
 
+    def saw_batch(self, up: Up) -> None: ...
+
     def saw_forward(self, stage: Stage, up: Up) -> None: ...
 
     def saw_backward(self, stage: Stage, micro_batch: int, inputs: Streams, gradients: dict[int, Tensor]) -> None: ...
@@ -130,7 +132,7 @@ class Stage:
             return True
         flat = [p for group in self.parameters for p in group if p.grad is not None]
         if count > 1:
-            torch._foreach_div_([p.grad for p in flat], float(count))
+            torch._foreach_div_([p.grad for p in flat if p.grad is not None], float(count))
         if self.settings.clip_grad is not None:
             clip_grad_norm_(flat, self.settings.clip_grad)
         self.optimizer.step()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
     The layer's own switch `track_running_stats` does exactly this for every batch norm of torch and timm,
     SyncBatchNorm included, and leaves layers in eval mode (running statistics) as they are.
     """
-    frozen = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
+    frozen: list[Any] = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
     for m in frozen:
         m.track_running_stats = False
     try:

@@ -66,22 +66,32 @@ class Report:
         return dict(zip(COLUMNS, values, strict=True))
 
 
-def load_model(source: str, device: torch.device) -> Any:
-    """A trained model in eval mode: a run directory, ``hf-hub:``/``local-dir:``, or a name with pretrained weights.
+def resolve_source(source: str) -> str:
+    """A run directory, a Hub name or a model's name as timm wants it.
 
     Raises:
-        UserError: there is no such run or model, or its weights cannot be read.
+        UserError: it looks like a run directory, but is none.
     """
     path = Path(source)
     if path.is_dir():
         for name in ("config.json", "model.safetensors"):
             if not (path / name).is_file():
                 raise UserError(f"{path} has no {name}: expected a directory that petra-zoo train or timm wrote")
-        source = f"local-dir:{path}"
-    elif "/" in source and not source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return f"local-dir:{path}"
+    if "/" in source and not source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise UserError(f"there is no run directory {source!r}; for a model on the Hub write hf-hub:{source}")
+    return source
+
+
+def load_model(source: str, device: torch.device) -> Any:
+    """A trained model in eval mode: a run directory, ``hf-hub:``/``local-dir:``, or a name with pretrained weights.
+
+    Raises:
+        UserError: there is no such run or model, or its weights cannot be read.
+    """
+    name = resolve_source(source)
     try:
-        model = create_model(source, pretrained=True)
+        model = create_model(name, pretrained=True)
     except UserError:
         raise
     except Exception as error:
@@ -105,6 +115,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: model or data cannot be had, or do not fit each other.
     """
+    resolve_source(source)
     if dataset is None:
         dataset, data_dir = _trained_on(source, data_dir)
     data = open_dataset(dataset, "val", data_dir=data_dir)

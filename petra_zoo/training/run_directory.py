@@ -5,6 +5,7 @@ Files that were complete stay complete: new ones are written beside them and ren
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -13,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
@@ -66,6 +68,7 @@ class RunDirectory:
         Raises:
             UserError: the disk is full or not writable; what was saved before is still there.
         """
+        model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors' condition
         with self._writing("model.safetensors"), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
             save_for_hf(
                 model,

@@ -38,12 +38,14 @@ class Result:
         evaluation: of the model saved there, on the validation split.
         training_seconds: time spent training, validation and saving apart.
         interrupted: whether the run was stopped before its last epoch.
+        bad_images: how many training images could not be read and were skipped.
     """
 
     path: Path
     evaluation: Evaluation
     training_seconds: float
     interrupted: bool = False
+    bad_images: int = 0
 
 
 def train(recipe: Recipe, name: str = "run", reporter: Reporter | None = None) -> Result:
@@ -113,7 +115,8 @@ class Run:
                 self.reporter.line("interrupted: saving the model as it is (weights only, the run cannot be continued)")
                 evaluation = self.validate_and_save(None, float("nan"))
         assert evaluation is not None
-        return Result(self.directory.path, evaluation, self.seconds, interrupted)
+        bad = len(self.train_data.bad_images)
+        return Result(self.directory.path, evaluation, self.seconds, interrupted, bad)
 
     def run_epoch(self, epoch: int, epochs: int) -> float:
         """Feeds one epoch; micro-batches in flight stay in flight. Gives the mean loss of what came out."""
