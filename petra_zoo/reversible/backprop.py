@@ -70,9 +70,8 @@ class _Segment(torch.autograd.Function):
             if not reverse or (i > 0 and unit.anchor):
                 ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
                 kept.extend(streams)
-            replay = Replay.record(unit, device)
-            streams = unit(*streams)
-            replay.settle(device)
+            with Replay.recording(unit, device) as replay:
+                streams = unit(*streams)
             ctx.replays.append(replay)
         if reverse:
             kept.extend(streams)
@@ -103,7 +102,7 @@ class _Segment(torch.autograd.Function):
             count = ctx.parameter_counts[i]
             own = parameters[len(parameters) - count :]
             del parameters[len(parameters) - count :]
-            with ctx.replays[i]():
+            with ctx.replays[i](unit):
                 if ctx.reverse:
                     reversal = unit.reverse(streams, gradients, own)
                 else:

@@ -9,27 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalisation layers in train mode use batch statistics and touch no buffer.
-
-    The layer's own switch `track_running_stats` does exactly this for every batch norm of torch and timm,
-    SyncBatchNorm included, and leaves layers in eval mode (running statistics) as they are.
-    """
-    frozen: list[Any] = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
-    for m in frozen:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in frozen:
-            m.track_running_stats = True
+from petra_zoo.reversible.statistics import RememberStatistics, Statistics, UseStatistics
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -51,36 +35,36 @@ def set_generator_states(states: dict[str, Tensor]) -> None:
 
 @dataclass
 class Replay:
-    """The surroundings of one evaluation of a unit, to be recreated for a later one.
+    """The surroundings of one evaluation of a unit, to be recreated for a later one."""
 
-    Record before the evaluation, `settle` after it: the generator states are kept only where they were used.
-    """
-
-    module: nn.Module
     modes: list[bool]
     autocast: list[tuple[str, torch.dtype, bool]]
     generators: dict[str, Tensor]
+    statistics: Statistics
 
     @classmethod
-    def record(cls, module: nn.Module, device: torch.device) -> Replay:
+    @contextmanager
+    def recording(cls, module: nn.Module, device: torch.device) -> Iterator[Replay]:
+        """Around the first evaluation."""
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
-        return cls(
-            module,
-            [m.training for m in module.modules()],
-            [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds],
-            generator_states(device),
-        )
-
-    def settle(self, device: torch.device) -> None:
-        """Forgets the generator states when the evaluation drew no random number."""
+        generators = generator_states(device)
+        with RememberStatistics() as remembered:
+            replay = cls(
+                [m.training for m in module.modules()],
+                [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds],
+                generators,
+                remembered.statistics,
+            )
+            yield replay
         now = generator_states(device)
-        if all(torch.equal(state, now[name]) for name, state in self.generators.items()):
-            self.generators = {}
+        if all(torch.equal(state, now[name]) for name, state in generators.items()):
+            replay.generators = {}  # the unit drew no random number
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __call__(self, module: nn.Module) -> Iterator[None]:
         """Inside, the unit computes what it computed then; outside, nothing has changed."""
         with ExitStack() as stack:
+            stack.enter_context(UseStatistics(self.statistics))
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
@@ -88,7 +72,7 @@ class Replay:
                 outside = {name: generator_states(torch.device(name))[name] for name in self.generators}
                 stack.callback(set_generator_states, outside)
                 set_generator_states(self.generators)
-            modules = list(self.module.modules())
+            modules = list(module.modules())
             outside_modes = [m.training for m in modules]
             if outside_modes != self.modes:
                 stack.callback(_set_modes, modules, outside_modes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.reversible.coupling import advance, couple, snap, uncouple
-from petra_zoo.reversible.replay import frozen_statistics
+from petra_zoo.reversible.statistics import frozen_statistics
 
 Streams = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from petra_zoo.reversible import FunctionUnit, backpropagate, segments
+from petra_zoo.reversible.statistics import RememberStatistics, UseStatistics
 from tests.reversible.blocks import Coupling, gradients, make_run, parameters_of, relative, run_plainly, worst
 
 
@@ -231,3 +232,30 @@ def test_changing_the_coupling_changes_what_has_an_inverse() -> None:
     assert len(list(segments(units))) == 2
     coupling.g = 0.5
     assert len(list(segments(units))) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(2, 5), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    channels_last=st.booleans(),
+)
+def test_remembered_statistics_give_a_batch_norm_the_same_bits(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(shape[1]).to(dtype)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = (3 * torch.randn(shape, dtype=dtype) + 1).requires_grad_()
+    if channels_last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    wanted = [x, norm.weight, norm.bias]
+    with RememberStatistics() as remembered:
+        expected = norm(x.detach())
+    with UseStatistics(remembered.statistics):
+        found = norm(x)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(expected)
+    again = torch.autograd.grad(norm(x), wanted, weights)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, wanted, weights), again, strict=True))
+    assert int(norm.num_batches_tracked) == 3  # this test calls it three times; frozen_statistics is another's subject
