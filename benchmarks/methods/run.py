@@ -1,6 +1,6 @@
 """Test accuracy of every method on `digits` and `shapes` with the tiny network, paired seeds.
 
-    python benchmarks/methods/run.py            # all of it: about an hour on one core
+    python benchmarks/methods/run.py --jobs 2   # all of it: about an hour on two cores
     python benchmarks/methods/run.py --table    # the table from results.json
 
 Each run is a process of its own with one thread, through the command line a user would type. A run that stands in
@@ -17,6 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ TABLE = Path(__file__).with_name("README.md")
 SEEDS = (0, 1, 2)
 DATASETS = {
     "digits": ["digits/petra_revnet_tiny"],
-    "shapes": ["shapes/petra_revnet_tiny", "img_size=16", "crop_padding=2", "epochs=20", "workers=0"],
+    "shapes": ["shapes/petra_revnet_tiny", "img_size=16", "crop_padding=2", "epochs=5", "warmup_epochs=1", "workers=0"],
 }
 METHODS = {
     "backprop": ["method=backprop"],
@@ -77,6 +79,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only print the table of what is there")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one core each")
     arguments = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": []}
     if not arguments.table:
@@ -87,13 +90,12 @@ def main() -> None:
             "timm": timm.__version__,
         }
         done = {(row["dataset"], row["method"], row["seed"]) for row in results["runs"]}
-        for dataset in DATASETS:
-            for seed in SEEDS:
-                for method in METHODS:
-                    if (dataset, method, seed) not in done:
-                        results["runs"].append(train(dataset, method, seed))
-                        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                        print(results["runs"][-1], flush=True)
+        todo = [key for key in product(DATASETS, METHODS, SEEDS) if key not in done]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for finished in as_completed([pool.submit(train, *key) for key in sorted(todo, key=lambda key: key[2])]):
+                results["runs"].append(finished.result())
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                print(results["runs"][-1], flush=True)
     print(table(results["runs"]))
 
 
