@@ -11,7 +11,7 @@ from petra_zoo.training.demo import run_demo
 
 def demo(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the demo recipe's.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the demo recipe's.")
     ] = None,
 ) -> None:
     """Train a reversible network on handwritten digits with PETRA, evaluate it and show some predictions."""

@@ -1,0 +1,1 @@
+"""Training by recipes: settings, data, the loop, the run directory, evaluation."""

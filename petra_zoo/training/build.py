@@ -73,15 +73,16 @@ def check_image_size(model: Any, name: str, size: int) -> None:
         )
 
 
-def create_model(name: str, **kwargs: Any) -> Any:
-    """`timm.create_model` for a model of the zoo, with one clear line where it does not exist.
+def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
+    """`timm.create_model` with one clear line where the model does not exist; `zoo_only` wants one with units.
 
     Raises:
         UserError: no such model, one without units, or arguments that it does not take.
     """
     local = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     architecture = name.split(".", 1)[0]
-    if not local and architecture not in (known := timm.list_models("petra_*")):
+    known = timm.list_models("petra_*" if zoo_only else "*")
+    if not local and architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
         what = "is timm's, but not reversible" if timm.is_model(architecture) else "is unknown"
         raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")

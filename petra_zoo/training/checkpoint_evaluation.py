@@ -91,7 +91,7 @@ def load_model(source: str, device: torch.device) -> Any:
     """
     name = resolve_source(source)
     try:
-        model = create_model(name, pretrained=True)
+        model = create_model(name, zoo_only=False, pretrained=True)
     except UserError:
         raise
     except Exception as error:

@@ -72,7 +72,6 @@ class Recipe(Augmentation):
             `learning_rate`.
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
-        checkpoint_hist: How many checkpoints are kept.
         val_interval, log_interval: Epochs between validations; updates between log lines.
         output: The run directory; None for `runs/` + the recipe's name and time.
     """
@@ -134,7 +133,6 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
-    checkpoint_hist: AtLeastOne = 3
     output: Path | None = None
 
     @property

@@ -1,0 +1,30 @@
+"""What the README promises."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from petra_zoo.cli.main import app
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("None") for line in lines] == [True, True, True, False, False, False, False, False]
+
+
+def test_every_command_is_in_the_table() -> None:
+    table = README.read_text().split("## Commands")[1].split("## Networks")[0]
+    for name in get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"petra-zoo {name}" in table
+
+
+def test_make_targets_named_in_the_readme_exist() -> None:
+    makefile = (README.parent / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", README.read_text(), flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile
