@@ -30,7 +30,15 @@ TABLE = Path(__file__).with_name("README.md")
 SEEDS = (0, 1, 2)
 DATASETS = {
     "digits": ["digits/petra_revnet_tiny"],
-    "shapes": ["shapes/petra_revnet_tiny", "epochs=6", "warmup_epochs=1", "channels_last=true", "workers=0"],
+    "shapes": [
+        "shapes/petra_revnet_tiny",
+        "channels_last=true",
+        "img_size=16",
+        "crop_padding=2",
+        "epochs=8",
+        "warmup_epochs=1",
+        "workers=0",
+    ],
 }
 METHODS = {
     "backprop": ["method=backprop"],

@@ -66,10 +66,11 @@ class ShapesDataset(ImageDataset):
 
 
 def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Image.Image:
-    background = rng.integers(40, 216, 3)
-    shade = rng.integers(0, 256, 3)
-    while np.abs(shade - background).sum() < 150:
-        shade = rng.integers(0, 256, 3)
+    # Always brighter than the ground, if not by much: without that a small network needs hundreds of updates to begin.
+    background = rng.integers(20, 130, 3)
+    shade = rng.integers(60, 256, 3)
+    while (shade - background).sum() < 150:
+        shade = rng.integers(60, 256, 3)
     colour = tuple(shade.tolist())
 
     texture = np.clip(background + rng.normal(0, 25, (6, 6, 3)), 0, 255).astype(np.uint8)
