@@ -28,18 +28,12 @@ class BufferedStage(Stage):
             self.watcher.saw_forward(self, up)
         self.inputs.append(up.streams)
         with torch.no_grad():
-            return Up(up.micro_batch, self._run(up.streams, up.micro_batch), up.labels)
-
-    def _run(self, streams: Streams, micro_batch: int) -> Streams:
-        for i, unit in enumerate(self.units):
-            with self.surroundings(i, micro_batch, streams[0].device):
-                streams = unit(*streams)
-        return streams
+            return Up(up.micro_batch, self.evaluate(up.streams, up.micro_batch), up.labels)
 
     def backward(self, down: Down) -> Down:
         kept = self.inputs.popleft()
         inputs = leaves(kept, needs_gradient=self.first_unit > 0)
-        with ExitStack() as stack:
+        with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
                 stack.enter_context(frozen_statistics(unit))
             outputs = self.evaluate(inputs, down.micro_batch)

@@ -122,6 +122,7 @@ class Pipeline:
         self.fed = 0
         self._ups: dict[int, Up] = {}  # what each stage receives in the coming tick
         self._downs: dict[int, Down] = {}
+        self._probe: Probe | None = None
 
     def _make_stage(self, **kwargs: Any) -> Stage:
         if self.method == "dsp":
@@ -144,10 +145,8 @@ class Pipeline:
         """
         fed = Up(self.fed, (images,), labels)
         self.fed += 1
-        for stage in self.stages:
-            if stage.watcher:
-                stage.watcher.saw_batch(fed)
-                break
+        if self._probe:
+            self._probe.saw_batch(fed)
         output = self._run_tick(fed)
         if self.fed % self.settings.accumulation_steps == 0:
             self._advance_schedules()
@@ -259,13 +258,16 @@ class Pipeline:
             every: measure every so many micro-batches; one measurement costs a backpropagation per stage.
         """
         probe = Probe(self.model.units(), self.stages, every)
-        for stage in self.stages:
-            stage.watcher = probe
+        self._watch(probe)
         try:
             yield probe
         finally:
-            for stage in self.stages:
-                stage.watcher = None
+            self._watch(None)
+
+    def _watch(self, probe: Probe | None) -> None:
+        self._probe = probe
+        for stage in self.stages:
+            stage.watcher = probe
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact continuation needs: model, optimizers, schedules, counters, messages, FIFOs.

@@ -92,7 +92,7 @@ class Probe:
 
     def _exact_gradients(self, batch: Up, parameters: list[torch.nn.Parameter]) -> Sequence[Tensor | None]:
         streams = batch.streams
-        with ExitStack() as stack:
+        with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
                 stack.enter_context(frozen_statistics(unit))
             for stage in self.stages:

@@ -39,8 +39,6 @@ class Settings:
 class Watcher(Protocol):
     """What a probe sees of a stage; see `petra_zoo.petra.probes`."""
 
-    def saw_batch(self, up: Up) -> None: ...
-
     def saw_forward(self, stage: Stage, up: Up) -> None: ...
 
     def saw_backward(self, stage: Stage, micro_batch: int, inputs: Streams, gradients: dict[int, Tensor]) -> None: ...
@@ -113,7 +111,8 @@ class Stage:
         if self.watcher:
             self.watcher.saw_forward(self, up)
         inputs = leaves(up.streams, needs_gradient=self.first_unit > 0)
-        logits = self.evaluate(inputs, up.micro_batch)[0]
+        with torch.enable_grad():
+            logits = self.evaluate(inputs, up.micro_batch)[0]
         loss, d_logits = self._loss(logits.detach(), up.labels)
         gradients, found = self._vector_jacobian((logits,), (d_logits,), inputs)
         return self._finish_backward(up.micro_batch, up.streams, gradients, found), loss, logits.detach()
@@ -142,11 +141,10 @@ class Stage:
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def evaluate(self, streams: Streams, micro_batch: int) -> Streams:
-        """Runs the units with a graph."""
-        with torch.enable_grad():
-            for i, unit in enumerate(self.units):
-                with self.surroundings(i, micro_batch, streams[0].device):
-                    streams = unit(*streams)
+        """Runs the units for a micro-batch; the caller says whether with a graph."""
+        for i, unit in enumerate(self.units):
+            with self.surroundings(i, micro_batch, streams[0].device):
+                streams = unit(*streams)
         return streams
 
     @contextmanager
