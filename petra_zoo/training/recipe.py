@@ -23,6 +23,8 @@ __all__ = [
     "save_recipe",
 ]
 
+# Two ways to say one thing: an override of one replaces the recipe's other.
+_INSTEAD_OF = {"lr": "lr_base", "lr_base": "lr"}
 _ALIASES = {"grad_accum_steps": "accumulation_steps"}
 
 
@@ -76,7 +78,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"recipe {name_or_path} is not a YAML mapping; expected lines of KEY: VALUE")
     merged = _known(settings)
     for override in overrides:
-        merged |= _known(dict([_parse_override(override)]))
+        chosen = _known(dict([_parse_override(override)]))
+        for key in chosen:
+            merged.pop(_INSTEAD_OF.get(key, ""), None)
+        merged |= chosen
     return make_recipe(merged)
 
 

@@ -83,7 +83,6 @@ def test_unknown_setting_gives_the_nearest() -> None:
         ("device=gpu", "device='gpu': expected text of the form '^(cpu|cuda(:[0-9]+)?)$'"),
         ("opt=sdg", "opt='sdg': expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw"),
         ("split=[1,2]", "split=[1, 2] has 2 entries; expected one per stage, stages=4"),
-        ("lr_base=0.1", "lr and lr_base are both set; set one of them to null"),
         ("epochs", "override 'epochs' is not KEY=VALUE, such as lr=0.1"),
     ],
 )  # fmt: skip
@@ -122,6 +121,17 @@ def test_lr_base_scales_with_the_images_per_update() -> None:
     assert recipe.learning_rate == pytest.approx(0.4)
     assert load_recipe(DIGITS, ["lr=0.3"]).learning_rate == 0.3
     assert load_recipe(DIGITS, ["lr=null", "batch_size=256"]).learning_rate == pytest.approx(0.1)
+
+
+def test_an_override_of_lr_replaces_the_recipes_lr_base() -> None:
+    assert load_recipe(DIGITS).lr_base is not None
+    assert load_recipe(DIGITS, ["lr=0.3"]).lr_base is None
+    assert load_recipe(DIGITS, ["lr=0.3", "lr_base=0.2"]).lr is None
+
+
+def test_both_lr_and_lr_base_in_one_recipe_are_refused() -> None:
+    with pytest.raises(UserError, match="lr and lr_base are both set; set one of them to null"):
+        make_recipe({"model": "petra_revnet_tiny", "dataset": "digits", "lr": 0.1, "lr_base": 0.1})
 
 
 def test_a_saved_recipe_comes_back_equal_with_the_network_first(tmp_path: Path) -> None:
