@@ -1,8 +1,10 @@
-"""Installed as petra_zoo.converters: from trained networks to reversible ones.
+"""Installed as petra_zoo.converters: from trained networks to reversible ones."""
 
-`petra_zoo.models.PetraRevNet.from_resnet` already makes the coupled copy that computes the same (coupling 0).
-"""
+from .choose import Run
+from .convert import convert
+from .report import Fidelity, compare
+from .save import save_converted
+from .source import load_source
+from .statistics import re_estimate
 
-from petra_zoo.models import PetraRevNet
-
-__all__ = ["PetraRevNet"]
+__all__ = ["Fidelity", "Run", "compare", "convert", "load_source", "re_estimate", "save_converted"]

@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from petra_zoo import __version__
-from petra_zoo.cli import demo_command, evaluate_command, info_command, list_command, recipes_command, train_command
+from petra_zoo.cli import (
+    convert_command,
+    demo_command,
+    evaluate_command,
+    info_command,
+    list_command,
+    recipes_command,
+    train_command,
+)
 from petra_zoo.errors import UserError
 
 app = typer.Typer(
@@ -22,6 +30,7 @@ app = typer.Typer(
 app.command("demo")(demo_command.demo)
 app.command("train")(train_command.train)
 app.command("evaluate")(evaluate_command.evaluate)
+app.command("convert")(convert_command.convert)
 app.command("list")(list_command.list_models)
 app.command("info")(info_command.info)
 app.add_typer(recipes_command.app, name="recipes")

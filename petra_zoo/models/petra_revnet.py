@@ -17,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.layer_arguments import from_words
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
 
@@ -203,7 +204,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> PetraRevNet:
     return build_model_with_cfg(
-        PetraRevNet, variant, pretrained, feature_cfg={"feature_cls": "getter"}, **{**model_args, **kwargs}
+        PetraRevNet, variant, pretrained, feature_cfg={"feature_cls": "getter"}, **from_words({**model_args, **kwargs})
     )
 
 

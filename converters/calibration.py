@@ -1,0 +1,70 @@
+"""Images to calibrate and to compare on: a random part of a data set, prepared as the network wants them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import resolve_model_data_config
+
+from petra_zoo.training.datasets import ImageDataset, Split, open_dataset
+from petra_zoo.training.image_dataset import BadImagePolicy
+from petra_zoo.training.loader import ImageLoader, create_loader
+from petra_zoo.training.settings import Augmentation
+
+BATCH_SIZE = 64
+
+
+class _Part(ImageDataset):
+    """Some images of a data set, drawn without replacement: an image folder's first ones are all of one class."""
+
+    def __init__(self, data: ImageDataset, count: int) -> None:
+        super().__init__(data.class_names, image_size=data.image_size, mean=data.mean, std=data.std)
+        self._data = data
+        self._indices = np.random.default_rng(0).permutation(len(data))[:count].tolist()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self._data.read(self._indices[index])
+
+    def source(self, index: int) -> str:
+        return self._data.source(self._indices[index])
+
+
+def open_images(
+    model: Any,
+    dataset: str,
+    split: Split,
+    count: int,
+    data_dir: Path | None = None,
+    on_bad_image: BadImagePolicy = "fail",
+) -> ImageLoader:
+    """Batches of `count` images (fewer where the split has fewer) and their labels, the same ones every time.
+
+    Args:
+        model: whose preprocessing (size, crop, interpolation, mean, std) is applied.
+        dataset: a name that `open_dataset` knows.
+        split: which part of it.
+        count: how many images, at least 1.
+        data_dir: where the data set's files are.
+        on_bad_image: what to do about an unreadable image.
+
+    Raises:
+        DataError: the data is missing, or the name unknown.
+    """
+    data = _Part(open_dataset(dataset, split, data_dir=data_dir), count)
+    config = resolve_model_data_config(model)
+    return create_loader(
+        data,
+        batch_size=min(BATCH_SIZE, len(data)),
+        train=False,
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
+        on_bad_image=on_bad_image,
+    )

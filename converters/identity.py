@@ -1,0 +1,73 @@
+"""Under which name and with which arguments timm rebuilds a converted network.
+
+Every timm ResNet is a `petra_revnet` with the constructor arguments that timm's entry point gives it. timm records only
+what the caller added, so the entry point is run once more with a recording stand-in for the function that builds.
+"""
+
+from __future__ import annotations
+
+import json
+from types import FunctionType
+from typing import Any
+
+from timm.models import is_model, model_entrypoint
+from timm.models.resnet import BasicBlock, Bottleneck
+
+from petra_zoo.models import PetraRevNet
+from petra_zoo.models.layer_arguments import to_words
+
+_NAMES = {
+    (BasicBlock, (2, 2, 2, 2)): "petra_revnet18",
+    (BasicBlock, (3, 4, 6, 3)): "petra_revnet34",
+    (Bottleneck, (3, 4, 6, 3)): "petra_revnet50",
+    (Bottleneck, (3, 4, 23, 3)): "petra_revnet101",
+    (Bottleneck, (3, 8, 36, 3)): "petra_revnet152",
+}
+_OTHER_DEPTHS = {BasicBlock: "petra_revnet18", Bottleneck: "petra_revnet50"}
+
+
+def constructor_arguments(architecture: str) -> dict[str, Any] | None:
+    """The arguments, `block` and `layers` included, that timm's entry point gives to `ResNet`; None where unknown."""
+    if not is_model(architecture):
+        return None
+    entry: Any = model_entrypoint(architecture)
+    if "_create_resnet" not in entry.__code__.co_names:
+        return None
+    stand_in = {**entry.__globals__, "_create_resnet": lambda variant, pretrained=False, **kwargs: kwargs}
+    record = FunctionType(entry.__code__, stand_in, entry.__name__, entry.__defaults__, entry.__closure__)
+    return record()
+
+
+def take_identity(model: PetraRevNet, added: dict[str, Any]) -> None:
+    """Gives a converted network the name and the arguments under which `timm.create_model` rebuilds it.
+
+    Preprocessing stays the source's. Does nothing where the source was not made by timm, is one of its pruned
+    networks or mixes kinds of blocks, or was made with arguments that cannot be written down (JSON): such a network
+    works, but cannot be saved for timm.
+
+    Args:
+        model: made by `PetraRevNet.from_resnet`, with the source's `pretrained_cfg`.
+        added: arguments of the reversible network that the source does not have.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    arguments = constructor_arguments(config.get("architecture", ""))
+    # timm prunes by a file that bears the architecture's name; test_resnet mixes kinds of blocks
+    if arguments is None or arguments.get("pruned") or not isinstance(arguments["block"], type):
+        return
+    arguments = to_words({**arguments, **getattr(model, "_model_args", {})})
+    block, layers = arguments.pop("block"), tuple(arguments["layers"])
+    name = _NAMES.get((block, layers))
+    if name is not None:
+        del arguments["layers"]
+    anchors = [layer.anchor_every for layer in model.coupled_layers()]
+    if any(anchors):
+        arguments["anchor_every"] = anchors
+    arguments = {key: value for key, value in {**arguments, **added}.items() if value is not None}
+    try:
+        arguments = json.loads(json.dumps(arguments))
+    except (TypeError, ValueError):
+        return
+    holder: Any = model
+    holder._model_args = arguments
+    holder.pretrained_cfg = {**config, "architecture": name or _OTHER_DEPTHS[block]}
+    holder.default_cfg = holder.pretrained_cfg

@@ -1,0 +1,66 @@
+"""Saving a converted network as a directory that timm loads."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+
+from petra_zoo.errors import UserError
+from petra_zoo.models import PetraRevNet
+
+from .convert import noise
+from .source import name_of
+
+
+def check_output(output: Path) -> None:
+    """Refuses a place that is taken.
+
+    Raises:
+        UserError: there is a file, or a directory with something in it.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output} exists already: choose another --output, or move it away")
+
+
+def save_converted(model: PetraRevNet, output: Path) -> None:
+    """Writes model.safetensors and config.json, after checking that timm gets the same logits from them.
+
+    The directory appears complete or not at all. `timm.create_model('local-dir:OUTPUT', pretrained=True)` loads it.
+
+    Raises:
+        UserError: the directory is taken or cannot be written, or timm does not rebuild the same network.
+    """
+    check_output(output)
+    architecture = name_of(model)
+    if not architecture.startswith("petra_"):
+        raise UserError(
+            f"timm cannot rebuild the converted {architecture}: make the source with timm.create_model, not pruned, "
+            "with one kind of block, its layers given by name (act_layer='silu')"
+        )
+    source: Any = copy.deepcopy(model)
+    saved = source.to("cpu", memory_format=torch.contiguous_format).eval()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as holder:
+            new = Path(holder) / "model"
+            save_for_hf(saved, str(new), safe_serialization=True)
+            loaded: Any = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
+            images = noise(saved)
+            with torch.no_grad():
+                if not torch.equal(loaded(images), saved(images)):
+                    raise UserError(f"timm rebuilds another network than the converted one as {architecture}")
+            os.replace(new, output)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {output}: {reason}; nothing was left there") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"timm cannot rebuild the converted network as {architecture}: {reason}") from error

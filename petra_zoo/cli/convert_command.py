@@ -1,0 +1,66 @@
+"""`petra-zoo convert`: a trained ResNet becomes a reversible network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from petra_zoo.converters.checkpoint_conversion import convert_checkpoint
+from petra_zoo.errors import UserError
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A timm name, hf-hub:ORG/NAME, local-dir:DIR, a run, or weights.")
+    ],
+    output: Annotated[Path, typer.Option(help="The directory to write; it must be absent or empty.")],
+    arch: Annotated[str | None, typer.Option(help="The timm architecture of a .safetensors or .pth file.")] = None,
+    coupling: Annotated[str, typer.Option(help="auto, one number, or four (one per layer) such as 0,0.25,0.5,0.")] = (
+        "auto"
+    ),
+    purpose: Annotated[
+        Literal["one-device", "petra"],
+        typer.Option("--for", help="auto leaves short runs irreversible on one device; PETRA wants all reversible."),
+    ] = "one-device",
+    tolerance: Annotated[float, typer.Option(help="Largest relative error of a reconstructed input.")] = 1e-4,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Estimate batch-norm statistics anew, and compare, on it.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
+    calibration_images: Annotated[int, typer.Option(min=2, help="How many images of it at most.")] = 1024,
+    report: Annotated[Path | None, typer.Option(help="Write the comparison with the source as JSON.")] = None,
+) -> None:
+    """Convert a trained ResNet into a reversible network that predicts the same, and save it for timm."""
+    done = convert_checkpoint(
+        source,
+        output,
+        architecture=arch,
+        coupling="auto" if coupling == "auto" else _numbers(coupling),
+        purpose=purpose,
+        tolerance=tolerance,
+        dataset=calibrate,
+        data_dir=data_dir,
+        calibration_images=calibration_images,
+        report=report,
+    )
+    typer.echo(f"saved {done.output}: {done.architecture}")
+    for run in done.runs:
+        anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
+        error = f", reconstruction error {run.error:.1e}" if run.g else ""
+        typer.echo(f"  {run.layer}  {run.blocks} reversible blocks, coupling {run.g:g}{anchors}{error}")
+    if done.calibration_images:
+        typer.echo(f"  batch-norm statistics estimated on {done.calibration_images} images")
+    if (same := done.fidelity) is not None:
+        typer.echo(f"  agreement with the source {same.agreement:.2f} % of {same.images} images, KL {same.kl:.4f}")
+        if same.source_top1 is not None:
+            typer.echo(f"  top-1  source {same.source_top1:.2f} %, converted {same.converted_top1:.2f} %")
+    typer.echo(f"next: timm.create_model('local-dir:{done.output}', pretrained=True)")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--coupling {text}: expected auto, one number, or four (one per layer)") from None

@@ -1,0 +1,47 @@
+"""Layers among a ResNet's constructor arguments, as classes and as words that a checkpoint's config.json can hold.
+
+timm hands `nn.AvgPool2d` or a partial squeeze-and-excite to its ResNets; saved models need them by name.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from timm.layers import BlurPool2d, SEModule, get_attn
+from torch import nn
+
+_ANTI_ALIASING = {"avg": nn.AvgPool2d, "blur": BlurPool2d}
+
+
+def to_words(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments with the layers that timm's ResNets use replaced by words; others stay as they are.
+
+    ``aa_layer`` becomes 'avg' or 'blur', a partial SE gate in ``block_args`` ``{"type": "se", ...}``.
+    """
+    out = dict(arguments)
+    for word, layer in _ANTI_ALIASING.items():
+        if out.get("aa_layer") is layer:
+            out["aa_layer"] = word
+    gate = (out.get("block_args") or {}).get("attn_layer")
+    if isinstance(gate, partial) and gate.func is SEModule and not gate.args:
+        out["block_args"] = {**out["block_args"], "attn_layer": {"type": "se", **gate.keywords}}
+    return out
+
+
+def from_words(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `to_words`.
+
+    Raises:
+        ValueError: an anti-aliasing layer of another name.
+    """
+    out = dict(arguments)
+    if isinstance(word := out.get("aa_layer"), str):
+        if word not in _ANTI_ALIASING:
+            raise ValueError(f"aa_layer is {' or '.join(map(repr, _ANTI_ALIASING))}, not {word!r}")
+        out["aa_layer"] = _ANTI_ALIASING[word]
+    gate = (out.get("block_args") or {}).get("attn_layer")
+    if isinstance(gate, dict):
+        options = dict(gate)
+        out["block_args"] = {**out["block_args"], "attn_layer": partial(get_attn(options.pop("type")), **options)}
+    return out

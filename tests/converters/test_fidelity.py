@@ -1,0 +1,73 @@
+"""Fidelity: what a conversion costs on a network that was trained here."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from petra_zoo.converters import compare, convert
+from timm.models.resnet import ResNet
+
+from petra_zoo.errors import UserError
+from tests.converters.networks import digits, images, source, trained_on_digits
+
+
+@cache
+def trained() -> ResNet:
+    return trained_on_digits()
+
+
+def test_a_converted_network_predicts_what_its_source_predicts() -> None:
+    network = trained()
+    found = {}
+    for name, coupling in (("auto", "auto"), ("1", 1.0)):
+        model = convert(network, coupling=coupling, purpose="petra", calibration=[x for x, _ in digits("train")])
+        found[name] = compare(network, model, digits("val"))
+    assert found["auto"].source_top1 > 90
+    assert found["auto"].agreement >= 98
+    assert found["auto"].converted_top1 >= found["auto"].source_top1 - 1
+    assert found["1"].converted_top1 >= found["1"].source_top1 - 2
+    assert found["auto"].logit_error < found["1"].logit_error
+    assert all(run.g > 0 and run.error <= 1e-4 for run in found["auto"].runs if run.blocks)
+
+
+def test_scaling_the_branch_that_starts_a_run_is_closer_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    from petra_zoo.converters import choose
+
+    def all_but_the_start(layer, g, scale=choose.scale_branches) -> None:  # type: ignore[no-untyped-def]
+        layer.first_reversible += 1
+        scale(layer, g)
+        layer.first_reversible -= 1
+
+    network = trained()
+    scaled = compare(network, convert(network, coupling=0.25), digits("val"))
+    monkeypatch.setattr(choose, "scale_branches", all_but_the_start)
+    unscaled = compare(network, convert(network, coupling=0.25), digits("val"))
+    assert scaled.logit_error < 0.8 * unscaled.logit_error
+
+
+def test_a_network_compared_with_its_exact_copy() -> None:
+    network = source("resnet18").train()
+    model = convert(network, coupling=0.0)
+    labels = network.eval()(images()).argmax(1)
+    network.train()
+    report = compare(network, model, [(images(), labels)])
+    assert (report.images, report.agreement, report.logit_error, report.source_top1) == (4, 100.0, 0.0, 100.0)
+    assert abs(report.kl) < 1e-12
+    assert network.training
+    assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+    assert [run["layer"] for run in report.as_dict()["runs"]] == ["layer1", "layer2", "layer3", "layer4"]
+
+
+def test_without_labels_there_is_no_accuracy() -> None:
+    network = source("resnet18")
+    report = compare(network, convert(network, coupling=0.0), [images()])
+    assert report.source_top1 is None
+    assert report.converted_top1 is None
+
+
+@pytest.mark.parametrize("batches", [[], [images(), (images(), torch.zeros(4, dtype=torch.int64))]])
+def test_a_comparison_needs_images_and_consistent_labels(batches: list[object]) -> None:
+    network = source("resnet18")
+    with pytest.raises(UserError, match="at least one image"):
+        compare(network, convert(network, coupling=0.0), batches)
