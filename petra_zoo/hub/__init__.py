@@ -1,0 +1,1 @@
+"""Publishing: model cards, export and the Hugging Face Hub."""
