@@ -39,33 +39,73 @@ def count_operations(model: Any, input_size: tuple[int, int, int]) -> list[float
     return operations
 
 
-def balance(costs: Sequence[float], stages: int, last_stage_discount: float = 0.75) -> list[int]:
+def balance(
+    costs: Sequence[float],
+    stages: int,
+    last_stage_discount: float = 0.75,
+    *,
+    last_stage_costs: Sequence[float] | None = None,
+    device_speed: Sequence[float] | None = None,
+) -> list[int]:
     """Splits units into consecutive stages so that the slowest stage is as fast as can be.
 
     Args:
         costs: cost of each unit, in order.
         stages: number of stages J, at most the number of units.
         last_stage_discount: cost of a unit in the last stage relative to another stage (3/4 where it keeps its graph).
+        last_stage_costs: cost of each unit in the last stage where it was measured, instead of the discount.
+        device_speed: of each stage's device, relative to each other; a stage takes its cost over that.
 
     Returns:
         Units per stage. Of equally good partitions the one whose early stages are smallest: they have most in flight.
+
+    Raises:
+        ValueError: more stages than costs, or lists whose lengths do not fit.
     """
-    total = [0.0, *accumulate(costs)]
     n = len(costs)
-    # best[j][i]: (slowest stage, partition) of units i.. in j stages
+    speed = [1.0] * stages if device_speed is None else list(device_speed)
+    last_costs = [c * last_stage_discount for c in costs] if last_stage_costs is None else list(last_stage_costs)
+    if not 1 <= stages <= n:
+        raise ValueError(f"{stages} stages do not fit {n} units: choose 1 to {n}")
+    if len(speed) != stages or not all(s > 0 for s in speed):
+        raise ValueError(f"device_speed={speed} must be {stages} positive numbers, one for each stage")
+    if len(last_costs) != n:
+        raise ValueError(f"{len(last_costs)} last-stage costs for {n} units")
+    total = [0.0, *accumulate(costs)]
+    # best[j][i]: (slowest stage, partition) of units i.. in the last j stages
     best: list[list[tuple[float, tuple[int, ...]]]] = [[], []]
-    best[1] = [((total[n] - total[i]) * last_stage_discount, (n - i,)) for i in range(n)]
+    best[1] = [(sum(last_costs[i:]) / speed[-1], (n - i,)) for i in range(n)]
     for j in range(2, stages + 1):
         row = []
         for i in range(n - j + 1):
             row.append(
                 min(
-                    (max(total[k] - total[i], best[j - 1][k][0]), (k - i, *best[j - 1][k][1]))
+                    (max((total[k] - total[i]) / speed[-j], best[j - 1][k][0]), (k - i, *best[j - 1][k][1]))
                     for k in range(i + 1, n - j + 2)
                 )
             )
         best.append(row)
     return list(best[stages][0][1])
+
+
+def assign_stages(stage_costs: Sequence[float], ranks: int, device_speed: Sequence[float] | None = None) -> list[range]:
+    """Gives each rank consecutive stages so that the slowest rank (its stages' sum over its speed) is fastest.
+
+    Args:
+        stage_costs: cost of each stage, in order, the last one's own cost included.
+        ranks: number of ranks, at most the number of stages.
+        device_speed: of each rank's device.
+
+    Returns:
+        The stages of each rank.
+
+    Raises:
+        ValueError: more ranks than stages, or not one speed per rank.
+    """
+    if not 1 <= ranks <= len(stage_costs):
+        raise ValueError(f"{ranks} ranks for {len(stage_costs)} stages: choose 1 to {len(stage_costs)}")
+    bounds = [0, *accumulate(balance(stage_costs, ranks, 1.0, device_speed=device_speed))]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def partition(

@@ -1,13 +1,15 @@
 """Partition of units into stages."""
 
-from itertools import combinations
+from collections.abc import Callable
+from itertools import accumulate, combinations, pairwise
 
+import pytest
 import timm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import petra_zoo  # noqa: F401 - registers the models
-from petra_zoo.petra import balance, count_operations
+from petra_zoo.petra import assign_stages, balance, count_operations
 
 
 def slowest(costs: list[float], sizes: list[int], discount: float) -> float:
@@ -52,3 +54,45 @@ def test_counting_operations_leaves_the_model_alone() -> None:
     assert model.training
     assert not next(model.parameters()).is_meta
     assert int(model.bn1.num_batches_tracked) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), n=st.integers(1, 7))
+def test_no_partition_is_faster_on_devices_of_different_speed(data: st.DataObject, n: int) -> None:
+    numbers = st.lists(st.integers(1, 50).map(float), min_size=n, max_size=n)
+    costs, last = data.draw(numbers), data.draw(numbers)
+    stages = data.draw(st.integers(1, n))
+    speed = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=stages, max_size=stages))
+
+    def time(sizes: list[int]) -> float:
+        ends = list(accumulate(sizes))
+        parts = [sum(costs[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        parts[-1] = sum(last[n - sizes[-1] :])
+        return max(part / s for part, s in zip(parts, speed, strict=True))
+
+    found = balance(costs, stages, last_stage_costs=last, device_speed=speed)
+    everything = ([b - a for a, b in pairwise((0, *cuts, n))] for cuts in combinations(range(1, n), stages - 1))
+    assert sum(found) == n
+    assert time(found) <= min(map(time, everything)) * (1 + 1e-12)
+
+
+def test_stages_are_assigned_to_the_ranks_that_they_suit() -> None:
+    assert assign_stages([1, 1, 1, 3], 2) == [range(0, 3), range(3, 4)]
+    assert assign_stages([1, 1, 1, 3], 2, [1.0, 0.5]) == [range(0, 3), range(3, 4)]
+    assert assign_stages([2, 2, 2], 2, [2.0, 1.0]) == [range(0, 2), range(2, 3)]
+    assert assign_stages([2, 2, 2], 2, [1.0, 2.0]) == [range(0, 1), range(1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: assign_stages([1.0, 1.0], 3), "choose 1 to 2"),
+        (lambda: balance([1.0, 1.0], 3), "choose 1 to 2"),
+        (lambda: balance([1.0, 1.0], 2, device_speed=[1.0]), "one for each stage"),
+        (lambda: balance([1.0, 1.0], 2, device_speed=[1.0, 0.0]), "positive"),
+        (lambda: balance([1.0, 1.0], 2, last_stage_costs=[1.0]), "1 last-stage costs for 2 units"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
