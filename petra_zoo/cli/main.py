@@ -19,6 +19,7 @@ from petra_zoo.cli import (
     train_command,
 )
 from petra_zoo.errors import UserError
+from petra_zoo.training.launch import as_worker
 
 app = typer.Typer(
     name="petra-zoo",
@@ -49,7 +50,7 @@ def run(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad use."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        app(arguments)
+        as_worker(lambda: app(arguments))
     except UserError as error:
         print(f"petra-zoo: {error}", file=sys.stderr)
         sys.exit(2)

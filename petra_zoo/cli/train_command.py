@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from petra_zoo.petra import global_rank
+from petra_zoo.training.launch import launch
 from petra_zoo.training.recipe import load_recipe
 from petra_zoo.training.train import train as run_training
 
@@ -15,14 +17,26 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start on this machine; each owns consecutive stages.")
+    ] = None,
     on_bad_image: Annotated[
         Literal["fail", "skip"] | None,
         typer.Option(help="Stop at an unreadable image, or put the next one in its place."),
     ] = None,
 ) -> None:
-    """Train a network by a recipe: petra-zoo train digits/petra_revnet_tiny epochs=5 method=dsp."""
+    """Train a network by a recipe: petra-zoo train digits/petra_revnet_tiny epochs=5 method=dsp.
+
+    With --nproc 4 the stages run in four processes. On several machines, on each:
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m petra_zoo train RECIPE
+    """
     settings = [*(overrides or []), *([f"on_bad_image={on_bad_image}"] if on_bad_image else [])]
-    result = run_training(load_recipe(recipe, settings), name=recipe)
+    resolved = load_recipe(recipe, settings)
+    if nproc and nproc > 1:
+        raise typer.Exit(launch(nproc, ["train", recipe, *settings]))
+    result = run_training(resolved, name=recipe)
+    if global_rank() > 0:
+        return
     typer.echo(f"saved {result.path}: top-1 {result.evaluation.top1:.2f} % on {result.evaluation.images} images")
     if result.bad_images:
         typer.echo(f"{result.bad_images} unreadable training images skipped")

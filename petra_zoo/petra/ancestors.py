@@ -23,6 +23,10 @@ class BufferedStage(Stage):
         super().__init__(*args, **kwargs)
         self.inputs: deque[Streams] = deque()
 
+    @property
+    def keeps_received(self) -> bool:
+        return not self.last
+
     def forward(self, up: Up) -> Up:
         if self.watcher:
             self.watcher.saw_forward(self, up)
@@ -70,6 +74,10 @@ class GraphStage(Stage):
         self.stash = stash and not self.last
         self.graphs: deque[_Graph] = deque()
         self._version: list[Tensor] | None = None
+
+    @property
+    def keeps_received(self) -> bool:
+        return self.stash
 
     def forward(self, up: Up) -> Up:
         if self.watcher:

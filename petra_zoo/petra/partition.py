@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -108,16 +109,47 @@ def assign_stages(stage_costs: Sequence[float], ranks: int, device_speed: Sequen
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Cost of each unit in any stage but the last, and in the last one (which may keep its graph)."""
+
+    each: Sequence[float]
+    in_last: Sequence[float]
+
+    def of_stages(self, partition: Sequence[range]) -> list[float]:
+        """Cost of each stage of a partition."""
+        *rest, last = partition
+        return [sum(self.each[i] for i in owned) for owned in rest] + [sum(self.in_last[i] for i in last)]
+
+
+def counted_costs(model: Any, input_size: tuple[int, int, int] | None, last_stage_discount: float) -> Costs:
+    """Costs by operation count.
+
+    Raises:
+        ValueError: nobody says the input size.
+    """
+    size = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
+    if size is None:
+        raise ValueError("the model does not say its input size: give input_size=(C, H, W), or split=[...]")
+    counts = count_operations(model, tuple(size))
+    return Costs(counts, [count * last_stage_discount for count in counts])
+
+
 def partition(
-    model: Any,
     units: int,
     stages: int | None,
     split: Sequence[int] | None,
-    input_size: tuple[int, int, int] | None,
-    costs: Sequence[float] | None = None,
-    last_stage_discount: float = 0.75,
+    costs: Callable[[], Costs],
+    device_speed: Sequence[float] | None = None,
 ) -> list[range]:
     """The units of each stage, given (`split`) or balanced (`stages`).
+
+    Args:
+        units: how many units there are.
+        stages: J.
+        split: units per stage.
+        costs: asked only where it matters.
+        device_speed: of each stage's device.
 
     Raises:
         ValueError: more stages than units, a split that does not fit, or neither of the two.
@@ -137,11 +169,26 @@ def partition(
     elif stages == units:
         sizes = [1] * units
     else:
-        if costs is None:
-            size = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
-            if size is None:
-                raise ValueError("the model does not say its input size: give input_size=(C, H, W), or split=[...]")
-            costs = count_operations(model, tuple(size))
-        sizes = balance(costs, stages, last_stage_discount)
+        found = costs()
+        sizes = balance(found.each, stages, last_stage_costs=found.in_last, device_speed=device_speed)
     bounds = [0, *accumulate(sizes)]
     return [range(a, b) for a, b in pairwise(bounds)]
+
+
+def owners(
+    partition: Sequence[range], ranks: int, costs: Callable[[], Costs], device_speed: Sequence[float] | None = None
+) -> list[range]:
+    """The stages of each rank.
+
+    Raises:
+        ValueError: more ranks than stages; says how many would do.
+    """
+    stages = len(partition)
+    if ranks > stages:
+        raise ValueError(
+            f"{ranks} processes for {stages} stage{'s' if stages > 1 else ''}: launch 1 to {stages}, or set "
+            f"stages={ranks} or more"
+        )
+    if ranks in (1, stages):
+        return [range(stages)] if ranks == 1 else [range(j, j + 1) for j in range(stages)]
+    return assign_stages(costs().of_stages(partition), ranks, device_speed)

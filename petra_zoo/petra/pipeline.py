@@ -4,14 +4,17 @@ In every tick each stage runs the forward of a young micro-batch and the backwar
 2406.02052). Micro-batch n is fed at tick n, reaches the head at tick n + J - 1 and stage i (from 0) goes backward
 through it at tick n + 2 (J - 1) - i. Nothing sent in a tick is received in the same tick.
 
-The exact controls `backprop` and `reversible` run the same stages without the clock: up and down within one tick.
+The exact controls `backprop` and `reversible` run the same stages without delay: up and down within one tick.
+
+One process runs all stages, or each of several ranks runs some of them (`world`): the same tick, the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -19,33 +22,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
+from petra_zoo.petra.clock import Clock
+from petra_zoo.petra.gather import keep_only, whole_model
+from petra_zoo.petra.links import Links, Wire
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.partition import COST, COST_WITHOUT_RECOMPUTATION, partition
+from petra_zoo.petra.partition import (
+    COST,
+    COST_WITHOUT_RECOMPUTATION,
+    Costs,
+    counted_costs,
+    owners,
+    partition,
+)
 from petra_zoo.petra.probes import Probe
+from petra_zoo.petra.process_links import ProcessLinks
+from petra_zoo.petra.profile import Profile
 from petra_zoo.petra.stage import Loss, Settings, Stage
+from petra_zoo.petra.world import World
 
 Method = Literal["petra", "dsp", "delayed", "backprop", "reversible"]
 METHODS: tuple[Method, ...] = ("petra", "dsp", "delayed", "backprop", "reversible")
 EXACT: tuple[Method, ...] = ("backprop", "reversible")
 NamedParameters = list[tuple[str, nn.Parameter]]
+EVALUATION_TAG = 64
 
 
 @dataclass
 class Output:
-    """What a tick gives: the micro-batch that reached the head, or None everywhere while the pipeline fills."""
+    """What a tick gives: the micro-batch that reached the head.
+
+    None everywhere while the pipeline fills, and on ranks that do not own the head.
+    """
 
     micro_batch: int | None = None
     loss: Tensor | None = None
     logits: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class Pipeline:
-    """Trains a model cut into stages, in one process.
+    """Trains a model cut into stages.
 
-    The model's own parameters and buffers are the live ones: they can be read, saved or evaluated at any time.
+    In one process the model's own parameters and buffers are the live ones: they can be read, saved or evaluated at any
+    time. A rank of several keeps its own stages' only, on its device; the others move to the meta device.
 
     Args:
-        model: a model with `units()`, in train mode; every `petra_*` model has them.
+        model: a model with `units()`, in train mode; every `petra_*` model has them. Every rank builds the same one.
         stages: number of stages J; units are balanced by operation count, or by `costs`.
         split: units per stage, instead of balancing.
         method: ``'petra'``; its ancestors ``'dsp'`` (inputs buffered) and ``'delayed'`` (graph and parameters kept);
@@ -60,7 +82,11 @@ class Pipeline:
         last_stage: ``'graph'`` keeps the last stage's graph within the tick (cost 3), ``'recompute'`` does not (4).
         seed: random numbers inside the model come from (seed, unit, micro-batch).
         input_size: (C, H, W) for balancing; default: the model's pretrained_cfg.
-        costs: measured cost of each unit, for balancing.
+        profile: measured costs of the units, for balancing; see `petra_zoo.petra.measure`.
+        device_speed: of each rank's device relative to each other, for balancing.
+        world: this process among several; see `petra_zoo.petra.join`.
+        wire: the type in which messages travel; they arrive in their own type.
+        timeout: seconds that a message may take after the first tick.
 
     Raises:
         ValueError: a setting that does not fit the model, with what would.
@@ -88,7 +114,11 @@ class Pipeline:
         last_stage: Literal["graph", "recompute"] = "graph",
         seed: int = 0,
         input_size: tuple[int, int, int] | None = None,
-        costs: Sequence[float] | None = None,
+        profile: Profile | None = None,
+        device_speed: Sequence[float] | None = None,
+        world: World | None = None,
+        wire: Wire | None = None,
+        timeout: float = 60.0,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
@@ -97,31 +127,50 @@ class Pipeline:
         if last_stage not in ("graph", "recompute"):
             raise ValueError(f"last_stage is 'graph' or 'recompute', not {last_stage!r}")
         self.model, self.method = model, method
+        self.world = world or World(device=next(model.parameters()).device)
         self.settings = Settings(loss, accumulation_steps, seed, autocast, clip_grad, last_stage == "graph")
         units = model.units()
-        keeps_graph = last_stage == "graph" and method not in ("delayed", "backprop")
-        discount = COST_WITHOUT_RECOMPUTATION / COST if keeps_graph else 1.0
-        self.partition = partition(model, len(units), stages, split, input_size, costs, discount)
+
+        @cache
+        def costs() -> Costs:
+            keeps_graph = last_stage == "graph" and method not in ("delayed", "backprop")
+            if profile is not None:
+                return Costs(profile.costs(method), profile.costs(method, last_stage=last_stage == "graph"))
+            return counted_costs(model, input_size, COST_WITHOUT_RECOMPUTATION / COST if keeps_graph else 1.0)
+
+        speeds = list(device_speed) if device_speed is not None else None
+        if speeds is not None and len(speeds) != self.world.size:
+            raise ValueError(f"device_speed={speeds} must give one speed for each of {self.world.size} processes")
+        of_stages = speeds if stages == self.world.size else None
+        self.partition = partition(len(units), stages, split, costs, of_stages)
+        self.owners = owners(self.partition, self.world.size, costs, speeds)
+        self.costs, self.device_speed = costs, speeds
+        if self.world.size > 1:
+            mine = [i for j in self.owners[self.world.rank] for i in self.partition[j]]
+            keep_only(units, mine, self.world.device)
         names = {id(p): name for name, p in model.named_parameters()}
-        self.stages: list[Stage] = []
-        for j, owned in enumerate(self.partition):
+        self.stages: list[Stage] = []  # those of this rank
+        for j in self.owners[self.world.rank]:
+            owned = self.partition[j]
             below = units[owned[0] - 1] if j > 0 else None
             stage = self._make_stage(
                 units=[units[i] for i in owned],
+                index=j,
                 first_unit=owned[0],
                 settings=self.settings,
                 sends_streams=method in ("petra", "reversible") and below is not None and below.reversible,
                 last=j == len(self.partition) - 1,
             )
+            stage.across = self.world.across
             own = [(names[id(p)], p) for group in stage.parameters for p in group]
             if own and optimizer is not None:
                 stage.optimizer = optimizer(own)
                 stage.scheduler = scheduler(stage.optimizer) if scheduler else None
             self.stages.append(stage)
-        self.tick = 0
+        self.clock = Clock(len(self.partition), delayed=method not in EXACT)
         self.fed = 0
-        self._ups: dict[int, Up] = {}  # what each stage receives in the coming tick
-        self._downs: dict[int, Down] = {}
+        self.wire, self.timeout = wire or Wire(), timeout
+        self.links = self._make_links(self.wire)
         self._probe: Probe | None = None
 
     def _make_stage(self, **kwargs: Any) -> Stage:
@@ -131,10 +180,17 @@ class Pipeline:
             return GraphStage(**kwargs, stash=self.method == "delayed")
         return Stage(**kwargs)
 
+    def _make_links(self, wire: Wire, tag: int = 0) -> Links:
+        if self.world.size == 1:
+            return Links(wire)
+        return ProcessLinks(wire, self.world, self.owners[self.world.rank], self.timeout, tag)
+
     # -- training -------------------------------------------------------------------------------------------------
 
-    def step(self, images: Tensor, labels: Tensor) -> Output:
+    def step(self, images: Tensor | None = None, labels: Tensor | None = None) -> Output:
         """One tick: feeds a micro-batch and lets every stage work on what it received.
+
+        Every rank calls it, the one that owns the stem with a micro-batch, the others without.
 
         Args:
             images: [B, C, H, W]; must not be overwritten while in flight.
@@ -143,11 +199,16 @@ class Pipeline:
         Returns:
             Loss and logits of the micro-batch that reached the head in this tick.
         """
-        fed = Up(self.fed, (images,), labels)
+        fed = None
+        if self.world.first:
+            if images is None or labels is None:
+                raise ValueError("the rank that owns the stem feeds images and labels")
+            # Replicas see different micro-batches: random numbers must differ as well.
+            fed = Up(self.fed * self.world.replicas + self.world.replica, (images,), labels)
+            if self._probe:
+                self._probe.saw_batch(fed)
         self.fed += 1
-        if self._probe:
-            self._probe.saw_batch(fed)
-        output = self._run_tick(fed)
+        output = self._run_tick(fed, feeding=True)
         if self.fed % self.settings.accumulation_steps == 0:
             self._advance_schedules()
         return output
@@ -159,60 +220,72 @@ class Pipeline:
             What came out, in order.
         """
         outputs = []
-        while self._ups or self._downs:
-            outputs.append(self._run_tick(None))
+        while self.in_flight:
+            outputs.append(self._run_tick(None, feeding=False))
         for stage in self.stages:
             stage.update(partial=True)
         return [output for output in outputs if output.micro_batch is not None]
 
     @property
+    def tick(self) -> int:
+        """Ticks run so far."""
+        return self.clock.tick + 1
+
+    def loads(self) -> list[float]:
+        """Each rank's work per micro-batch relative to the busiest rank's, by the costs that balanced the stages."""
+        of_stages = self.costs().of_stages(self.partition)
+        speeds = self.device_speed or [1.0] * len(self.owners)
+        seconds = [sum(of_stages[j] for j in owned) / s for owned, s in zip(self.owners, speeds, strict=True)]
+        return [x / max(seconds) for x in seconds]
+
+    def efficiency(self) -> float:
+        """Predicted share of the devices' time that is spent computing: messages are hidden, ranks wait."""
+        loads = self.loads()
+        return sum(loads) / len(loads) if self.clock.delayed else 1.0 / len(loads)
+
+    @property
     def in_flight(self) -> int:
         """Micro-batches fed whose backward has not ended."""
-        flying = {up.micro_batch for up in self._ups.values()} | {down.micro_batch for down in self._downs.values()}
-        return self.fed - min(flying) if flying else 0
+        return self.clock.in_flight
 
-    def _run_tick(self, fed: Up | None) -> Output:
+    def _run_tick(self, fed: Up | None, feeding: bool) -> Output:
+        """Forward of a young micro-batch and backward of an older one in every stage, then the updates.
+
+        Messages are received in the order of sending, so those of the previous tick come before this tick's.
+        """
+        clock, links, output = self.clock, self.links, Output()
+        clock.next_tick(feeding)
+        self._expect(clock.tick + 1 if clock.delayed else clock.tick)
         with self._own_generators():
-            output = self._exact_tick(fed) if self.method in EXACT else self._pipelined_tick(fed)
+            for stage in self.stages:  # forwards; the last stage goes backward at once
+                if not clock.forward(stage.index):
+                    continue
+                up = fed if stage.index == 0 else links.receive_up(stage.index, stage.keeps_received)
+                assert up is not None
+                if stage.last:
+                    down, loss, logits = stage.forward_backward(up)
+                    output = Output(up.micro_batch, loss, logits, up.labels)
+                    self._send_down(stage, down)
+                else:
+                    links.send_up(stage.index + 1, stage.forward(up))
+            for stage in reversed(self.stages):  # backwards, with the parameters the forwards used
+                if not stage.last and clock.backward(stage.index):
+                    self._send_down(stage, stage.backward(links.receive_down(stage.index)))
             for stage in self.stages:
                 stage.update()
-        self.tick += 1
         return output
 
-    def _pipelined_tick(self, fed: Up | None) -> Output:
-        ups, downs = self._ups, self._downs  # sent in the previous tick
-        self._ups, self._downs = {}, {}
-        if fed is not None:
-            ups[0] = fed
-        output = Output()
-        for j, stage in enumerate(self.stages):  # forwards; the last stage goes backward at once
-            if (up := ups.get(j)) is None:
-                continue
-            if stage.last:
-                down, loss, logits = stage.forward_backward(up)
-                output = Output(up.micro_batch, loss, logits)
-                self._send_down(j, down)
-            else:
-                self._ups[j + 1] = stage.forward(up)
-        for j, stage in enumerate(self.stages):  # backwards, with the parameters the forwards used
-            if (received := downs.get(j)) is not None:
-                self._send_down(j, stage.backward(received))
-        return output
+    def _expect(self, tick: int) -> None:
+        """Tells the links which messages this rank will receive in a tick."""
+        self.links.expect(
+            tick,
+            [stage.index for stage in self.stages if stage.index > 0 and self.clock.forward(stage.index, tick)],
+            [stage.index for stage in self.stages if not stage.last and self.clock.backward(stage.index, tick)],
+        )
 
-    def _exact_tick(self, fed: Up | None) -> Output:
-        if fed is None:
-            return Output()
-        up = fed
-        for stage in self.stages[:-1]:
-            up = stage.forward(up)
-        down, loss, logits = self.stages[-1].forward_backward(up)
-        for stage in reversed(self.stages[:-1]):
-            down = stage.backward(down)
-        return Output(up.micro_batch, loss, logits)
-
-    def _send_down(self, j: int, down: Down) -> None:
-        if j > 0:  # nobody wants the gradient of the images
-            self._downs[j - 1] = down
+    def _send_down(self, stage: Stage, down: Down) -> None:
+        if stage.index > 0:  # nobody wants the gradient of the images
+            self.links.send_down(stage.index - 1, down)
 
     def _advance_schedules(self) -> None:
         updates = self.fed // self.settings.accumulation_steps
@@ -230,7 +303,7 @@ class Pipeline:
     @contextmanager
     def _own_generators(self) -> Iterator[None]:
         """The stages seed the global generators; outside they are left as they were."""
-        device = next(self.model.parameters()).device
+        device = self.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
             yield
 
@@ -249,6 +322,57 @@ class Pipeline:
         finally:
             for m, training in modes:
                 m.training = training
+
+    @torch.no_grad()
+    def predict(
+        self, batches: Iterable[tuple[Tensor, Tensor]], count: int, model: Any = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Runs batches through the stages, forward only and in eval mode; what trains stays where it is.
+
+        Every rank calls it and exhausts it. Modes are the caller's: call `eval()` on the model before, `train()` after.
+
+        Args:
+            batches: images [B, C, H, W] and labels [B], wanted from the rank that owns the stem; the first is the
+                largest.
+            count: how many batches there are.
+            model: the model whose stages run (a moving average of this one's); default: the pipeline's own.
+
+        Yields:
+            Logits [B, classes] and labels, on the rank that owns the head.
+        """
+        links = self._make_links(Wire(), EVALUATION_TAG)  # nothing is rounded: the model is evaluated, not the wire
+        units = (model or self.model).units()
+        first, last = self.stages[0].index, self.stages[-1].index
+        own = [units[i] for j in range(first, last + 1) for i in self.partition[j]]
+        feed = iter(batches)
+        links.expect(0, [first], [])
+        for number in range(count):
+            if number + 1 < count:
+                links.expect(number + 1, [first], [])
+            if self.world.first:
+                images, labels = next(feed)
+                up = Up(number, (images,), labels)
+            else:
+                up = links.receive_up(first)
+            streams = up.streams
+            with ExitStack() as stack:
+                if self.settings.autocast is not None:
+                    stack.enter_context(torch.autocast(self.world.device.type, dtype=self.settings.autocast))
+                for unit in own:
+                    streams = unit(*streams)
+            if self.world.last:
+                yield streams[0], up.labels
+            else:
+                links.send_up(last + 1, Up(number, streams, up.labels))
+        links.finish()
+
+    def whole_model(self, model: Any = None) -> Any:
+        """The model, or a moving average of it, complete and on the CPU, on the rank that owns the head; else None.
+
+        Every rank calls it.
+        """
+        model = model or self.model
+        return whole_model(model, self.partition, self.owners, self.world)
 
     @contextmanager
     def probe(self, every: int = 1) -> Iterator[Probe]:
@@ -273,15 +397,23 @@ class Pipeline:
         """Everything a bit-exact continuation needs: model, optimizers, schedules, counters, messages, FIFOs.
 
         The tensors are the live ones: copy or save them before the next step.
+
+        Raises:
+            RuntimeError: the stages are spread over processes.
         """
+        if self.world.size > 1:
+            raise RuntimeError("state_dict() is for a pipeline in one process; whole_model() gathers the weights")
         return {
             "method": self.method,
             "partition": [len(owned) for owned in self.partition],
-            "tick": self.tick,
+            "tick": self.clock.tick,
+            "feeds": dict(self.clock.fed),
             "fed": self.fed,
             "model": self.model.state_dict(),
-            "ups": {j: (m.micro_batch, m.streams, m.labels) for j, m in self._ups.items()},
-            "downs": {j: (m.micro_batch, m.streams, m.gradients) for j, m in self._downs.items()},
+            "ups": {j: [(m.micro_batch, m.streams, m.labels) for m in queue] for j, queue in self.links.ups.items()},
+            "downs": {
+                j: [(m.micro_batch, m.streams, m.gradients) for m in queue] for j, queue in self.links.downs.items()
+            },
             "stages": [stage.state_dict() for stage in self.stages],
         }
 
@@ -294,10 +426,13 @@ class Pipeline:
         for key, mine in (("method", self.method), ("partition", [len(owned) for owned in self.partition])):
             if state[key] != mine:
                 raise ValueError(f"the state is of a pipeline with {key}={state[key]}, this one has {key}={mine}")
-        self.tick, self.fed = state["tick"], state["fed"]
+        self.clock.tick, self.clock.fed, self.fed = state["tick"], dict(state["feeds"]), state["fed"]
         self.model.load_state_dict(state["model"])
-        self._ups = {j: Up(n, _copies(x), y.clone()) for j, (n, x, y) in state["ups"].items()}
-        self._downs = {j: Down(n, _copies(x), _copies(d)) for j, (n, x, d) in state["downs"].items()}
+        self.links = Links(self.wire)
+        for j, queue in state["ups"].items():
+            self.links.ups[j].extend(Up(n, _copies(x), y.clone()) for n, x, y in queue)
+        for j, queue in state["downs"].items():
+            self.links.downs[j].extend(Down(n, _copies(x), _copies(d)) for n, x, d in queue)
         with self._own_generators():
             for stage, stage_state in zip(self.stages, state["stages"], strict=True):
                 stage.load_state_dict(stage_state)

@@ -82,7 +82,7 @@ class Probe:
             error = float((now - then).norm() / then.norm().clamp_min(tiny))
         self.measurements.append(
             Measurement(
-                stage=self.stages.index(stage),
+                stage=stage.index,
                 micro_batch=micro_batch,
                 cosine=float(ours @ reference / (ours.norm() * reference.norm()).clamp_min(tiny)),
                 norm_ratio=float(ours.norm() / reference.norm().clamp_min(tiny)),

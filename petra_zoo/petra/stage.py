@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -49,16 +50,18 @@ class Stage:
 
     Args:
         units: the stage's units.
-        first_unit: index of the first of them in the model.
+        index: which stage of the pipeline this is, from 0.
+        first_unit: index of the first unit in the model.
         settings: shared by all stages.
         sends_streams: whether the stage below reconstructs, that is, wants to be sent its output back.
         last: whether this is the last stage, which has no delay.
     """
 
     def __init__(
-        self, units: Sequence[Unit], first_unit: int, settings: Settings, sends_streams: bool, last: bool
+        self, units: Sequence[Unit], index: int, first_unit: int, settings: Settings, sends_streams: bool, last: bool
     ) -> None:
         self.units = list(units)
+        self.index = index
         self.first_unit = first_unit
         self.settings = settings
         self.sends_streams = sends_streams
@@ -69,6 +72,7 @@ class Stage:
         self.fifos: list[deque[Streams]] = [deque() for _ in units]
         self.gradients_in_window = 0
         self.watcher: Watcher | None = None
+        self.across: Any = None  # process group of this stage in every replica of the pipeline
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -132,6 +136,8 @@ class Stage:
         flat = [p for group in self.parameters for p in group if p.grad is not None]
         if count > 1:
             torch._foreach_div_([p.grad for p in flat if p.grad is not None], float(count))
+        if self.across is not None:
+            _average([p.grad for p in flat if p.grad is not None], self.across)
         if self.settings.clip_grad is not None:
             clip_grad_norm_(flat, self.settings.clip_grad)
         self.optimizer.step()
@@ -155,6 +161,11 @@ class Stage:
             if self.settings.autocast is not None:
                 stack.enter_context(torch.autocast(device.type, dtype=self.settings.autocast))
             yield
+
+    @property
+    def keeps_received(self) -> bool:
+        """Whether a message up is looked at again in a later tick: a block hands one of its streams on as it is."""
+        return not self.last and any(self._keeps_input(unit) for unit in self.units)
 
     def _keeps_input(self, unit: Unit) -> bool:
         return not unit.reversible or unit.anchor
@@ -235,6 +246,16 @@ class Stage:
 def leaves(streams: Streams, needs_gradient: bool) -> Streams:
     """Copies of the streams that start a graph."""
     return tuple(x.detach().requires_grad_(needs_gradient) for x in streams)
+
+
+def _average(gradients: list[Tensor], group: Any) -> None:
+    """Averages gradients over the replicas of a stage, in one message."""
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def _collect(found: dict[int, Tensor], parameters: list[nn.Parameter], gradients: Gradients) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
 from petra_zoo.training.datasets import ImageDataset, open_dataset
 from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.recipe import Recipe
@@ -94,8 +95,8 @@ def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r}: {_first_line(error)}; see petra-zoo list") from error
 
 
-def build_model(recipe: Recipe, train: ImageDataset) -> Any:
-    """The recipe's model for the classes of the data, initialised from the recipe's seed."""
+def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None = None) -> Any:
+    """The recipe's model for the classes of the data, initialised from the recipe's seed; default: on its device."""
     torch.manual_seed(recipe.seed)
     kwargs = dict(recipe.model_kwargs)
     if recipe.drop:
@@ -110,7 +111,7 @@ def build_model(recipe: Recipe, train: ImageDataset) -> Any:
         **kwargs,
     )
     check_image_size(model, recipe.model, image_size(recipe, train, model))
-    return model.to(choose_device(recipe.device), memory_format=memory_format(recipe))
+    return model.to(device or choose_device(recipe.device), memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:
@@ -138,18 +139,25 @@ def data_config(recipe: Recipe, data: ImageDataset, model: Any) -> dict[str, Any
 
 
 def build_loaders(
-    recipe: Recipe, train: ImageDataset, val: ImageDataset, config: dict[str, Any], device: torch.device
+    recipe: Recipe, train: ImageDataset, val: ImageDataset, config: dict[str, Any], world: World
 ) -> tuple[ImageLoader, ImageLoader]:
-    """Loaders of both splits."""
+    """Loaders of both splits: this replica's share of the training split, the whole validation split."""
     common = {key: config[key] for key in ("input_size", "mean", "std")} | {
         "augmentation": recipe,
         "seed": recipe.seed,
         "workers": recipe.workers,
         "on_bad_image": recipe.on_bad_image,
-        "pin_memory": device.type == "cuda",
+        "pin_memory": world.device.type == "cuda",
     }
     return (
-        create_loader(train, batch_size=recipe.batch_size, train=True, **common),
+        create_loader(
+            train,
+            batch_size=recipe.batch_size,
+            train=True,
+            shard=world.replica,
+            shards=world.replicas,
+            **common,
+        ),
         create_loader(val, batch_size=recipe.validation_batch_size or recipe.batch_size, train=False, **common),
     )
 
@@ -211,11 +219,43 @@ def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch
     return make
 
 
-def build_pipeline(recipe: Recipe, model: Any, batches_per_epoch: int, config: dict[str, Any]) -> Pipeline:
+def find_profile(recipe: Recipe, model: Any, config: dict[str, Any], world: World) -> Profile | None:
+    """The measured costs that the partition goes by: read, or measured on rank 0 for all; None where it counts.
+
+    Raises:
+        UserError: the file is not a profile, or is another model's.
+    """
+    units = len(model.units())
+    if recipe.profile is not None:
+        profile = Profile.load(recipe.profile)
+        if len(profile.units) != units:
+            raise UserError(
+                f"{recipe.profile} has {len(profile.units)} units, {recipe.model} has {units}: measure anew"
+            )
+        return profile
+    given = recipe.split is not None or recipe.stages in (1, units)
+    if recipe.balance == "operations" or given or (recipe.balance == "auto" and world.size == 1):
+        return None
+    found = None
+    if world.first and world.replica == 0:
+        measured = copy.deepcopy(model).to(world.device)
+        autocast = torch.bfloat16 if recipe.amp else None
+        found = measure(measured, recipe.batch_size, config["input_size"], autocast=autocast)
+    return next(profile for profile in world.gather(found) if profile is not None)
+
+
+def build_pipeline(
+    recipe: Recipe,
+    model: Any,
+    batches_per_epoch: int,
+    config: dict[str, Any],
+    world: World | None = None,
+    profile: Profile | None = None,
+) -> Pipeline:
     """The engine for a recipe.
 
     Raises:
-        UserError: stages or split do not fit the model.
+        UserError: stages, split or the number of processes do not fit the model.
     """
     try:
         return Pipeline(
@@ -231,6 +271,11 @@ def build_pipeline(recipe: Recipe, model: Any, batches_per_epoch: int, config: d
             last_stage=recipe.last_stage,
             seed=recipe.seed,
             input_size=config["input_size"],
+            profile=profile,
+            device_speed=recipe.device_speed,
+            world=world,
+            wire=Wire(*(name and getattr(torch, name) for name in (recipe.wire_up, recipe.wire_down))),
+            timeout=recipe.link_timeout,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

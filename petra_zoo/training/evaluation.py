@@ -68,11 +68,20 @@ def evaluate(
         device: where the model is.
         memory_format: layout of the images.
     """
+    pairs = (
+        (predict(images.to(device, memory_format=memory_format, non_blocking=True)), labels)
+        for images, labels in batches
+    )
+    return score(pairs, num_classes)
+
+
+def score(pairs: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Evaluation:
+    """Compares logits [B, num_classes] with labels [B], batch by batch."""
     correct1 = correct5 = images_seen = 0
     loss = 0.0
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
-    for images, labels in batches:
-        logits = predict(images.to(device, memory_format=memory_format, non_blocking=True)).float().cpu()
+    for logits, labels in pairs:
+        logits, labels = logits.float().cpu(), labels.cpu()
         best = logits.topk(min(5, num_classes), dim=1).indices
         hits = best == labels[:, None]
         correct1 += int(hits[:, 0].sum())

@@ -48,17 +48,21 @@ class _Batches:
     shuffle: bool
     seed: int
     drop_last: bool
+    shard: int = 0
+    shards: int = 1
     epoch: int = 0
     start: int = 0
 
     def __len__(self) -> int:
-        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+        batches = self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+        return batches // self.shards  # every shard has as many, so that replicas stay in step
 
     def __iter__(self) -> Iterator[list[_Place]]:
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((_SHUFFLE, self.seed, self.epoch)).permutation(self.length)
-        chunks = [order[at * self.batch_size : (at + 1) * self.batch_size] for at in range(self.start, len(self))]
+        places = [at * self.shards + self.shard for at in range(self.start, len(self))]
+        chunks = [order[at * self.batch_size : (at + 1) * self.batch_size] for at in places]
         return iter([[_Place(self.epoch, int(index)) for index in chunk] for chunk in chunks])
 
 
@@ -170,7 +174,8 @@ class ImageLoader:
         if self._mixup is None:
             return images, smoothed
         even = len(images) // 2 * 2  # timm mixes pairs and refuses odd batches: the last image of one stays as it is
-        with seeded_generators(_MIX, self._batches.seed, epoch, batch_index):
+        place = batch_index * self._batches.shards + self._batches.shard
+        with seeded_generators(_MIX, self._batches.seed, epoch, place):
             _, smoothed[:even] = self._mixup(images[:even], labels[:even])  # mixes the images in place
         return images, smoothed
 
@@ -188,6 +193,8 @@ def create_loader(
     workers: int = 0,
     on_bad_image: BadImagePolicy = "fail",
     drop_last: bool = False,
+    shard: int = 0,
+    shards: int = 1,
     pin_memory: bool = False,
 ) -> ImageLoader:
     """Makes an iterable of batches over a data set.
@@ -207,6 +214,8 @@ def create_loader(
         workers: Processes that read and augment; they stay alive between epochs. 0 for this process.
         on_bad_image: `skip` puts the next readable sample in the place of an undecodable one; `fail` raises.
         drop_last: Leave out the last batch where it is smaller.
+        shard: Which of `shards` replicas this is: of the epoch's batches it takes every `shards`-th.
+        shards: How many replicas share the epoch's batches; what does not divide is left out.
         pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
 
     Raises:
@@ -219,7 +228,9 @@ def create_loader(
             f"input_size={input_size} with {len(mean)} mean and {len(std)} std values; expected 1 or 3 channels "
             "and one value for each"
         )
-    batches = _Batches(len(dataset), batch_size, shuffle=train, seed=seed, drop_last=drop_last)
+    batches = _Batches(
+        len(dataset), batch_size, shuffle=train, seed=seed, drop_last=drop_last, shard=shard, shards=shards
+    )
     if not len(batches):
         raise UserError(f"batch_size={batch_size} is more than the {len(dataset)} images; expected at most that many")
     transform = build_transform(

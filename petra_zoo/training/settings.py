@@ -13,6 +13,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+WireType = Literal["float32", "bfloat16"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 
 _TIMM_LR_BASE = 0.1
@@ -66,6 +67,14 @@ class Recipe(Augmentation):
         batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
         split: Units per stage, one entry per stage; None to let the engine balance them.
         last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
+        data_parallel: Replicas of the pipeline, each with micro-batches of its own; an update takes
+            `data_parallel` times as many images.
+        balance: Costs that the partition goes by: `measured` on rank 0 (or read from `profile`), `operations` counted;
+            `auto` measures where there are several processes. A measured partition is saved as `profile.json`.
+        device_speed: Speed of each rank's device relative to each other.
+        wire_up, wire_down: The type in which streams, and streams with gradients, travel between stages.
+        link_timeout: Seconds that a message may take after the first tick.
+        sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
         num_classes, img_size: None to take them from the data.
         train_split, val_split: What a data set opened through timm calls its splits.
         lr, lr_base: The learning rate, or the one that belongs to `lr_base_size` images per update; see
@@ -100,6 +109,14 @@ class Recipe(Augmentation):
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1
     last_stage: Literal["graph", "recompute"] = "graph"
+    data_parallel: AtLeastOne = 1
+    balance: Literal["auto", "measured", "operations"] = "auto"
+    profile: Path | None = None
+    device_speed: list[Positive] | None = None
+    wire_up: WireType | None = None
+    wire_down: WireType | None = None
+    link_timeout: Positive = 60.0
+    sync_bn: bool = False
 
     opt: str = "sgd"
     lr: Positive | None = None
@@ -140,7 +157,8 @@ class Recipe(Augmentation):
         """The peak learning rate: `lr`, or `lr_base` (0.1 unless given) scaled linearly to the images per update."""
         if self.lr is not None:
             return self.lr
-        return (self.lr_base or _TIMM_LR_BASE) * self.batch_size * self.accumulation_steps / self.lr_base_size
+        images = self.batch_size * self.accumulation_steps * self.data_parallel
+        return (self.lr_base or _TIMM_LR_BASE) * images / self.lr_base_size
 
     @field_validator("opt")
     @classmethod

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,21 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from petra_zoo.petra import Output, Pipeline
+from petra_zoo.petra import Output, Pipeline, World, leave
 from petra_zoo.training.build import (
     build_loaders,
     build_model,
     build_pipeline,
-    choose_device,
     data_config,
+    find_profile,
     memory_format,
     open_data,
 )
 from petra_zoo.training.datasets import ImageDataset
-from petra_zoo.training.evaluation import Evaluation, evaluate
+from petra_zoo.training.evaluation import Evaluation, score
 from petra_zoo.training.loader import ImageLoader
 from petra_zoo.training.progress import Reporter, Speed
+from petra_zoo.training.ranks import average_statistics, enter, synchronize_statistics, together
 from petra_zoo.training.recipe import Recipe
 from petra_zoo.training.run_directory import RunDirectory
 
@@ -49,28 +52,56 @@ class Result:
 
 
 def train(recipe: Recipe, name: str = "run", reporter: Reporter | None = None) -> Result:
-    """Trains by a recipe, from data to a saved checkpoint.
+    """Trains by a recipe, from data to a saved checkpoint, with the processes that were launched together.
 
     Args:
         recipe: the settings.
         name: of the recipe, for the default run directory.
-        reporter: who tells the user; default: the console.
+        reporter: who tells the user; default: the console, on the rank that sees the losses.
 
     Raises:
-        UserError: settings, data or disk do not allow it; what was saved before is still there.
+        UserError: settings, data or disk do not allow it; what was saved before is still there. Every process raises
+            it, whichever one found the mistake.
     """
-    train_data, val_data = open_data(recipe)
-    device = choose_device(recipe.device)
-    model = build_model(recipe, train_data)
-    config = data_config(recipe, train_data, model)
-    loaders = build_loaders(recipe, train_data, val_data, config, device)
-    pipeline = build_pipeline(recipe, model, len(loaders[0]), config)
-    directory = RunDirectory(recipe, name)
-    return Run(recipe, pipeline, loaders, train_data, config, directory, reporter or Reporter()).train()
+    world = enter(recipe)
+    try:
+        return prepare(recipe, name, reporter or Reporter(quiet=not world.reports), world).train()
+    finally:
+        leave()
+
+
+def prepare(recipe: Recipe, name: str, reporter: Reporter, world: World) -> Run:
+    """From a recipe to a run that is ready to start."""
+
+    def build() -> tuple[ImageDataset, Any, dict[str, Any], tuple[ImageLoader, ImageLoader]]:
+        train_data, val_data = open_data(recipe)
+        # A rank of several builds the whole model on the CPU and keeps its own stages.
+        model = build_model(recipe, train_data, world.device if world.size == 1 else torch.device("cpu"))
+        if recipe.sync_bn and world.replicas > 1:
+            model = synchronize_statistics(model, world)
+        config = data_config(recipe, train_data, model)
+        return train_data, model, config, build_loaders(recipe, train_data, val_data, config, world)
+
+    train_data, model, config, loaders = together(world, build)
+    profile = find_profile(recipe, model, config, world)
+
+    def start() -> tuple[Pipeline, RunDirectory | None]:
+        pipeline = build_pipeline(recipe, model, len(loaders[0]), config, world, profile)
+        directory = RunDirectory(recipe, name) if world.reports else None
+        if directory and profile:
+            profile.save(directory.path / "profile.json")
+        return pipeline, directory
+
+    pipeline, directory = together(world, start)
+    return Run(recipe, pipeline, loaders, train_data, config, directory, reporter)
 
 
 class Run:
-    """One run in progress: a recipe's objects and what has been seen of them so far."""
+    """One run in progress: a recipe's objects and what has been seen of them so far.
+
+    Every rank has one and calls the same methods: the one that owns the stem feeds, the one that owns the head sees
+    what comes out and has the run directory.
+    """
 
     def __init__(
         self,
@@ -79,16 +110,15 @@ class Run:
         loaders: tuple[ImageLoader, ImageLoader],
         train_data: ImageDataset,
         config: dict[str, Any],
-        directory: RunDirectory,
+        directory: RunDirectory | None,
         reporter: Reporter,
     ) -> None:
         self.recipe, self.pipeline, self.config = recipe, pipeline, config
         self.train_loader, self.val_loader = loaders
         self.train_data, self.directory, self.reporter = train_data, directory, reporter
-        self.model = pipeline.model
-        self.device = next(self.model.parameters()).device
+        self.model, self.world = pipeline.model, pipeline.world
+        self.device = self.world.device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
-        self.labels: dict[int, Tensor] = {}  # of micro-batches on their way to the head
         self.seconds = 0.0
 
     def train(self) -> Result:
@@ -99,8 +129,7 @@ class Run:
         evaluation: Evaluation | None = None
         interrupted = False
         with self.reporter:
-            partition = [len(owned) for owned in self.pipeline.partition]
-            self.reporter.start(self.recipe, partition, len(self.train_loader), epochs)
+            self.reporter.start(self.recipe, self.pipeline, len(self.train_loader), epochs)
             self.reporter.show()
             try:
                 for epoch in range(epochs):
@@ -111,12 +140,17 @@ class Run:
                     if last or (epoch + 1) % self.recipe.val_interval == 0:
                         evaluation = self.validate_and_save(epoch, train_loss)
             except KeyboardInterrupt:
+                if not self.world.alone:  # ranks stop in different ticks: the last saved epoch is what there is
+                    raise
                 interrupted = True
                 self.reporter.line("interrupted: saving the model as it is (weights only, the run cannot be continued)")
                 evaluation = self.validate_and_save(None, float("nan"))
+        bad = sum(self.world.gather(len(self.train_data.bad_images)))
+        path = self.directory.path if self.directory else None
+        path, evaluation = self.world.from_reporter((path, evaluation))
+        assert path is not None
         assert evaluation is not None
-        bad = len(self.train_data.bad_images)
-        return Result(self.directory.path, evaluation, self.seconds, interrupted, bad)
+        return Result(path, evaluation, self.seconds, interrupted, bad)
 
     def run_epoch(self, epoch: int, epochs: int) -> float:
         """Feeds one epoch; micro-batches in flight stay in flight. Gives the mean loss of what came out."""
@@ -125,19 +159,19 @@ class Run:
         meter, speed = Meter(), Speed()
         batches, k = len(self.train_loader), self.recipe.accumulation_steps
         started = time.perf_counter()
-        for i, (images, labels) in enumerate(self.train_loader):
-            images = images.to(self.device, memory_format=memory_format(self.recipe), non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
-            self.labels[self.pipeline.fed] = labels
+        for i, (images, labels) in enumerate(self.feed(self.train_loader)):
             output = self.pipeline.step(images, labels)
             if self.ema and self.pipeline.fed % k == 0:
                 self.ema.update(self.model)
+            if not self.world.reports:
+                continue
             self.account(output, meter)
-            done, images_per_second = epoch * batches + i + 1, speed.add(len(images))
+            images_fed = self.recipe.batch_size * self.recipe.data_parallel
+            done, images_per_second = epoch * batches + i + 1, speed.add(images_fed)
             loss, top1 = meter.recent()
-            fill = f"{self.pipeline.in_flight}/{2 * len(self.pipeline.stages) - 1}"
-            self.reporter.batch(epoch, done, epochs * batches, len(images), loss, top1, images_per_second, fill)
-            if self.pipeline.fed % (self.recipe.log_interval * k) == 0 and loss is not None:
+            fill = f"{self.pipeline.in_flight}/{2 * len(self.pipeline.partition) - 1}"
+            self.reporter.batch(epoch, done, epochs * batches, images_fed, loss, top1, images_per_second, fill)
+            if self.pipeline.fed % (self.recipe.log_interval * k) == 0 and loss is not None and self.directory:
                 self.directory.log(
                     event="train",
                     epoch=epoch,
@@ -151,6 +185,15 @@ class Run:
         self.seconds += time.perf_counter() - started
         return meter.mean_loss()
 
+    def feed(self, loader: ImageLoader) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Batches on the device, on the rank that owns the stem; as many times nothing on the others."""
+        if not self.world.first:
+            yield from repeat((None, None), len(loader))
+            return
+        for images, labels in loader:
+            images = images.to(self.device, memory_format=memory_format(self.recipe), non_blocking=True)
+            yield images, labels.to(self.device, non_blocking=True)
+
     def drain(self) -> None:
         """Lets the micro-batches in flight finish."""
         started = time.perf_counter()
@@ -163,34 +206,43 @@ class Run:
 
     def account(self, output: Output, meter: Meter) -> None:
         """Compares what came out with its labels."""
-        if output.micro_batch is None or output.loss is None or output.logits is None:
+        if output.loss is None or output.logits is None or output.labels is None:
             return
-        labels = self.labels.pop(output.micro_batch)
+        labels = output.labels
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         meter.add(float(output.loss), int((output.logits.argmax(1) == hard).sum()), len(hard))
 
-    def validate_and_save(self, epoch: int | None, train_loss: float) -> Evaluation:
-        """Evaluates the model (its moving average, where there is one), logs, and saves it."""
+    def validate_and_save(self, epoch: int | None, train_loss: float) -> Evaluation | None:
+        """Evaluates the model (its moving average, where there is one), logs, and saves it.
+
+        Through the pipeline of the first replica: what is in flight stays where it is.
+
+        Returns:
+            The evaluation, on the rank that reports.
+        """
         started = time.perf_counter()
         model = self.ema.module if self.ema else self.model
+        average_statistics(model, self.world)
+        if self.world.replica > 0:
+            return None
         model.eval()
-
-        def predict(images: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-                return model(images)
-
-        result = evaluate(predict, self.val_loader, self.model.num_classes, self.device, memory_format(self.recipe))
+        batches = self.feed(self.val_loader) if self.world.first else ()
+        pairs = self.pipeline.predict(batches, len(self.val_loader), model)  # type: ignore[arg-type]
+        result = score(pairs, self.model.num_classes)
         self.model.train()
+        whole = self.pipeline.whole_model(model)
+        if not self.directory:
+            return None
         seconds = time.perf_counter() - started
-        lr = self.learning_rate()
         if epoch is not None:
             self.directory.log(
                 event="validation", epoch=epoch, top1=result.top1, top5=result.top5, loss=result.loss, seconds=seconds
             )
             row = {"epoch": epoch, "train_loss": train_loss, "eval_loss": result.loss}
-            self.directory.summarize({**row, "eval_top1": result.top1, "eval_top5": result.top5, "lr": lr})
+            rate = self.learning_rate()
+            self.directory.summarize({**row, "eval_top1": result.top1, "eval_top5": result.top5, "lr": rate})
             self.reporter.epoch(epoch, train_loss, result, self.seconds)
-        self.directory.save_model(model, self.config, self.train_data.class_names)
+        self.directory.save_model(whole, self.config, self.train_data.class_names)
         return result
 
     def learning_rate(self) -> float:

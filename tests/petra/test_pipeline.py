@@ -120,7 +120,7 @@ def test_backward_at_stage_i_comes_2_times_j_minus_1_minus_i_ticks_after_the_fee
         finish = stage._finish_backward
 
         def record(micro_batch: int, *args: Any, j: int = j, finish: Any = finish) -> Any:
-            seen.append((j, micro_batch, pipeline.tick))
+            seen.append((j, micro_batch, pipeline.clock.tick))
             return finish(micro_batch, *args)
 
         stage._finish_backward = record  # type: ignore[method-assign]
@@ -350,7 +350,7 @@ def test_bfloat16_autocast_trains_with_float32_messages() -> None:
     model = make_model(torch.float32)
     pipeline = make_pipeline(model, 5, autocast=torch.bfloat16)
     outputs = run(pipeline, batches(6, dtype=torch.float32), drain=False)
-    assert all(x.dtype == torch.float32 for up in pipeline._ups.values() for x in up.streams)
+    assert all(x.dtype == torch.float32 for queue in pipeline.links.ups.values() for up in queue for x in up.streams)
     assert all(torch.isfinite(o.loss) for o in outputs)
 
 

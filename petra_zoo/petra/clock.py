@@ -1,0 +1,46 @@
+"""The pipeline's clock: which stage works in which tick."""
+
+from __future__ import annotations
+
+
+class Clock:
+    """Counts ticks and remembers in which of them a micro-batch was fed.
+
+    Micro-batch fed at tick n: forward at stage i in tick n + i, backward in tick n + 2 (J - 1) - i (section 3 of
+    arXiv 2406.02052). Without delay (the exact methods) both happen in tick n.
+
+    Args:
+        stages: J.
+        delayed: whether messages take a tick.
+        backwards: whether gradients travel down.
+    """
+
+    def __init__(self, stages: int, delayed: bool, backwards: bool = True) -> None:
+        self.stages, self.delayed, self.backwards = stages, delayed, backwards
+        self.tick = -1
+        self.fed: dict[int, bool] = {}  # of the ticks that still matter
+
+    def next_tick(self, fed: bool) -> None:
+        """Begins a tick."""
+        self.tick += 1
+        self.fed[self.tick] = fed
+        self.fed.pop(self.tick - 2 * self.stages, None)
+
+    def forward(self, stage: int, tick: int | None = None) -> bool:
+        """Whether a stage runs a forward in a tick (default: the present one)."""
+        return self._was_fed(tick, stage if self.delayed else 0)
+
+    def backward(self, stage: int, tick: int | None = None) -> bool:
+        """Whether a stage runs a backward in a tick (default: the present one)."""
+        return self.backwards and self._was_fed(tick, 2 * (self.stages - 1) - stage if self.delayed else 0)
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches fed whose last message has not been received."""
+        if not self.delayed:
+            return 0
+        longest = (2 if self.backwards else 1) * (self.stages - 1)
+        return sum(fed for tick, fed in self.fed.items() if tick + longest > self.tick)
+
+    def _was_fed(self, tick: int | None, ago: int) -> bool:
+        return self.fed.get((self.tick if tick is None else tick) - ago, False)

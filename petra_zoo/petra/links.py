@@ -1,0 +1,76 @@
+"""Links: how messages travel between neighbouring stages.
+
+Both kinds have one interface. A message sent is received in the order of sending; the schedule (`clock.py`) says when.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from petra_zoo.petra.messages import Down, Up
+
+Direction = Literal["up", "down"]
+
+
+class LinkError(RuntimeError):
+    """A message did not arrive; says which."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The type in which streams and gradients travel, up and down; None: as they are."""
+
+    up: torch.dtype | None = None
+    down: torch.dtype | None = None
+
+    def pack(self, x: Tensor, direction: Direction) -> Tensor:
+        """x as it travels; whole numbers (labels, images of bytes) stay."""
+        dtype = self.up if direction == "up" else self.down
+        return x if dtype is None or not x.is_floating_point() else x.to(dtype)
+
+    def rounded(self, tensors: tuple[Tensor | None, ...], direction: Direction) -> tuple[Tensor | None, ...]:
+        """What arrives of tensors that are sent."""
+        return tuple(None if x is None else self.pack(x, direction).to(x.dtype) for x in tensors)
+
+
+class Links:
+    """Links between stages of one process: queues. `ProcessLinks` adds those that leave the process.
+
+    Args:
+        wire: applied here too, so that one process computes what many do.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.ups: defaultdict[int, deque[Up]] = defaultdict(deque)  # by receiving stage
+        self.downs: defaultdict[int, deque[Down]] = defaultdict(deque)
+
+    def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
+        """Makes ready for the messages that these stages will receive in a tick."""
+
+    def send_up(self, to: int, up: Up) -> None:
+        """Sends a message to stage `to`."""
+        streams = self.wire.rounded(up.streams, "up")
+        self.ups[to].append(replace(up, streams=streams))  # type: ignore[arg-type]  # no stream is None
+
+    def send_down(self, to: int, down: Down) -> None:
+        """Sends a message to stage `to`."""
+        streams, gradients = self.wire.rounded(down.streams, "down"), self.wire.rounded(down.gradients, "down")
+        self.downs[to].append(replace(down, streams=streams, gradients=gradients))  # type: ignore[arg-type]
+
+    def receive_up(self, stage: int, keep: bool = False) -> Up:
+        """The oldest message for `stage`; `keep`: it will be looked at after this tick."""
+        return self.ups[stage].popleft()
+
+    def receive_down(self, stage: int) -> Down:
+        """The oldest message for `stage`."""
+        return self.downs[stage].popleft()
+
+    def finish(self) -> None:
+        """Waits until everything sent is on its way, so that its memory may be used again."""

@@ -1,0 +1,286 @@
+"""Links between processes, over torch.distributed's point-to-point.
+
+Receives are posted a tick before their message is used, into buffers that are allocated once: gloo is a rendezvous,
+its sends end only when the other side has posted the receive. Sends run on while the rank computes. A header in front
+of every message carries its number and its size, so that a smaller last batch needs no buffers of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from petra_zoo.petra.links import Direction, LinkError, Links, Wire
+from petra_zoo.petra.messages import Down, Up
+from petra_zoo.petra.world import START_TIMEOUT, World
+
+LAYOUT_BYTES = 2048
+_TAGS = {"up": 0, "down": 16}
+
+
+class ProcessLinks(Links):
+    """Links of a rank's stages: queues inside it, torch.distributed to the ranks beside it.
+
+    Args:
+        wire: types of messages.
+        world: this rank's place.
+        owned: its stages.
+        timeout: how long a message may take once the first tick is over, in seconds.
+        tag: keeps these messages apart from those of other `ProcessLinks` (of an evaluation).
+    """
+
+    def __init__(self, wire: Wire, world: World, owned: range, timeout: float, tag: int = 0) -> None:
+        super().__init__(wire)
+        self.world, self.owned = world, owned
+        below, above = world.rank - 1, world.rank + 1
+        self._from_below = _Inlet(world, below, "up", owned[0], timeout, tag) if not world.first else None
+        self._from_above = _Inlet(world, above, "down", owned[-1], timeout, tag) if not world.last else None
+        self._to_above = _Outlet(world, above, "up", owned[-1] + 1, timeout, tag) if not world.last else None
+        self._to_below = _Outlet(world, below, "down", owned[0] - 1, timeout, tag) if not world.first else None
+
+    def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
+        self.finish()  # before the buffers that were sent from are received into
+        if self._from_below and self.owned[0] in ups:
+            self._from_below.post(tick)
+        if self._from_above and self.owned[-1] in downs:
+            self._from_above.post(tick)
+
+    def send_up(self, to: int, up: Up) -> None:
+        if to in self.owned or not self._to_above:
+            return super().send_up(to, up)
+        tensors = [*(self.wire.pack(x, "up") for x in up.streams), up.labels]
+        types = [*(x.dtype for x in up.streams), up.labels.dtype]
+        self._to_above.send(up.micro_batch, tensors, types, len(up.streams))
+
+    def send_down(self, to: int, down: Down) -> None:
+        if to in self.owned or not self._to_below:
+            return super().send_down(to, down)
+        whole = [*down.streams, *down.gradients]
+        tensors = [None if x is None else self.wire.pack(x, "down") for x in whole]
+        self._to_below.send(
+            down.micro_batch, tensors, [None if x is None else x.dtype for x in whole], len(down.streams)
+        )
+
+    def receive_up(self, stage: int, keep: bool = False) -> Up:
+        if stage != self.owned[0] or not self._from_below:
+            return super().receive_up(stage, keep)
+        number, tensors, _ = self._from_below.receive(keep or len(self.owned) > 1)
+        *streams, labels = tensors
+        assert labels is not None
+        return Up(number, tuple(streams), labels.clone())  # type: ignore[arg-type]  # labels are handed to the user
+
+    def receive_down(self, stage: int) -> Down:
+        if stage != self.owned[-1] or not self._from_above:
+            return super().receive_down(stage)
+        number, tensors, streams = self._from_above.receive(len(self.owned) > 1)
+        return Down(number, tuple(tensors[:streams]), tuple(tensors[streams:]))  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        for outlet in (self._to_above, self._to_below):
+            if outlet:
+                outlet.finish()
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How one tensor of a message lies in memory.
+
+    Attributes:
+        shape: of a full micro-batch.
+        order: its dimensions from the outermost in memory to the innermost; the first is the batch.
+        wire: type on the way; `dtype`: type before and after.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    wire: torch.dtype
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor, dtype: torch.dtype) -> Self:
+        order = tuple(sorted(range(x.ndim), key=lambda i: -x.stride()[i]))
+        dense = x.permute(order).is_contiguous() and order[0] == 0
+        return cls(tuple(x.shape), order if dense else tuple(range(x.ndim)), x.dtype, dtype)
+
+    def buffer(self, device: torch.device, pin: bool = False) -> Tensor:
+        """An empty tensor of a full micro-batch in this layout, as a contiguous view."""
+        return torch.empty([self.shape[i] for i in self.order], dtype=self.wire, device=device, pin_memory=pin)
+
+    def view(self, buffer: Tensor, size: int) -> Tensor:
+        """The first `size` images of a buffer, in the tensor's own order of dimensions."""
+        return buffer[:size].permute([self.order.index(i) for i in range(len(self.order))])
+
+    def as_json(self) -> list[Any]:
+        return [self.shape, self.order, str(self.wire), str(self.dtype)]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Self:
+        shape, order, wire, dtype = values
+        return cls(tuple(shape), tuple(order), *(getattr(torch, str(x).removeprefix("torch.")) for x in (wire, dtype)))
+
+
+class _End:
+    """One end of a link in one direction."""
+
+    def __init__(self, world: World, peer: int, direction: Direction, stage: int, timeout: float, tag: int) -> None:
+        self.world, self.peer, self.direction, self.stage = world, peer, direction, stage
+        self.group = world.up if direction == "up" else world.down
+        self.address = world.peers[peer]
+        self.tag = tag + _TAGS[direction]
+        self.timeout = timedelta(seconds=timeout)
+        # Where messages lie while they travel: gloo reads and writes the CPU's memory only.
+        self.staged = world.device.type == "cuda" and not world.nccl
+        self.place = torch.device("cpu") if self.staged else world.device
+        self.streams = 0
+        self.layouts: list[_Layout | None] | None = None
+        self.tick = 0
+        self.running = False  # whether a message has passed
+
+    def present(self) -> list[_Layout]:
+        """Layouts of the tensors that a message has."""
+        return [layout for layout in self.layouts or [] if layout]
+
+    def wait(self, work: Any) -> None:
+        """Waits for a send or a receive.
+
+        Raises:
+            LinkError: it did not end in time, or the other rank has gone.
+        """
+        try:
+            work.wait(self.timeout if self.running else max(self.timeout, START_TIMEOUT))
+        except RuntimeError as error:
+            reason = str(error)
+            late = "imed out" in reason
+            what = f"nothing within {self.timeout.total_seconds():g} s" if late else "that rank has gone"
+            raise LinkError(f"{self}: {what} ({reason.strip().splitlines()[0][:160]})") from error
+
+
+class _Outlet(_End):
+    """The sending end."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._flying: list[tuple[Any, Tensor]] = []  # sends and the memory they read from
+
+    def __str__(self) -> str:
+        return (
+            f"stage {self.stage} (rank {self.address}) did not take the {self.direction} message of tick {self.tick} "
+            f"from rank {self.world.peers[self.world.rank]}"
+        )
+
+    def send(
+        self, number: int, tensors: Sequence[Tensor | None], types: Sequence[torch.dtype | None], streams: int
+    ) -> None:
+        """Begins to send a message."""
+        size = next(len(x) for x in tensors if x is not None)
+        if self.layouts is None:
+            self.layouts = [
+                None if x is None or t is None else _Layout.of(x, t) for x, t in zip(tensors, types, strict=True)
+            ]
+            rows = [layout and layout.as_json() for layout in self.layouts]
+            text = json.dumps([streams, rows]).encode().ljust(LAYOUT_BYTES)
+            assert len(text) == LAYOUT_BYTES
+            self._isend(torch.frombuffer(bytearray(text), dtype=torch.uint8), 0)
+        assert [x is None for x in tensors] == [layout is None for layout in self.layouts], "a message changed its form"
+        capacity = self.present()[0].shape[0]
+        if size > capacity:
+            raise ValueError(f"a micro-batch of {size} images follows a first one of {capacity}: feed full ones first")
+        self._isend(torch.tensor([number, size]), 1)
+        for i, (x, layout) in enumerate((x, y) for x, y in zip(tensors, self.layouts, strict=True) if x is not None):
+            assert layout is not None
+            dense = x.permute(layout.order)
+            if size < capacity or self.staged:
+                padded = layout.buffer(self.place, pin=self.staged)
+                padded[:size].copy_(dense)
+                dense = padded
+            self._isend(dense.contiguous(), 2 + i)
+        self.tick += 1
+
+    def finish(self) -> None:
+        """Waits until all messages have been taken."""
+        for work, _ in self._flying:
+            self.wait(work)
+        self.running |= bool(self._flying)
+        self._flying.clear()
+
+    def _isend(self, x: Tensor, part: int) -> None:
+        self._flying.append((dist.isend(x, self.address, self.group, tag=self.tag + part), x))
+
+
+@dataclass
+class _Posted:
+    """A message whose receive has been posted."""
+
+    tick: int
+    header: Tensor
+    works: list[Any]
+    slot: list[Tensor] = field(default_factory=list)
+
+
+class _Inlet(_End):
+    """The receiving end, with two sets of buffers: one is received into while the other one is used."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._slots: list[list[Tensor]] = []
+        self._posted: deque[_Posted] = deque()
+        self._layout = torch.empty(LAYOUT_BYTES, dtype=torch.uint8)
+        self._first = self._irecv(self._layout, 0)
+
+    def __str__(self) -> str:
+        return (
+            f"stage {self.stage} (rank {self.world.peers[self.world.rank]}) waits for the {self.direction} message of "
+            f"tick {self.tick} from rank {self.address}"
+        )
+
+    def post(self, tick: int) -> None:
+        """Posts the receive of the message that will be used in a tick."""
+        header = torch.empty(2, dtype=torch.int64)
+        message = _Posted(tick, header, [self._irecv(header, 1)])
+        self._posted.append(message)
+        if self.layouts is not None:
+            self._post_tensors(message)
+
+    def receive(self, keep: bool) -> tuple[int, list[Tensor | None], int]:
+        """Number, tensors and how many of them are streams.
+
+        The tensors are valid for this tick, then their buffer is received into again; `keep` copies them. A rank of
+        several stages keeps them all: a block hands one of its streams on as it is, to a stage that looks at it later.
+        """
+        self.tick = self._posted[0].tick
+        if self.layouts is None:  # the first message: only now the buffers' sizes are known
+            self.wait(self._first)
+            self.streams, rows = json.loads(bytes(self._layout.numpy()).decode())
+            self.layouts = [row and _Layout.from_json(row) for row in rows]
+            self._slots = [[layout.buffer(self.place, pin=self.staged) for layout in self.present()] for _ in range(2)]
+            for message in self._posted:
+                self._post_tensors(message)
+        message = self._posted.popleft()
+        for work in message.works:
+            self.wait(work)
+        self.running = True
+        number, size = (int(x) for x in message.header)
+        filled = iter([x.clone() for x in message.slot] if keep else message.slot)
+        return number, [None if y is None else self._unpack(y, next(filled), size) for y in self.layouts], self.streams
+
+    def _post_tensors(self, message: _Posted) -> None:
+        self._slots.reverse()
+        message.slot = self._slots[0]
+        message.works += [self._irecv(x, 2 + i) for i, x in enumerate(message.slot)]
+
+    def _unpack(self, layout: _Layout, buffer: Tensor, size: int) -> Tensor:
+        x = layout.view(buffer, size)
+        if self.staged:
+            x = x.to(self.world.device, non_blocking=True)
+        return x.to(layout.dtype)
+
+    def _irecv(self, x: Tensor, part: int) -> Any:
+        return dist.irecv(x, self.address, self.group, tag=self.tag + part)

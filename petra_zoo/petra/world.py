@@ -1,0 +1,151 @@
+"""The processes that train together: D replicas of a pipeline of R ranks.
+
+Launched by torch.distributed.run (`petra-zoo train --nproc N`, torchrun) or by SLURM; alone where nothing launched.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import world_info_from_env
+from torch.distributed.device_mesh import init_device_mesh
+
+START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and the first tick is over
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place.
+
+    Attributes:
+        rank: place in the pipeline, 0 (owns the stem) to size - 1 (owns the head).
+        size: ranks of a pipeline.
+        replica: which replica of the pipeline, 0 to replicas - 1.
+        replicas: D; replicas see different micro-batches and average their gradients.
+        device: where this rank computes.
+        peers: global rank of each rank of this pipeline.
+        up: process group for messages up; `down` likewise. Two, because NCCL runs what one group does in order.
+        across: process group of the same rank in every replica; None where there is one replica.
+        nccl: whether CUDA tensors travel by NCCL.
+    """
+
+    rank: int = 0
+    size: int = 1
+    replica: int = 0
+    replicas: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    peers: tuple[int, ...] = (0,)
+    up: Any = None
+    down: Any = None
+    across: Any = None
+    nccl: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank owns the stem, and feeds the images."""
+        return self.rank == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank owns the head, and sees the losses."""
+        return self.rank == self.size - 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size * self.replicas == 1
+
+    @property
+    def reports(self) -> bool:
+        """Whether this process speaks for all: the last rank of the first replica, where the losses are."""
+        return self.last and self.replica == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, in the order of their global ranks, in every process. Small things only."""
+        if self.alone:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_reporter(self, value: Any) -> Any:
+        """The reporting process's `value`, in every process."""
+        return next(x for speaks, x in self.gather((self.reports, value)) if speaks)
+
+
+def world_size() -> int:
+    """Number of processes that were launched together, from the environment."""
+    return int(world_info_from_env()[2])
+
+
+def global_rank() -> int:
+    """This process among them, from the environment."""
+    return int(world_info_from_env()[1])
+
+
+def join(device: torch.device, replicas: int = 1) -> World:
+    """Joins the processes that were launched with this one.
+
+    CPU tensors travel by gloo. CUDA tensors travel by NCCL where every local process has a GPU of its own, else
+    through pinned memory by gloo.
+
+    Args:
+        device: of this process; ``cuda`` without an index becomes the local rank's GPU.
+        replicas: D.
+
+    Raises:
+        ValueError: the processes do not divide into D replicas, or the port is taken; says what would do.
+    """
+    local, rank, size = world_info_from_env()
+    if size % replicas:
+        raise ValueError(
+            f"data_parallel={replicas} does not divide {size} processes: launch a multiple of {replicas}, or set "
+            f"data_parallel to a divisor of {size}"
+        )
+    if device.type == "cuda":
+        device = torch.device("cuda", local % torch.cuda.device_count() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(device=device)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))  # SLURM and MPI say it otherwise
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nccl = device.type == "cuda" and local_size <= torch.cuda.device_count()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=START_TIMEOUT)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        taken = "EADDRINUSE" in str(error) or "in use" in str(error)
+        what = "is in use: set MASTER_PORT to a free port on every rank" if taken else f"cannot be reached: {error}"
+        raise ValueError(f"the rendezvous at {address} {what}") from error
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"processes cannot find each other: {error} (set MASTER_ADDR and MASTER_PORT)") from error
+    mesh = init_device_mesh(
+        "cpu" if not nccl else "cuda", (replicas, size // replicas), mesh_dim_names=("data", "pipe")
+    )
+    place = mesh.get_coordinate()
+    assert place is not None
+    pipelines = mesh.mesh.tolist()
+    groups = [[dist.new_group(pipeline) for pipeline in pipelines] for _ in ("up", "down")]
+    return World(
+        rank=place[1],
+        size=size // replicas,
+        replica=place[0],
+        replicas=replicas,
+        device=device,
+        peers=tuple(pipelines[place[0]]),
+        up=groups[0][place[0]],
+        down=groups[1][place[0]],
+        across=mesh.get_group("data") if replicas > 1 else None,
+        nccl=nccl,
+    )
+
+
+def leave() -> None:
+    """Leaves the others, at the end of a run; without others, does nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

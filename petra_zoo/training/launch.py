@@ -1,0 +1,67 @@
+"""Several processes on one machine, through torch.distributed.run, and what is said when one of them fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra import LinkError, global_rank, world_size
+
+INTERRUPTED = 130
+# A rank that lost a neighbour waits so long before it ends, so that the launcher finds the cause first.
+LINGER_SECONDS = 2.0
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Runs `python -m petra_zoo ARGUMENTS` in several processes of this machine.
+
+    All of them share the terminal. Where one fails or dies, the others are ended within seconds.
+
+    Returns:
+        The exit code: 0 done, 2 bad use, else 1 with one line on the first failure; 130 interrupted.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its banner buries the one line that matters
+    options = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", "5", "-m", "petra_zoo"]
+    try:
+        torchrun.run(torchrun.parse_args([*options, *arguments]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:  # the process has said why
+            return 2
+        what = failure.message.strip().splitlines()[-1] if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        print(f"petra-zoo: rank {rank} failed ({what}); the other ranks were ended", file=sys.stderr)
+        return 1
+    except (SignalException, KeyboardInterrupt):
+        print("petra-zoo: interrupted; what was saved before is still there", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def as_worker(work: Callable[[], None]) -> None:
+    """Runs the command line in this process; in one of several, failures are told so that the cause stands out.
+
+    A user's mistake is said once, by rank 0; a lost neighbour in one line, because it is a consequence; anything else
+    with its traceback, which torch.distributed.run is told too.
+    """
+    if world_size() == 1:
+        work()
+        return
+    try:
+        record(work)()
+    except UserError:
+        if global_rank() > 0:
+            sys.exit(2)
+        raise
+    except LinkError as error:
+        print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
+        time.sleep(LINGER_SECONDS)
+        os._exit(1)  # torch's process group would wait for the neighbour

@@ -1,0 +1,100 @@
+"""One process or many: the same bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from petra_zoo.petra import METHODS, Pipeline, Wire
+from tests.petra.processes import own_world, run_processes
+from tests.petra.test_pipeline import SIZE, UNITS, batches, make_model, sgd
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
+
+
+def adamw(named: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for _, p in named], 1e-3, foreach=True)
+
+
+Case = tuple[str, dict[str, Any], bool]  # optimizer, the pipeline's options, channels_last
+OPTIMIZERS = {"sgd": sgd(0.02), "adamw": adamw}
+
+
+def data(n: int) -> list[tuple[Tensor, Tensor]]:
+    """Micro-batches whose last one is smaller."""
+    whole = batches(n, dtype=torch.float32)
+    return [*whole[:-1], (whole[-1][0][:3], whole[-1][1][:3])]
+
+
+def train(world: Any, optimizer: str, options: dict[str, Any], channels_last: bool) -> dict[str, Any]:
+    """Trains with dropout and stochastic depth, evaluates with micro-batches in flight, trains on, drains."""
+    model = make_model(torch.float32, drop_rate=0.1, drop_path_rate=0.2, coupling=[1.0, 0.5, 0.0, 1.0])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    pipeline = Pipeline(model, optimizer=OPTIMIZERS[optimizer], input_size=SIZE, world=world, **options)
+    feed = [(x.to(memory_format=layout), y) for x, y in data(8)]
+    outputs = [pipeline.step(*batch) if pipeline.world.first else pipeline.step() for batch in feed[:5]]
+    model.eval()
+    logits = [x for x, _ in pipeline.predict(feed[:3] if pipeline.world.first else [], 3)]
+    model.train()
+    outputs += [pipeline.step(*batch) if pipeline.world.first else pipeline.step() for batch in feed[5:]]
+    outputs += pipeline.drain()
+    pipeline.links.finish()
+    whole = pipeline.whole_model()
+    return {
+        "losses": [output.loss for output in outputs if output.loss is not None],
+        "labels": [output.labels for output in outputs if output.labels is not None],
+        "logits": logits,
+        "state": None if whole is None else whole.state_dict(),
+        "parameters": [name for name, p in model.named_parameters() if not p.is_meta],
+    }
+
+
+def train_in_a_rank(cases: list[Case]) -> list[dict[str, Any]]:
+    world = own_world()
+    return [train(world, *case) for case in cases]
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """What differs between two runs, in any bit."""
+    found = [key for key in ("losses", "labels", "logits") if len(a[key]) != len(b[key]) or not a[key]]
+    found += [
+        f"{key}[{i}]"
+        for key in ("losses", "labels", "logits")
+        for i, (x, y) in enumerate(zip(a[key], b[key], strict=False))
+        if not torch.equal(x, y)
+    ]
+    return found + [name for name, x in b["state"].items() if not torch.equal(a["state"][name], x)]
+
+
+# Launching processes takes longer than training: each number of ranks runs all its cases in one launch.
+CASES: dict[int, list[Case]] = {
+    2: [
+        *(("sgd", {"stages": 2, "method": method}, False) for method in METHODS),
+        ("adamw", {"stages": UNITS, "method": "petra", "last_stage": "recompute"}, False),
+        ("sgd", {"stages": 3, "method": "petra", "wire": Wire(torch.bfloat16, torch.bfloat16)}, False),
+        ("sgd", {"stages": 3, "method": "petra", "autocast": torch.bfloat16}, False),
+        ("sgd", {"stages": 4, "method": "petra"}, True),
+    ],
+    3: [("sgd", {"stages": 5, "method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS],
+    4: [
+        ("adamw", {"stages": 4, "method": "petra", "accumulation_steps": 3}, False),
+        ("sgd", {"split": [2, 3, 4, 5], "method": "delayed"}, False),
+        ("sgd", {"stages": UNITS, "method": "dsp"}, True),
+    ],
+}
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_processes_compute_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
+    cases = CASES[ranks]
+    found = run_processes(ranks, tmp_path, train_in_a_rank, cases)
+    for case, by_head in zip(cases, found[-1], strict=True):
+        assert differences(by_head, train(None, *case)) == [], case
+    everything = {name for name, _ in make_model().named_parameters()}
+    for i, case in enumerate(cases):
+        kept = [name for results in found for name in results[i]["parameters"]]
+        assert sorted(kept) == sorted(everything), f"every rank keeps its own stages only: {case}"
+        assert all(results[i]["state"] is None and not results[i]["losses"] for results in found[:-1])
