@@ -12,8 +12,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
-from petra_zoo.errors import UserError
 from petra_zoo.petra import LinkError, global_rank, world_size
+from petra_zoo.training.ranks import SharedError
 
 INTERRUPTED = 130
 # A rank that lost a neighbour waits so long before it ends, so that the launcher finds the cause first.
@@ -49,15 +49,15 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 def as_worker(work: Callable[[], None]) -> None:
     """Runs the command line in this process; in one of several, failures are told so that the cause stands out.
 
-    A user's mistake is said once, by rank 0; a lost neighbour in one line, because it is a consequence; anything else
-    with its traceback, which torch.distributed.run is told too.
+    A mistake that all of them found is said by rank 0; a lost neighbour in one line, because it is a consequence;
+    anything else with its traceback, which torch.distributed.run is told too.
     """
     if world_size() == 1:
         work()
         return
     try:
         record(work)()
-    except UserError:
+    except SharedError:
         if global_rank() > 0:
             sys.exit(2)
         raise

@@ -17,6 +17,10 @@ from petra_zoo.training.recipe import Recipe
 T = TypeVar("T")
 
 
+class SharedError(UserError):
+    """A user's mistake that every process raises: one of them saying it is enough."""
+
+
 def enter(recipe: Recipe) -> World:
     """Joins the processes of this run, and makes sure that all of them mean the same one.
 
@@ -33,12 +37,12 @@ def enter(recipe: Recipe) -> World:
     for rank, (its_threads, other) in enumerate(settings):
         for key, value in first.items():
             if other[key] != value:
-                raise UserError(
+                raise SharedError(
                     f"ranks disagree on the recipe: {key} is {value!r} on rank 0 and {other[key]!r} on rank {rank}; "
                     "launch all of them with the same recipe and overrides"
                 )
         if its_threads != threads:
-            raise UserError(
+            raise SharedError(
                 f"ranks disagree on the number of threads: {threads} on rank 0 and {its_threads} on rank {rank}; "
                 "set OMP_NUM_THREADS to the same number for all of them"
             )
@@ -58,7 +62,7 @@ def together(world: World, prepare: Callable[[], T]) -> T:
         found = error
     mistakes = [mistake for mistake in world.gather(str(found) if found else None) if mistake]
     if mistakes:
-        raise UserError(mistakes[0]) from found
+        raise SharedError(mistakes[0]) from found
     return result
 
 
