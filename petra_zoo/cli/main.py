@@ -15,6 +15,7 @@ from petra_zoo.cli import (
     evaluate_command,
     info_command,
     list_command,
+    plan_command,
     recipes_command,
     train_command,
 )
@@ -34,6 +35,7 @@ app.command("evaluate")(evaluate_command.evaluate)
 app.command("convert")(convert_command.convert)
 app.command("list")(list_command.list_models)
 app.command("info")(info_command.info)
+app.command("plan")(plan_command.plan)
 app.add_typer(recipes_command.app, name="recipes")
 
 

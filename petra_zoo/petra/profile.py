@@ -156,6 +156,7 @@ def measure(
     input_size: Sequence[int],
     *,
     repeats: int = 5,
+    budget: float = 30.0,
     autocast: torch.dtype | None = None,
 ) -> Profile:
     """Measures the units of a model on the device and with the number of threads it would be trained with.
@@ -169,6 +170,7 @@ def measure(
         batch_size: images per micro-batch.
         input_size: [C, H, W] of an image.
         repeats: how often every unit is timed.
+        budget: seconds after which no other repeat is begun.
         autocast: run units under autocast to this type.
     """
     name = type(model).__name__
@@ -183,7 +185,11 @@ def measure(
     size = (int(input_size[0]), int(input_size[1]), int(input_size[2]))
     with torch.random.fork_rng([first.device] if first.device.type == "cuda" else [], device_type="cuda"):
         images = torch.randn(batch_size, *size, device=first.device, dtype=first.dtype)
-        walks = [walker.walk(images) for _ in range(repeats + 1)][1:]
+        walker.walk(images)
+        start = time.perf_counter()
+        walks = [walker.walk(images)]
+        while len(walks) < repeats and time.perf_counter() - start < budget:
+            walks.append(walker.walk(images))
         # Live bytes grow linearly with the batch, apart from statistics: two small batches give them exactly.
         two, four = walker.count_bytes(images.new_zeros(2, *size)), walker.count_bytes(images.new_zeros(4, *size))
     rows = []

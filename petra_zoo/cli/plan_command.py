@@ -1,0 +1,68 @@
+"""`petra-zoo plan`: what each method would do on the devices one has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from petra_zoo.petra.performance import Cluster
+from petra_zoo.petra.plan import COLUMNS, draw, make_plan
+from petra_zoo.petra.quantities import parse_bandwidth, parse_bytes, parse_seconds
+from petra_zoo.training.profiles import find_profile
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A model's name (petra-zoo list).")],
+    devices: Annotated[int, typer.Option(min=1, help="How many devices there are.")] = 8,
+    bandwidth: Annotated[str, typer.Option(help="Of a link, each way: 10GB/s, 100Gbit/s.")] = "10GB/s",
+    latency: Annotated[str, typer.Option(help="Of a message: 10us.")] = "10us",
+    memory: Annotated[str | None, typer.Option(help="Of a device: 24GB. What needs more is rejected.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per micro-batch; default 64.")] = None,
+    input_size: Annotated[
+        tuple[int, int, int] | None, typer.Option(metavar="C H W", help="Of an image; default: the model's.")
+    ] = None,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Per update: m, or k of petra.")] = 8,
+    optimizer_states: Annotated[int, typer.Option(min=0, help="Per parameter: SGD momentum 1, AdamW 2.")] = 1,
+    device: Annotated[str | None, typer.Option(help="Where to measure; default: the GPU where there is one.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="A saved profile, instead of measuring here.")] = None,
+    save_profile: Annotated[Path | None, typer.Option(help="Write the profile as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, for example as plan.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every link and device in it.")] = False,
+) -> None:
+    """Predict speed, links, memory and delay of PETRA and its peers on 1 to 64 devices."""
+    cluster = Cluster(
+        parse_bandwidth(bandwidth, "--bandwidth"),
+        parse_seconds(latency, "--latency"),
+        None if memory is None else parse_bytes(memory, "--memory"),
+    )
+    found = find_profile(model, profile, batch_size=batch_size, input_size=input_size, device=device)
+    if save_profile is not None:
+        found.save(save_profile)
+    result = make_plan(found, devices, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)
+    if plot is not None:
+        draw(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=1))
+        return
+    for note in result.notes():
+        typer.echo(note)
+    counts = [str(p.devices) for p in next(iter(result.curves.values()))]
+    _print(f"on {devices} devices", COLUMNS, result.rows())
+    _print("images/s by devices", ("method", *counts), result.curve_rows())
+
+
+def _print(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        for line in ([title], columns, *rows):
+            typer.echo("\t".join(line))
+        return
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
