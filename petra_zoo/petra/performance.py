@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 
 from petra_zoo.petra.partition import balance
 from petra_zoo.petra.profile import WORK, Profile, UnitProfile, Work
+from petra_zoo.petra.quantities import format_bytes
 from petra_zoo.petra.schedules import gpipe, one_forward_one_backward, tick_seconds, update_seconds
 from petra_zoo.petra.stage_memory import Memory, stage_memory
 
@@ -175,7 +176,6 @@ def _predict(
             j,
             stages,
             per_replica,
-            below_reversible=j > 0 and parts[j - 1][-1].reversible,
             optimizer_states=optimizer_states,
             replicas=replicas,
             scale=scale,
@@ -239,7 +239,5 @@ def _rejection(memory: Sequence[Memory], limit: float | None) -> str | None:
     if limit is None or memory[worst].total <= limit:
         return None
     name, size = memory[worst].largest()
-    return (
-        f"stage {worst} needs {memory[worst].total / 1e9:.3g} GB of {limit / 1e9:.3g} GB, "
-        f"{size / 1e9:.3g} GB of them {name}"
-    )
+    total = format_bytes(memory[worst].total)
+    return f"stage {worst} needs {total} of {format_bytes(limit)}, {format_bytes(size)} of them {name}"

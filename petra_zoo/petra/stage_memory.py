@@ -53,7 +53,6 @@ def stage_memory(
     stages: int,
     micro_batches: int,
     *,
-    below_reversible: bool = False,
     optimizer_states: int = 1,
     replicas: int = 1,
     scale: float = 1.0,
@@ -66,51 +65,49 @@ def stage_memory(
         stage: its index, from 0.
         stages: number of stages, p or J.
         micro_batches: per update: m of a synchronous schedule, k of an asynchronous one.
-        below_reversible: whether the last unit of the stage below reconstructs from what it is sent.
         optimizer_states: numbers of state per parameter (SGD with momentum 1, AdamW 2).
         replicas: D, of the whole pipeline.
         scale: size of the micro-batch over the profile's.
     """
-    last = stage == stages - 1
+    first, last = stage == 0, stage == stages - 1
     parameters = sum(unit.parameter_bytes for unit in units)
-    received, sent = units[0].input_bytes, 0 if last else units[-1].output_bytes
-    gradients, versions = parameters, 0
-    delay = 2 * (stages - 1 - stage)
-    graph, rerun = _graph(units), _rerun(units)
-    inputs = 0
+    received, sent = (0 if first else units[0].input_bytes), (0 if last else units[-1].output_bytes)
+    graph, rerun, working = _graph(units), _rerun(units), max(unit.working_bytes for unit in units)
+    gradients, inputs, versions = parameters, 0, 0
     if method in ("petra", "dsp", "delayed"):
         if micro_batches > 1:
             gradients *= 2  # the window's sum, and a micro-batch's own
-        messages = received + (0 if stage == 0 else received) + 2 * sent  # up and down, received and sent
+        delay = 2 * (stages - 1 - stage)
+        # Links receive into two sets of buffers in turn; what is sent lives until it has been taken.
+        messages = 2 * (received + sent) + sent
         if last:
             graphs = rerun
         elif method == "petra":
-            graphs = max(unit.working_bytes for unit in units)
+            graphs = working
             inputs = (delay + 1) * sum(unit.input_bytes for unit in units if unit.keeps_input)
-            messages += units[-1].reversible * sent + below_reversible * received
+            # Streams come down beside the gradients; both walk through the stage in tensors of its own.
+            messages += 2 * units[-1].reversible * sent + 2 * max(unit.output_bytes for unit in units)
         elif method == "dsp":
             graphs = rerun
-            inputs = (delay + 1) * received
+            inputs = (delay + 1) * units[0].input_bytes
         else:
-            graphs = delay * (graph + _own_output(units)) + rerun
-            inputs = delay * received
+            graphs = delay * graph + rerun
+            inputs = (delay + 1) * units[0].input_bytes
             versions = (-(-delay // micro_batches) + 1) * parameters
-        if last and method == "petra":
-            messages += below_reversible * received
     elif method == "ddp":
-        graphs, messages = rerun, received
+        graphs, messages = rerun, 0
         if replicas > 1:
             gradients *= 2  # DistributedDataParallel's buckets
     else:
         kept = micro_batches if method == "gpipe" else min(micro_batches, stages - stage)
-        # torch.distributed.pipelining allocates what it receives for all micro-batches of an update
-        messages = micro_batches * (received + sent)
+        # The losses that torch's schedules keep hold on to what the last stage received, of every micro-batch.
+        messages = (micro_batches if last else kept) * received + sent
         if method == "1f1b+checkpoint":
-            own = sum(_made(unit) for unit in units[:-1])
-            graphs = max(unit.working_bytes for unit in units)
-            inputs = kept * (own + (0 if last else _own_output(units)))
+            made = list(accumulate(_made(unit) for unit in units))
+            inputs = (kept - 1) * made[-1]
+            graphs = max(before + unit.working_bytes for before, unit in zip(made, units, strict=True))
         else:
-            graphs = (kept - 1) * graph + rerun + (0 if last else kept * _own_output(units))
+            graphs = (kept - 1) * graph + rerun
     return Memory(
         parameters=parameters,
         gradients=gradients,
@@ -135,8 +132,3 @@ def _rerun(units: Sequence[UnitProfile]) -> int:
 def _made(unit: UnitProfile) -> int:
     """Bytes of a unit's outputs that are not its input: a coupled block passes one of its two streams on."""
     return unit.output_bytes // 2 if unit.reversible else unit.output_bytes
-
-
-def _own_output(units: Sequence[UnitProfile]) -> int:
-    """Bytes of the stage's output that its graph does not hold already."""
-    return _made(units[-1])
