@@ -35,7 +35,7 @@ class Task:
         batch_size: images per micro-batch.
     """
 
-    blocks: int = 28
+    blocks: int = 24
     channels: int = 32
     size: int = 32
     batch_size: int = 8

@@ -265,7 +265,7 @@ def header(command: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=28, help="reversible blocks; units are two more")
+    parser.add_argument("--blocks", type=int, default=24, help="reversible blocks; units are two more")
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=8, help="images per micro-batch")
