@@ -188,32 +188,33 @@ def validate(rank: int, processes: int, folder: str, options: argparse.Namespace
     m = options.m[-1]
     names = {"petra": f"petra, k={m}", "1f1b": f"1F1B, m={m}"}
     makes = contenders(profile, [m])
-    made = {name: makes[name](task, task.model(), world) for name in names.values()}
-    say = print if rank == 0 else silent
-    seconds, load = time_contenders(
-        made, world, rounds=options.rounds, updates=options.updates, minutes=options.minutes, say=say
-    )
-    again = shared_profile(task, world)  # the machine may have changed meanwhile: say how much
-    rows = []
-    for method, name in names.items():
-        predicted = predict(profile, method, 2, cluster, micro_batches=m)
-        images = made[name].images * options.updates
-        measured = images / statistics.median(seconds[name])
-        rows.append(
-            {
-                "method": method,
-                "micro_batches": m,
-                "split": predicted.split,
-                "predicted_images_per_second": predicted.images_per_second,
-                "measured_images_per_second": measured,
-                "measured_best": images / min(seconds[name]),
-                "predicted_over_measured": predicted.images_per_second / measured,
-            }
-        )
+    made: dict[str, Any] = {method: makes[name](task, task.model(), world) for method, name in names.items()}
+    images = m * task.batch_size * options.updates
+    found: dict[str, list[tuple[float, float]]] = {method: [] for method in made}
+    load = []
+    for contender in made.values():
+        block_seconds(contender, 2)
+    for _ in range(options.rounds):  # each with a profile of its own: the machine changes
+        now = shared_profile(task, world, repeats=3)
+        for method, contender in made.items():
+            predicted = predict(now, method, 2, cluster, micro_batches=m, split=contender.split)
+            found[method].append((predicted.images_per_second, images / block_seconds(contender, options.updates)))
+        load.append(os.getloadavg()[0])
+    rows = [
+        {
+            "method": method,
+            "micro_batches": m,
+            "split": made[method].split,
+            "predicted_images_per_second": statistics.median(predicted for predicted, _ in pairs),
+            "measured_images_per_second": statistics.median(measured for _, measured in pairs),
+            "predicted_over_measured": statistics.median(predicted / measured for predicted, measured in pairs),
+            "rounds": pairs,
+        }
+        for method, pairs in found.items()
+    ]
     result = {
         "link": {"bandwidth": cluster.bandwidth, "latency": cluster.latency, "bytes": sizes[1]},
         "load_average": load,
-        "profile_again_over_profile": sum(again.costs("backprop")) / sum(profile.costs("backprop")),
         "rows": rows,
         "profile": asdict(profile),
     }

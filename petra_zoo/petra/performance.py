@@ -100,6 +100,7 @@ def predict(
     micro_batches: int = 8,
     optimizer_states: int = 1,
     factorisation: tuple[int, int] | None = None,
+    split: Sequence[int] | None = None,
 ) -> Prediction:
     """Predicts one method on a number of devices.
 
@@ -112,6 +113,7 @@ def predict(
         optimizer_states: numbers of state per parameter.
         factorisation: (replicas D, stages p). Default: one pipeline over all devices; with more devices than units
             the fastest that fits the memory.
+        split: units per stage of one pipeline over all devices; default: balanced by the method's own cost.
 
     Raises:
         ValueError: an unknown method, or numbers that do not fit.
@@ -121,6 +123,8 @@ def predict(
     if devices < 1 or micro_batches < 1:
         raise ValueError(f"devices={devices} and micro_batches={micro_batches} must be at least 1")
     units = len(profile.units)
+    if split is not None and (len(split) != devices or sum(split) != units or min(split) < 1):
+        raise ValueError(f"split={list(split)} must be {devices} positive numbers that add up to {units} units")
     if factorisation is not None:
         choices = [factorisation]
     elif method == "ddp":
@@ -134,7 +138,7 @@ def predict(
         if replicas < 1 or not 1 <= stages <= units or replicas * stages > devices:
             raise ValueError(f"{replicas} replicas of {stages} stages fit neither {devices} devices nor {units} units")
         predictions.append(
-            _predict(profile, method, devices, replicas, stages, cluster, micro_batches, optimizer_states)
+            _predict(profile, method, devices, replicas, stages, cluster, micro_batches, optimizer_states, split)
         )
     fitting = [prediction for prediction in predictions if prediction.rejected is None]
     return max(fitting or predictions, key=lambda prediction: prediction.images_per_second)
@@ -145,8 +149,11 @@ def split_units(profile: Profile, method: str, stages: int) -> list[range]:
     work = _work(method)
     last = "graph" if method in ASYNCHRONOUS else work
     costs, last_costs = ([unit.seconds(kind) for unit in profile.units] for kind in (work, last))
-    bounds = [0, *accumulate(balance(costs, stages, last_stage_costs=last_costs))]
-    return [range(a, b) for a, b in pairwise(bounds)]
+    return _ranges(balance(costs, stages, last_stage_costs=last_costs))
+
+
+def _ranges(split: Sequence[int]) -> list[range]:
+    return [range(a, b) for a, b in pairwise([0, *accumulate(split)])]
 
 
 def _predict(
@@ -158,9 +165,10 @@ def _predict(
     cluster: Cluster,
     micro_batches: int,
     optimizer_states: int,
+    split: Sequence[int] | None,
 ) -> Prediction:
-    split = split_units(profile, method, stages)
-    parts = [[profile.units[i] for i in owned] for owned in split]
+    owned = split_units(profile, method, stages) if split is None else _ranges(split)
+    parts = [[profile.units[i] for i in units] for units in owned]
     per_replica = -(-micro_batches // replicas)
     scale = micro_batches / (replicas * per_replica)  # the same images per update on every layout
     links = [_link(method, part[-1]) for part in parts[:-1]]
@@ -187,7 +195,7 @@ def _predict(
         devices=devices,
         replicas=replicas,
         stages=stages,
-        split=tuple(len(owned) for owned in split),
+        split=tuple(map(len, owned)),
         micro_batches=per_replica,
         images_per_second=images_per_second,
         efficiency=images_per_second / (devices * alone),

@@ -151,3 +151,11 @@ def test_what_cannot_be_predicted_is_refused(arguments: tuple[str, int], message
         predict(equal_units(4), *arguments, IDEAL)
     with pytest.raises(ValueError, match="fit neither"):
         predict(equal_units(4), "petra", 4, IDEAL, factorisation=(2, 4))
+    with pytest.raises(ValueError, match=r"split=\[1, 2\] must be 2 positive numbers that add up to 4 units"):
+        predict(equal_units(4), "petra", 2, IDEAL, split=[1, 2])
+
+
+def test_a_given_split_is_predicted() -> None:
+    prediction = predict(equal_units(4), "delayed", 2, IDEAL, split=[1, 3])
+    assert prediction.split == (1, 3)
+    assert prediction.images_per_second == pytest.approx(1 / 9)
