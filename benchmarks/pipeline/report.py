@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+STEADY = 1.3
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -42,9 +43,12 @@ def _comparison(result: dict[str, Any]) -> str:
         split = " + ".join(map(str, row["split"] or []))
         lines.append(
             f"| {row['contender']} | {split} | {row['images_per_second_best']:.1f} "
-            f"| {row['images_per_second_median']:.1f} | {row['of_backprop']:.2f} "
+            f"| {_median(row):.1f} | {row['of_backprop']:.2f} "
             f"| {row['of_capacity']:.3f} ({row['of_capacity_best']:.3f}) | {peak[0]} | {peak[1]} |"
         )
+    unsteady = [r["contender"] for r in result["rows"] if r["images_per_second_best"] > STEADY * _median(r)]
+    if unsteady:
+        lines += ["", f"Not fit to be quoted, best over median above {STEADY}: {'; '.join(unsteady)}."]
     lines += ["", *_targets(result)]
     for processes, found in peaks.items():
         if processes != "2" or not result["rows"]:
@@ -56,6 +60,10 @@ def _comparison(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_footer(result)])
 
 
+def _median(row: dict[str, Any]) -> float:
+    return row["images_per_second_median"]
+
+
 def _peaks(found: dict[str, list[int]]) -> list[str]:
     """Measured MiB of each process, and predicted in parentheses."""
     measured = [f"{size / MIB:.1f}" if size else "" for size in found["measured"]]
@@ -65,7 +73,7 @@ def _peaks(found: dict[str, list[int]]) -> list[str]:
 
 def _targets(result: dict[str, Any]) -> list[str]:
     """Targets that can be read off the rows that were run."""
-    rate = {row["contender"]: row["images_per_second_median"] for row in result["rows"]}
+    rate = {row["contender"]: _median(row) for row in result["rows"]}
     capacity = {row["contender"]: row["of_capacity"] for row in result["rows"]}
     two, four = (
         {name: found["measured"] for name, found in result["peak_live_bytes"].get(processes, {}).items()}

@@ -24,6 +24,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -254,10 +255,10 @@ def silent(text: str) -> None:
     """What the other processes say."""
 
 
-def header(command: str, options: argparse.Namespace) -> dict[str, Any]:
+def header(options: argparse.Namespace) -> dict[str, Any]:
     settings = {k: v for k, v in vars(options).items() if k not in ("output", "validate_plan")}
     return {
-        "command": command,
+        "command": " ".join([COMMAND, *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {os.environ['OMP_NUM_THREADS']} thread per process",
         "versions": {name: version(name) for name in ("torch", "timm", "petra-zoo")},
         "settings": settings,
@@ -290,9 +291,9 @@ def main() -> None:
             return json.loads(Path(folder, f"{part.__name__}.json").read_text())
 
         if options.validate_plan:
-            result = header(COMMAND + " --validate-plan", options) | run(validate)
+            result = header(options) | run(validate)
         else:
-            result = header(COMMAND, options) | run(compare)
+            result = header(options) | run(compare)
             result["peak_live_bytes"] = {str(n): run(weigh, n) for n in options.memory_processes}
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

@@ -53,7 +53,8 @@ class UnitProfile:
         parameter_bytes: of its parameters.
         input_bytes: of the streams that enter.
         output_bytes: of the streams that leave.
-        graph_bytes: what a forward that keeps its graph adds to the live bytes.
+        graph_bytes: what the unit adds to the live bytes of a graph of all units; less than 0 where it frees more of
+            what came in than it keeps.
         working_bytes: peak of live bytes inside `reverse`, parameter gradients included.
     """
 
