@@ -51,10 +51,12 @@ class Task:
 @cache
 def data(task: Task, micro_batches: int) -> tuple[Tensor, Tensor]:
     """Images [m * batch, 3, size, size] and labels of an update, the same tensors at every call."""
-    generator = torch.Generator().manual_seed(1)
-    n = micro_batches * task.batch_size
-    images = torch.randn(n, 3, task.size, task.size, generator=generator)
-    return images, torch.randint(0, task.classes, (n,), generator=generator)
+    images, labels = [], []
+    for number in range(micro_batches):
+        generator = torch.Generator().manual_seed(1 + number)
+        images.append(torch.randn(task.batch_size, 3, task.size, task.size, generator=generator))
+        labels.append(torch.randint(0, task.classes, (task.batch_size,), generator=generator))
+    return torch.cat(images), torch.cat(labels)
 
 
 class Contender:
