@@ -3,3 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+
+from tests.hub_fixtures import hub, hub_server
+
+__all__ = ["hub", "hub_server"]
