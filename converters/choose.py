@@ -17,10 +17,10 @@ from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer, PetraRevNet
+from petra_zoo.models.branch_scaling import scale_branches
 from petra_zoo.models.petra_revnet import LAYERS
 from petra_zoo.reversible import CoupledUnit, Streams, frozen_statistics
 
-from .scaling import scale_branches
 from .statistics import batch_statistics
 
 Purpose = Literal["one-device", "petra"]

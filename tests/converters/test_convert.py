@@ -8,12 +8,12 @@ import torch
 from petra_zoo.converters import convert
 from petra_zoo.converters.choose import measure
 from petra_zoo.converters.convert import noise
-from petra_zoo.converters.scaling import scale_branches
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
+from petra_zoo.models.branch_scaling import scale_branches
 from tests.converters.networks import images, source
 from tests.models.test_petra_revnet import assert_same_function
 
