@@ -2,11 +2,13 @@
 
 `PetraRevNet` is timm's `ResNet` with every layer turned into a `CoupledLayer`: same constructor, same parameter names,
 same variants (deep stems, ResNeXt, SE, anti-aliasing, group norm, dilation, ...). A plain ResNet's state dict loads and
-gives the ResNet's function (coupling 0); trained from scratch the coupling is 1, PETRA's.
+gives the ResNet's function (coupling 0); trained from scratch the coupling is 1, PETRA's. ``pretrained=True`` takes
+timm's weights of the ResNet and couples them while they load (`resnet_weights.py`); ``coupling=0`` keeps its function.
 """
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.layer_arguments import from_words
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
+from petra_zoo.models.resnet_weights import couple_weights, resnet_cfgs
 from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
 
 __all__ = ["PetraRevNet"]
@@ -36,7 +39,8 @@ class PetraRevNet(MemoryModes, ResNet):
         block: timm's BasicBlock or Bottleneck.
         layers: blocks per layer.
         stem_type: timm's, or ``'cifar'``: 3x3 convolution of `stem_width` channels, stride 1, no pooling.
-        coupling: g of every layer or one per layer; None: 1, and whatever a checkpoint says.
+        coupling: g of every layer or one per layer; None: 1, and whatever a checkpoint says (a pretrained ResNet's:
+            0 or 1/8, by the run's length).
         anchor_every: keep the streams every so many blocks of a run (one number, or one per layer); 0: never.
         exact: reconstruct to the bit at g = 1, by rounding branches to multiples of 2**-exact_bits.
         exact_bits: the grid of `exact`; streams must stay below 2**(24 - exact_bits) in float32.
@@ -189,11 +193,11 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "petra_revnet18.untrained": _cfg(),
-        "petra_revnet34.untrained": _cfg(),
-        "petra_revnet50.untrained": _cfg(),
-        "petra_revnet101.untrained": _cfg(),
-        "petra_revnet152.untrained": _cfg(),
+        **resnet_cfgs("petra_revnet18", "resnet18"),
+        **resnet_cfgs("petra_revnet34", "resnet34"),
+        **resnet_cfgs("petra_revnet50", "resnet50"),
+        **resnet_cfgs("petra_revnet101", "resnet101"),
+        **resnet_cfgs("petra_revnet152", "resnet152"),
         "petra_revnet18_cifar.untrained": _cifar_cfg(),
         "petra_revnet34_cifar.untrained": _cifar_cfg(),
         "petra_revnet50_cifar.untrained": _cifar_cfg(),
@@ -204,7 +208,12 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> PetraRevNet:
     return build_model_with_cfg(
-        PetraRevNet, variant, pretrained, feature_cfg={"feature_cls": "getter"}, **from_words({**model_args, **kwargs})
+        PetraRevNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=partial(couple_weights, anchor="anchor_every" not in kwargs),
+        feature_cfg={"feature_cls": "getter"},
+        **from_words({**model_args, **kwargs}),
     )
 
 
