@@ -17,6 +17,7 @@ from torch import nn
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
 from petra_zoo.training.datasets import ImageDataset, open_dataset
+from petra_zoo.training.load_errors import LOADING_ERRORS, reason
 from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.recipe import Recipe
 
@@ -89,10 +90,8 @@ def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")
     try:
         return timm.create_model(name, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model {name!r}: {_first_line(error)}") from error
-    except RuntimeError as error:
-        raise UserError(f"model {name!r}: {_first_line(error)}; see petra-zoo list") from error
+    except LOADING_ERRORS as error:
+        raise UserError(f"model {name!r}: {reason(error)}") from error
 
 
 def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None = None) -> Any:

@@ -89,14 +89,7 @@ def load_model(source: str, device: torch.device) -> Any:
     Raises:
         UserError: there is no such run or model, or its weights cannot be read.
     """
-    name = resolve_source(source)
-    try:
-        model = create_model(name, zoo_only=False, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot load {source}: {str(error).strip().splitlines()[0]}") from error
-    return model.to(device).eval()
+    return create_model(resolve_source(source), zoo_only=False, pretrained=True).to(device).eval()
 
 
 def evaluate_checkpoint(
