@@ -9,6 +9,7 @@ timm's weights of the ResNet and couples them while they load (`resnet_weights.p
 import copy
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
 __all__ = ["PetraRevNet"]
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "petra_revnet_tiny.digits.safetensors"  # in the wheel
 
 
 class PetraRevNet(MemoryModes, ResNet):
@@ -201,7 +203,14 @@ default_cfgs = generate_default_cfgs(
         "petra_revnet18_cifar.untrained": _cifar_cfg(),
         "petra_revnet34_cifar.untrained": _cifar_cfg(),
         "petra_revnet50_cifar.untrained": _cifar_cfg(),
-        "petra_revnet_tiny.untrained": _cifar_cfg(),
+        "petra_revnet_tiny.digits": _cifar_cfg(
+            file=str(DIGITS_WEIGHTS),
+            input_size=(3, 8, 8),
+            pool_size=(1, 1),
+            interpolation="bicubic",
+            mean=(0.305,) * 3,
+            std=(0.376,) * 3,
+        ),
     }
 )
 

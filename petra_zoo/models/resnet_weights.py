@@ -46,9 +46,9 @@ def run_coupling(blocks: int) -> float:
 def run_anchors(blocks: int, g: float) -> int:
     """After how many blocks of a run its streams are kept, so that it can be inverted in float32; 0: never.
 
-    Inverting a block loses about log2(1 + 1/g) bits of the streams; at g = 1 errors do not grow.
+    Inverting a block loses about log2(1 + 1/g) bits of the streams where its branch is as strong as its shortcut.
     """
-    if g in (0.0, 1.0):
+    if g == 0.0:
         return 0
     spacing = max(1, min(_LONGEST, math.floor(_BITS_LOST / math.log2(1 + 1 / g))))
     return spacing if blocks > spacing else 0

@@ -165,10 +165,10 @@ def test_every_run_can_be_inverted(depth: int) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("coupling", [1 / 256, 1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0])
 def test_every_run_can_be_inverted_at_a_coupling_of_ones_own(coupling: float) -> None:
-    assert 0 < max(reconstruction_errors(101, coupling=coupling)) <= 1e-4
+    assert max(reconstruction_errors(101, coupling=coupling)) <= 1e-4
 
 
 def test_the_table_of_couplings_and_anchors() -> None:
     assert [run_coupling(blocks) for blocks in (0, 1, 2, 3, 5, 35)] == [0.0, 0.0, 0.0, 0.125, 0.125, 0.125]
-    assert [run_anchors(22, g) for g in (0.0, 1 / 256, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)] == [0, 1, 3, 4, 5, 6, 0]
+    assert [run_anchors(22, g) for g in (0.0, 1 / 256, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)] == [0, 1, 3, 4, 5, 6, 6]
     assert run_anchors(4, 1 / 8) == 0

@@ -2,7 +2,8 @@
 
 timm ships its tests in the source distribution only, so the one of the *installed* version is fetched with pip, once,
 into pytest's cache. The tests run in a process of their own because they narrow timm's registry
-(`timm_suite_plugin.py`) and go by timm's pytest settings, not ours.
+(`timm_suite_plugin.py`) and go by timm's pytest settings, not ours. What they load as pretrained weights are ResNets
+initialised here, on a loopback Hub.
 """
 
 import importlib.metadata
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 import timm
+from safetensors.torch import save
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
+from tests.loopback_hub import LoopbackHub
 
 FETCH_SECONDS = 120
 RUN_SECONDS = 570
@@ -61,6 +64,8 @@ EXPECTED = {
     "test_model_backward_fx",
     "test_model_forward_fx_torchscript",
 }
+# For every model with weights, too: they adapt the weights of its default tag.
+EXPECTED_OF_WEIGHTS = {"test_model_load_pretrained", "test_model_features_pretrained"}
 
 
 def _last_line(text: str) -> str:
@@ -102,14 +107,16 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
     # GITHUB_ACTIONS makes timm drop tests, TORCH_* would choose a device, and PYTEST_ADDOPTS is meant for our own run.
     unwanted = {"GITHUB_ACTIONS", "TORCH_BACKEND", "TORCH_DEVICE", "PYTEST_ADDOPTS"}
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, LoopbackHub(Path(scratch) / "server") as hub:
+        for model in models:
+            _serve_weights(hub, model)
         report = Path(scratch) / "report.json"
+        environment |= hub.environment(Path(scratch) / "client")
         environment |= {
             "PETRA_ZOO_TIMM_SUITE_MODELS": ",".join(models),
             "PETRA_ZOO_TIMM_SUITE_REPORT": str(report),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "HF_HUB_OFFLINE": "1",
         }
         command = [
             sys.executable,
@@ -132,6 +139,14 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
     return records, (done.stdout + done.stderr)[-4000:]
 
 
+def _serve_weights(hub: LoopbackHub, model: str) -> None:
+    """Puts a ResNet with initial weights where timm publishes the trained ones of the model's default tag."""
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg.hf_hub_id:
+        network = timm.create_model(cfg.hf_hub_id.removeprefix("timm/").partition(".")[0])
+        hub.add(cfg.hf_hub_id, {"model.safetensors": save(network.state_dict())})
+
+
 def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
     records, output = _run(home, models)
     mine = [record for record in records if record["model"] == model]
@@ -141,7 +156,8 @@ def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
     if failed:
         details = "\n\n".join(f"{record['test']}: {record['outcome']}\n{record['details']}" for record in failed)
         pytest.fail(f"{model}: {len(failed)} of timm's {len(mine)} tests did not pass\n\n{details}", pytrace=False)
-    missing = sorted(EXPECTED - {record["test"] for record in mine})
+    expected = EXPECTED | (EXPECTED_OF_WEIGHTS if timm.get_pretrained_cfg(model).has_weights else set())
+    missing = sorted(expected - {record["test"] for record in mine})
     assert not missing, f"{model}: timm's suite did not select {missing}"
 
 

@@ -17,9 +17,6 @@ import petra_zoo  # noqa: F401  (importing it registers our models)
 MODELS_VARIABLE = "PETRA_ZOO_TIMM_SUITE_MODELS"
 REPORT_VARIABLE = "PETRA_ZOO_TIMM_SUITE_REPORT"
 
-# They load published weights from the Hub, and timm's tests of a model are meant to run without a network.
-NEEDS_HUB = {"test_model_inference", "test_model_load_pretrained", "test_model_features_pretrained"}
-
 CHOSEN = frozenset(os.environ[MODELS_VARIABLE].split(","))
 _list_models = timm.list_models
 _records: list[dict[str, str]] = []
@@ -29,10 +26,17 @@ def _architecture(name: str) -> str:
     return name.partition(".")[0]
 
 
+def _is_default(name: str) -> bool:
+    architecture, _, tag = name.partition(".")
+    return not tag or tag == timm.get_pretrained_cfg(architecture).tag
+
+
 def _list_chosen(filter: Any = "", module: Any = "", *args: Any, **kwargs: Any) -> list[str]:
     # `module` is dropped: timm selects the forward_intermediates and pruning tests by the file names of its own
     # families, so that a model from elsewhere would never meet them.
-    return [name for name in _list_models(filter, "", *args, **kwargs) if _architecture(name) in CHOSEN]
+    # Of an architecture's tags, which come with `pretrained=True`, the default one stands for all.
+    names = _list_models(filter, "", *args, **kwargs)
+    return [name for name in names if _architecture(name) in CHOSEN and _is_default(name)]
 
 
 def _list_pretrained_chosen(filter: Any = "", exclude_filters: Any = "") -> list[str]:
@@ -56,7 +60,7 @@ def _function_of(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    selected = [item for item in items if _model_of(item) and _function_of(item) not in NEEDS_HUB]
+    selected = [item for item in items if _model_of(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected
 
