@@ -94,7 +94,7 @@ def test_info_is_readable() -> None:
         (["train", "digits/petra_revnet_tiny", "stages=15"], "choose 1 to 14"),
         (["evaluate", "no/such/run"], "there is no run directory"),
         (["evaluate", "petra_revnet18"], "--dataset"),
-        (["evaluate", "petra_revnet18", "--dataset", "digits"], "No pretrained weights exist"),
+        (["evaluate", "petra_revnet18_cifar", "--dataset", "digits"], "No pretrained weights exist"),
         (["info", "petra_revnet51"], "petra_revnet50"),
         (["list", "nothing*"], "no model matches"),
         (["recipes", "show", "digit/petra"], "digits/petra_revnet_tiny"),
