@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-BATCH = 2**20  # so many that what does not belong to an image, such as a gradient of weights, has no part in the quotient
+BATCH = (
+    2**20
+)  # so many that what does not belong to an image, such as a gradient of weights, has no part in the quotient
 
 
 @dataclass(frozen=True)

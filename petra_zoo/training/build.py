@@ -17,7 +17,7 @@ from torch import nn
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
 from petra_zoo.training.datasets import ImageDataset, open_dataset
-from petra_zoo.training.load_errors import LOADING_ERRORS, reason
+from petra_zoo.training.hub_errors import explain, first_line
 from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.recipe import Recipe
 
@@ -90,8 +90,8 @@ def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")
     try:
         return timm.create_model(name, **kwargs)
-    except LOADING_ERRORS as error:
-        raise UserError(f"model {name!r}: {reason(error)}") from error
+    except Exception as error:  # a repository can hold anything
+        raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
 
 
 def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None = None) -> Any:
@@ -189,7 +189,7 @@ def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters],
                 **options,
             )
         except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer {recipe.opt!r}: {_first_line(error)}") from error
+            raise UserError(f"optimizer {recipe.opt!r}: {first_line(error)}") from error
 
     return make
 
@@ -278,7 +278,3 @@ def build_pipeline(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

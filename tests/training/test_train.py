@@ -282,6 +282,6 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
     result = quick(tmp_path)
     path = result.path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="its weights are damaged") as caught:
+    with pytest.raises(UserError, match="the weights are damaged") as caught:
         evaluate_checkpoint(str(result.path), "synthetic:4x8")
     assert "\n" not in str(caught.value)
