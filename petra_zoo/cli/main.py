@@ -15,6 +15,7 @@ from petra_zoo.cli import (
     evaluate_command,
     info_command,
     list_command,
+    push_command,
     recipes_command,
     train_command,
 )
@@ -32,6 +33,7 @@ app.command("demo")(demo_command.demo)
 app.command("train")(train_command.train)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("convert")(convert_command.convert)
+app.command("push")(push_command.push)
 app.command("list")(list_command.list_models)
 app.command("info")(info_command.info)
 app.add_typer(recipes_command.app, name="recipes")

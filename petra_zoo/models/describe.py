@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from dataclasses import asdict, dataclass
@@ -66,10 +67,15 @@ def describe(name: str) -> Description:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
         raise UserError(f"model {name!r} is unknown; nearest: {', '.join(near)} (petra-zoo list shows all)")
-    model: Any = timm.create_model(name, device="meta").eval()
+    return describe_model(timm.create_model(name, device="meta"), name)
+
+
+def describe_model(model: Any, name: str) -> Description:
+    """The same facts about a model at hand, made by `timm.create_model` as `name`; it is left as it is."""
     input_size = tuple(model.pretrained_cfg["input_size"])
+    meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *input_size, device="meta"))
+        meta(torch.empty(1, *input_size, device="meta"))
     units = model.units()
     runs: list[list[Any]] = [segment for segment in segments(units) if segment[0].reversible]  # of `CoupledUnit`s
     return Description(

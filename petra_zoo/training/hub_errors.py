@@ -139,7 +139,7 @@ def _of_the_config(error: BaseException) -> str | None:
         near = difflib.get_close_matches(match[1], timm.list_models(), n=2, cutoff=0.6)
         nearest = f"; nearest: {', '.join(near)}" if near else ""
         return (
-            f"file: config.json names the architecture {match[1]!r}, which neither timm nor petra-zoo has here{nearest}; "
+            f"file: config.json names the architecture {match[1]!r}, which is neither timm's nor petra-zoo's{nearest}; "
             "upgrade, or import the package that registers it"
         )
     if "unexpected keyword argument" in text:

@@ -27,6 +27,7 @@ from petra_zoo.training.datasets import ImageDataset
 from petra_zoo.training.evaluation import Evaluation, score
 from petra_zoo.training.loader import ImageLoader
 from petra_zoo.training.progress import Reporter, Speed
+from petra_zoo.training.provenance import recorded
 from petra_zoo.training.ranks import average_statistics, enter, synchronize_statistics, together
 from petra_zoo.training.recipe import Recipe
 from petra_zoo.training.run_directory import RunDirectory
@@ -51,6 +52,7 @@ class Result:
     bad_images: int = 0
 
 
+@recorded
 def train(recipe: Recipe, name: str = "run", reporter: Reporter | None = None) -> Result:
     """Trains by a recipe, from data to a saved checkpoint, with the processes that were launched together.
 
