@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint, probe, read_checkpoint
@@ -20,7 +22,8 @@ from petra_zoo.training.build import create_model
 from petra_zoo.training.hub_errors import explain
 from petra_zoo.training.provenance import sha256
 
-Sizes = dict[str, int]
+T = TypeVar("T")
+ATTEMPTS, LONGEST_WAIT = 3, 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Pushed:
     url: str
     commit: str | None
     changed: bool
-    files: Sizes
+    files: dict[str, int]
     card: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def push(
         return Pushed(f"{constants.ENDPOINT}/{repo_id}", None, False, sizes, card)
     message = message or f"{'Card of' if card_only else 'Add'} {checkpoint.architecture}"
     try:
-        before, commit = _commit(files, repo_id, private, create_pr, revision, message)
+        before, commit = _patiently(lambda: _commit(files, repo_id, private, create_pr, revision, message))
     except Exception as error:
         raise explain(f"cannot push to {repo_id}", error, from_config=False) from error
     try:
@@ -101,6 +104,19 @@ def push(
     except OSError as error:
         raise explain(f"pushed to {repo_id}, but cannot download it to compare", error) from error
     return Pushed(commit.pr_url or commit.commit_url, commit.oid, commit.oid != before, sizes, card)
+
+
+def _patiently(commit: Callable[[], T]) -> T:
+    """Asks again where the Hub is busy or fails for a moment: a push that is made twice changes nothing."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return commit()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 429 and error.response.status_code < 500:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, LONGEST_WAIT))
+    return commit()
 
 
 def _commit(

@@ -144,6 +144,8 @@ def _of_the_config(error: BaseException) -> str | None:
         )
     if "unexpected keyword argument" in text:
         return f"file: config.json passes an argument that the architecture does not take: {first_line(error)}"
+    if isinstance(error, TypeError | ValueError | AttributeError):
+        return f"file: config.json describes no model: {first_line(error)}"
     return None
 
 

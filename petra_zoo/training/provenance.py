@@ -86,9 +86,14 @@ def evaluation_record(dataset: str, evaluation: Evaluation, weights: Path) -> di
         "top5": evaluation.top5,
         "loss": evaluation.loss,
         "images": evaluation.images,
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": now(),
         "weights_sha256": sha256(weights),
     }
+
+
+def now() -> str:
+    """UTC, to the second, as ISO 8601 writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def sha256(path: Path) -> str:
