@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
@@ -58,16 +58,29 @@ def model_names(pattern: str = "*") -> list[str]:
 
 
 def describe(name: str) -> Description:
-    """Looks a network up.
+    """Looks a network up, or one of its tags (ARCHITECTURE.TAG): then as it is once those weights are loaded.
 
     Raises:
-        UserError: no such network; names the nearest.
+        UserError: no such network or tag; names the nearest.
+    """
+    return describe_model(create_meta(name), name)
+
+
+def create_meta(name: str) -> Any:
+    """A network of the zoo on the meta device, without content.
+
+    Raises:
+        UserError: no such network or tag; names the nearest.
     """
     known = timm.list_models("petra_*")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+    architecture, _, tag = name.partition(".")
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
         raise UserError(f"model {name!r} is unknown; nearest: {', '.join(near)} (petra-zoo list shows all)")
-    return describe_model(timm.create_model(name, device="meta"), name)
+    tags = get_arch_pretrained_cfgs(architecture)
+    if tag and name not in tags:
+        raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
+    return timm.create_model(name, device="meta")
 
 
 def describe_model(model: Any, name: str) -> Description:
@@ -80,7 +93,7 @@ def describe_model(model: Any, name: str) -> Description:
     runs: list[list[Any]] = [segment for segment in segments(units) if segment[0].reversible]  # of `CoupledUnit`s
     return Description(
         name=name,
-        summary=(inspect.getdoc(model_entrypoint(name)) or "").split("\n")[0],
+        summary=(inspect.getdoc(model_entrypoint(name.partition(".")[0])) or "").split("\n")[0],
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() / 2,
         input_size=input_size,
