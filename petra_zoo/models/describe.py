@@ -14,6 +14,7 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.resnet_weights import couple_weights, run_coupling
 from petra_zoo.reversible import segments
 
 
@@ -80,7 +81,12 @@ def create_meta(name: str) -> Any:
     tags = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
-    return timm.create_model(name, device="meta")
+    model: Any = timm.create_model(name, device="meta")
+    if tag and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):  # a ResNet's, coupled while they load
+        coupling = [run_coupling(len(layer) - layer.first_reversible) for layer in model.coupled_layers()]
+        model = timm.create_model(name, device="meta", coupling=coupling)
+        couple_weights({}, model)  # sets the anchors
+    return model
 
 
 def describe_model(model: Any, name: str) -> Description:
