@@ -114,11 +114,10 @@ def _of_the_weights(error: BaseException) -> str | None:
         wanted = "model.safetensors (nor pytorch_model.bin)" if name.endswith(".bin") else name
         return f"file: the repository has no {wanted}; a model that timm loads has config.json and model.safetensors"
     if isinstance(error, pickle.UnpicklingError):
-        return (
-            "file: the weights are a pickle that holds more than tensors, which could run code when loaded; ask for "
-            "model.safetensors"
-        )
-    if isinstance(error, SafetensorError):
+        found = re.search(r"GLOBAL (\S+)|[Uu]nsupported globals?: (\S+)", text)
+        what = (found[1] or found[2]).rstrip(".") if found else "no tensors"
+        return f"file: the weights are a pickle with {what} in it, which could run code; ask for model.safetensors"
+    if isinstance(error, SafetensorError | EOFError):
         return f"file: the weights are damaged or cut short ({first_line(error)}); delete them and get them again"
     if "Consistency check failed" in text:
         return f"network: the download was cut short ({first_line(error)}); run this again"

@@ -1,22 +1,29 @@
 """Loading from a Hub that does not give what was asked for: one line says what is at fault."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.checkpoint_evaluation import load_model
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import untrained
 from tests.hub_fixtures import use_hub
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import EXPIRED, LoopbackHub
 
 REPO = "owner/tiny"
 CPU = torch.device("cpu")
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("true",)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,26 @@ def test_a_private_repository_without_a_token(
     assert "if it is private, log in with 'hf auth login', or set HF_TOKEN" in refusal()
 
 
+def test_an_expired_token(hub: LoopbackHub, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(REPO, files(saved))
+    use_hub(hub, tmp_path / "expired", monkeypatch, EXPIRED)
+    assert "permission: the token is not valid or has expired; log in with 'hf auth login'" in refusal()
+
+
+def test_a_hub_that_fails(hub: LoopbackHub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.add(REPO, files(saved))
+    hub.fail("GET", "config.json", 500, times=100)
+    assert f"network: {hub.url} fails (500)" in refusal()
+
+
+def test_weights_that_lack_a_tensor(hub: LoopbackHub, saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    del weights["fc.bias"]
+    hub.add(REPO, files(saved, **{"model.safetensors": save(weights)}))
+    assert 'file: the weights do not fit the architecture: Missing key(s) in state_dict: "fc.bias"' in refusal()
+
+
 def test_a_revision_that_is_not_there(hub: LoopbackHub, saved: Path) -> None:
     hub.add(REPO, files(saved))
     assert "name: the repository has no such revision" in refusal(f"{REPO}@nowhere")
@@ -86,9 +113,9 @@ def test_a_pickle_of_tensors_loads(hub: LoopbackHub, saved: Path, tmp_path: Path
 
 
 def test_a_pickle_of_more_than_tensors_is_refused(hub: LoopbackHub, saved: Path, tmp_path: Path) -> None:
-    torch.save({"fc.weight": Path("/")}, tmp_path / "weights")
+    torch.save({"fc.weight": Code()}, tmp_path / "weights")
     hub.add(REPO, files(saved, **{"model.safetensors": None, "pytorch_model.bin": (tmp_path / "weights").read_bytes()}))
-    assert "file: the weights are a pickle that holds more than tensors" in refusal()
+    assert "file: the weights are a pickle with posix.system in it, which could run code" in refusal()
 
 
 def test_weights_cut_short(hub: LoopbackHub, saved: Path) -> None:
@@ -121,10 +148,13 @@ def test_a_config_that_is_none(hub: LoopbackHub, saved: Path, config: bytes) -> 
     assert "config.json" in refusal()
 
 
-def test_no_network(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.fail("HEAD", "/resolve/", times=100)
     assert f"network: no answer from {hub.url}" in refusal()
+    done = petra_zoo("convert", "resnet18.a1_in1k", "--output", tmp_path / "converted")
+    assert f"network: no answer from {hub.url}" in done.stderr
+    assert not (tmp_path / "converted").exists()
 
 
 def test_a_download_that_is_cut_goes_on(hub: LoopbackHub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
