@@ -5,48 +5,40 @@ The model card that `petra-zoo push` writes takes its facts from these two files
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import platform
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from petra_zoo.errors import UserError
 from petra_zoo.training.evaluation import Evaluation
 from petra_zoo.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from petra_zoo.training.train import Result
 
 ENVIRONMENT, EVALUATION = "environment.json", "evaluation.json"
 PACKAGES = ("petra-zoo", "torch", "torchvision", "timm", "numpy")
 
 
-def recorded(train: Callable[..., Result]) -> Callable[..., Result]:
-    """Makes a training function leave both files in the run directory; of several processes, the first writes."""
+def record_run(
+    path: Path, recipe: Recipe, evaluation: Evaluation, processes: int, *, wall_seconds: float, training_seconds: float
+) -> None:
+    """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
 
-    @functools.wraps(train)
-    def train_and_record(recipe: Recipe, *args: Any, **kwargs: Any) -> Result:
-        started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        result = train(recipe, *args, **kwargs)
-        if os.environ.get("RANK", "0") == "0":
-            seconds = {"wall_seconds": time.perf_counter() - started, "training_seconds": result.training_seconds}
-            write_json(result.path / ENVIRONMENT, {**describe_environment(), **seconds, **peak_memory()})
-            weights = result.path / "model.safetensors"
-            write_json(result.path / EVALUATION, evaluation_record(recipe.dataset, result.evaluation, weights))
-        return result
-
-    return train_and_record
+    Raises:
+        UserError: they cannot be written.
+    """
+    seconds = {"wall_seconds": wall_seconds, "training_seconds": training_seconds}
+    try:
+        write_json(path / ENVIRONMENT, {**describe_environment(), "processes": processes, **seconds, **peak_memory()})
+        write_json(path / EVALUATION, evaluation_record(recipe.dataset, evaluation, path / "model.safetensors"))
+    except OSError as error:
+        raise UserError(f"the model is saved, but {path} takes no more files: {error.strerror}") from error
 
 
 def describe_environment() -> dict[str, Any]:
@@ -60,7 +52,6 @@ def describe_environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": devices,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
 

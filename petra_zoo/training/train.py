@@ -27,7 +27,7 @@ from petra_zoo.training.datasets import ImageDataset
 from petra_zoo.training.evaluation import Evaluation, score
 from petra_zoo.training.loader import ImageLoader
 from petra_zoo.training.progress import Reporter, Speed
-from petra_zoo.training.provenance import recorded
+from petra_zoo.training.provenance import record_run
 from petra_zoo.training.ranks import average_statistics, enter, synchronize_statistics, together
 from petra_zoo.training.recipe import Recipe
 from petra_zoo.training.run_directory import RunDirectory
@@ -52,7 +52,6 @@ class Result:
     bad_images: int = 0
 
 
-@recorded
 def train(recipe: Recipe, name: str = "run", reporter: Reporter | None = None) -> Result:
     """Trains by a recipe, from data to a saved checkpoint, with the processes that were launched together.
 
@@ -121,6 +120,7 @@ class Run:
         self.model, self.world = pipeline.model, pipeline.world
         self.device = self.world.device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+        self.started = time.perf_counter()
         self.seconds = 0.0
 
     def train(self) -> Result:
@@ -149,6 +149,9 @@ class Run:
                 evaluation = self.validate_and_save(None, float("nan"))
         bad = sum(self.world.gather(len(self.train_data.bad_images)))
         path = self.directory.path if self.directory else None
+        if path is not None and evaluation is not None:
+            wall = time.perf_counter() - self.started
+            record_run(path, self.recipe, evaluation, self.world.size, wall_seconds=wall, training_seconds=self.seconds)
         path, evaluation = self.world.from_reporter((path, evaluation))
         assert path is not None
         assert evaluation is not None

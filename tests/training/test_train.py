@@ -36,6 +36,8 @@ def test_a_run_directory_holds_recipe_summary_metrics_and_model(tmp_path: Path) 
     result = quick(tmp_path, epochs=2, log_interval=2)
     assert {path.name for path in result.path.iterdir()} == {
         "recipe.yaml",
+        "environment.json",
+        "evaluation.json",
         "summary.csv",
         "metrics.jsonl",
         "model.safetensors",
