@@ -163,7 +163,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
         ({"dataset": "folder", "data_dir": "/nowhere"}, "/nowhere"),
         ({"dataset": "digitz"}, "did you mean digits"),
         ({"model": "petra_revnet50"}, "images of 8x8 are too small for petra_revnet50, which reduces by 32"),
-        ({"pretrained": True}, "No pretrained weights exist"),
+        ({"model": "petra_revnet18_cifar", "pretrained": True}, "No pretrained weights exist"),
         ({"opt_kwargs": {"nonsense": 1}}, "optimizer 'sgd': "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
