@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from petra_zoo.hub.catalog import pretrained_tags
+from petra_zoo.hub.page import write_page
 from petra_zoo.models.describe import describe, model_names
 
 
@@ -17,8 +19,14 @@ def list_models(
     pattern: Annotated[str, typer.Argument(help="Wildcards, such as '*_cifar'.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="List pretrained weights instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a page, DIR/index.html, to sort, search and compare.")
+    ] = None,
 ) -> None:
     """List the networks that timm.create_model makes once petra_zoo is imported."""
+    if html is not None:
+        typer.echo(f"saved {write_page(model_names(pattern), html)}")
+        return
     if pretrained:
         _list_pretrained(pattern, as_json)
         return
