@@ -157,8 +157,8 @@ def test_the_plot_has_the_networks_with_a_figure_or_all_by_parameters(
 ) -> None:
     show(browser, site[0])
     places = """return Object.fromEntries([...document.querySelectorAll('#plot .point')].map((p) => {
-        const [stored, reversible] = [...p.querySelectorAll('circle')].map((c) => [c.cx.baseVal.value, c.cy.baseVal.value]);
-        return [p.dataset.name, [stored[0], reversible[0], stored[1]]];
+        const [stored, reversible] = p.querySelectorAll('circle');
+        return [p.dataset.name, [stored, reversible].map((c) => c.cx.baseVal.value).concat(stored.cy.baseVal.value)];
     }))"""
     choices = [option.text for option in browser.find_elements("css selector", "#axis option")]
     assert choices == ["top-1 on imagenet-1k", "parameters"]
