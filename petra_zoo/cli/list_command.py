@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from petra_zoo.hub.catalog import pretrained_tags
@@ -25,7 +26,8 @@ def list_models(
 ) -> None:
     """List the networks that timm.create_model makes once petra_zoo is imported."""
     if html is not None:
-        typer.echo(f"saved {write_page(model_names(pattern), html)}")
+        names = track(model_names(pattern), "computing memory", disable=not Console().is_terminal)
+        typer.echo(f"saved {write_page(names, html)}")
         return
     if pretrained:
         _list_pretrained(pattern, as_json)

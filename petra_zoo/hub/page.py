@@ -5,87 +5,55 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from petra_zoo.errors import UserError
-from petra_zoo.models.activation_memory import ActivationMemory, activation_memory
-from petra_zoo.models.describe import describe
+from petra_zoo.hub.catalog import Facts, Reference, look_up
 
 MIB = 2**20
 COLUMNS = (
-    ("M parameters", "number"),
-    ("GMACs", "number"),
-    ("input", "number"),
-    ("MiB stored", "number"),
-    ("MiB checkpointed", "number"),
-    ("MiB reversible", "number"),
-    ("reversible units", "number"),
-    ("weights", "text"),
-    ("top-1 %", "number"),
+    "M parameters",
+    "GMACs",
+    "input",
+    "MiB stored",
+    "MiB checkpointed",
+    "MiB reversible",
+    "reversible units",
+    "weights",
+    "top-1 %",
 )
+ELSEWHERE = "published with the source"
 Cell = tuple[Any, str]  # what a column is sorted by, and what is shown
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A figure and where it comes from.
-
-    Attributes:
-        top1: in percent.
-        source: who says so: measured here, or the source's own figure.
-    """
-
-    dataset: str
-    top1: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Entry:
-    """What the page says of a network; accuracy only where there is a figure with a source."""
+    """A network, and those of its pretrained weights whose accuracy is known, each with its own memory."""
 
-    name: str
-    summary: str
-    parameters: int
-    macs: float
-    input_size: tuple[int, int, int]
-    units: int
-    reversible_units: int
-    memory: ActivationMemory
-    weights: Sequence[str] = ()
-    accuracy: Sequence[Accuracy] = ()
+    network: Facts
+    measured: Sequence[Facts] = ()
 
-    @property
-    def input(self) -> str:
-        """Height and width of an image."""
-        return f"{self.input_size[1]}x{self.input_size[2]}"
+    def accuracies(self) -> Iterator[tuple[Facts, Reference]]:
+        """The pretrained weights and their accuracy."""
+        for facts in self.measured:
+            for tag in facts.tags:
+                if tag.reference is not None:
+                    yield facts, tag.reference
 
 
 def entry(name: str) -> Entry:
-    """Looks a network up; takes a second or two, its memory is computed.
+    """Looks a network up; takes some seconds, its memory is computed.
 
     Raises:
         UserError: no such network.
     """
-    facts = describe(name)
-    return Entry(
-        name=name,
-        summary=facts.summary,
-        parameters=facts.parameters,
-        macs=facts.macs,
-        input_size=facts.input_size,
-        units=facts.units,
-        reversible_units=facts.reversible_units,
-        memory=activation_memory(timm.create_model(name, device="meta"), facts.input_size),
-        weights=[tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*")],
-    )
+    facts = look_up(name)
+    return Entry(facts, [look_up(tag.name) for tag in facts.tags if tag.reference is not None])
 
 
 def write_page(names: Iterable[str], folder: Path) -> Path:
@@ -111,53 +79,68 @@ def page(entries: Sequence[Entry]) -> str:
     """The page's HTML."""
     rows = [_cells(one) for one in entries]
     used = [i for i in range(len(COLUMNS)) if any(row[i][0] != "" for row in rows)]
-    head = [f'<th scope="col" data-kind="{kind}"{_text(kind)}>{_button(label)}</th>' for label, kind in _columns(used)]
-    body = [_row(one, [row[i] for i in used], _columns(used)) for one, row in zip(entries, rows, strict=True)]
+    labels = [COLUMNS[i] for i in used]
+    head = [f'<th scope="col"><button type="button">{label}</button></th>' for label in ("network", *labels)]
+    body = [_row(one, [row[i] for i in used], labels) for one, row in zip(entries, rows, strict=True)]
     data = json.dumps([_facts(one) for one in entries]).replace("<", "\\u003c")  # no tag ends inside the script
     template = resources.files("petra_zoo.hub").joinpath("page.html").read_text(encoding="utf-8")
-    filled = {"HEAD": "\n".join([f'<th scope="col" data-kind="text">{_button("network")}</th>', *head])}
-    for mark, text in {**filled, "ROWS": "\n".join(body), "DATA": data}.items():
+    for mark, text in {"HEAD": "\n".join(head), "ROWS": "\n".join(body), "DATA": data}.items():
         template = template.replace(f"<!-- {mark} -->", text)
     return template
 
 
 def _facts(one: Entry) -> dict[str, Any]:
-    facts = {key: getattr(one, key) for key in ("name", "parameters", "input")}
-    return facts | {"memory": one.memory.as_dict(), "accuracy": [asdict(figure) for figure in one.accuracy]}
+    def common(facts: Facts) -> dict[str, Any]:
+        return {
+            "name": facts.network.name,
+            "parameters": facts.network.parameters,
+            "input": _input(facts),
+            "memory": facts.memory.as_dict(),
+        }
+
+    accuracy = [
+        {**common(facts), "dataset": found.dataset, "top1": found.top1, "source": found.source}
+        for facts, found in one.accuracies()
+    ]
+    return {**common(one.network), "accuracy": accuracy}
 
 
 def _cells(one: Entry) -> list[Cell]:
-    memory = (one.memory.plain, one.memory.checkpointed, one.memory.reversible)
+    network, memory = one.network.network, one.network.memory
+    tags = [_tag_of(tag.name) for tag in one.network.tags]
     figures = "".join(
-        f"{figure.top1:.2f}<small>{escape(figure.dataset)}, {escape(figure.source)}</small>" for figure in one.accuracy
+        f'<div title="{escape(found.source)}">{found.top1:.2f}<small>{escape(_tag_of(facts.network.name))}, '
+        f"{escape(found.dataset)}, {'measured here' if found.measured_here else ELSEWHERE}</small></div>"
+        for facts, found in one.accuracies()
     )
     return [
-        (one.parameters, f"{one.parameters / 1e6:.2f}"),
-        (one.macs, f"{one.macs / 1e9:.3f}"),
-        (one.input_size[1] * one.input_size[2], one.input),
-        *((value, f"{value / MIB:.2f}") for value in memory),
-        (one.reversible_units, f"{one.reversible_units} of {one.units}"),
-        (" ".join(one.weights), "<br>".join(map(escape, one.weights))),
-        (max((figure.top1 for figure in one.accuracy), default=""), figures),
+        (network.parameters, f"{network.parameters / 1e6:.2f}"),
+        (network.macs, f"{network.macs / 1e9:.3f}"),
+        (network.input_size[1] * network.input_size[2], _input(one.network)),
+        *((value, f"{value / MIB:.2f}") for value in (memory.plain, memory.checkpointed, memory.reversible)),
+        (network.reversible_units, f"{network.reversible_units} of {network.units}"),
+        (len(tags) or "", _folded(tags)),
+        (max((found.top1 for _, found in one.accuracies()), default=""), figures),
     ]
 
 
-def _row(one: Entry, cells: Sequence[Cell], columns: Sequence[tuple[str, str]]) -> str:
+def _folded(tags: Sequence[str]) -> str:
+    lines = "<br>".join(map(escape, tags))
+    return lines if len(tags) < 2 else f"<details><summary>{len(tags)} tags</summary>{lines}</details>"
+
+
+def _input(facts: Facts) -> str:
+    return "x".join(map(str, facts.network.input_size[1:]))
+
+
+def _tag_of(name: str) -> str:
+    return name.partition(".")[2]
+
+
+def _row(one: Entry, cells: Sequence[Cell], labels: Sequence[str]) -> str:
     written = "".join(
-        f'<td data-label="{label}" data-value="{escape(str(value))}"{_text(kind)}><span>{text}</span></td>'
-        for (value, text), (label, kind) in zip(cells, columns, strict=True)
+        f'<td data-label="{label}" data-value="{escape(str(value))}"><span>{text}</span></td>'
+        for (value, text), label in zip(cells, labels, strict=True)
     )
-    name, summary = escape(one.name), escape(one.summary)
+    name, summary = escape(one.network.network.name), escape(one.network.network.summary)
     return f'<tr id="{name}"><th scope="row" data-value="{name}">{name}<small>{summary}</small></th>{written}</tr>'
-
-
-def _columns(used: Sequence[int]) -> list[tuple[str, str]]:
-    return [COLUMNS[i] for i in used]
-
-
-def _button(label: str) -> str:
-    return f'<button type="button">{label}</button>'
-
-
-def _text(kind: str) -> str:
-    return ' class="text"' if kind == "text" else ""

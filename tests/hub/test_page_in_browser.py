@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from petra_zoo.hub.page import Accuracy, page
-from petra_zoo.models.activation_memory import ActivationMemory
-from tests.hub.test_page import MIB, an_entry
+from petra_zoo.hub.catalog import Reference
+from petra_zoo.hub.page import page
+from tests.hub.test_page import an_entry
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (the extra `test`)")
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
@@ -39,10 +39,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[s
     entries = [
         an_entry(
             name,
+            {"a1": Reference("imagenet-1k", ACCURACY[name], "published by X", False)} if name in ACCURACY else None,
             parameters=int(millions * 1e6),
             input_size=(3, 32, 32) if name == "petra_tiny" else (3, 224, 224),
-            memory=ActivationMemory(*(int(millions * factor * MIB) for factor in (3, 1.5, 1.2))),
-            accuracy=[Accuracy("imagenet-1k", ACCURACY[name], "the source's figure")] if name in ACCURACY else [],
+            memory=(3 * millions, 1.5 * millions, 1.2 * millions),
         )
         for name, millions in SIZES.items()
     ]
@@ -146,7 +146,7 @@ def test_search_narrows_table_and_plot(browser: Any, site: tuple[str, list[str]]
     assert names(browser) == ["petra_large"]
     assert browser.find_element("id", "count").text == "1 of 4"
     bright = "return [...document.querySelectorAll('#plot .point:not(.dim)')].map((p) => p.dataset.name)"
-    assert browser.execute_script(bright) == ["petra_large"]
+    assert browser.execute_script(bright) == ["petra_large.a1"]
     type_into(browser, "#search", "x")
     assert names(browser) == []
     assert browser.find_element("id", "none").is_displayed()
@@ -163,8 +163,8 @@ def test_the_plot_has_the_networks_with_a_figure_or_all_by_parameters(
     choices = [option.text for option in browser.find_elements("css selector", "#axis option")]
     assert choices == ["top-1 on imagenet-1k", "parameters"]
     shown = browser.execute_script(places)
-    assert shown.keys() == ACCURACY.keys()
-    assert shown["petra_large"][2] < shown["petra_small"][2]  # higher up
+    assert shown.keys() == {"petra_small.a1", "petra_large.a1"}
+    assert shown["petra_large.a1"][2] < shown["petra_small.a1"][2]  # higher up
     browser.find_element("css selector", "#axis option[value='1']").click()
     shown = browser.execute_script(places)
     assert shown.keys() == SIZES.keys()
@@ -183,10 +183,10 @@ def test_the_keyboard_reaches_everything(browser: Any, site: tuple[str, list[str
                 "const e = document.activeElement; return e.dataset.name ?? (e.id || e.textContent.trim().slice(0, 20))"
             )
         )
-        if seen[-1] == "petra_large":
-            assert "petra_large: 44.5 M parameters" in browser.find_element("id", "detail").text
+        if seen[-1] == "petra_large.a1":
+            assert "81.25 % on imagenet-1k (published by X)" in browser.find_element("id", "detail").text
         if seen[-1] == "M parameters":
             browser.switch_to.active_element.send_keys("\ue007")  # Enter
             assert names(browser) == list(SIZES)
             break
-    assert {"axis", "petra_large", "petra_small", "search", "network", "M parameters"} <= set(seen)
+    assert {"axis", "petra_large.a1", "petra_small.a1", "search", "network", "M parameters"} <= set(seen)
