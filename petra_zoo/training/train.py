@@ -25,6 +25,7 @@ from petra_zoo.training.build import (
 )
 from petra_zoo.training.datasets import ImageDataset
 from petra_zoo.training.evaluation import Evaluation, score
+from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.loader import ImageLoader
 from petra_zoo.training.progress import Reporter, Speed
 from petra_zoo.training.provenance import record_run
@@ -132,6 +133,8 @@ class Run:
         interrupted = False
         with self.reporter:
             self.reporter.start(self.recipe, self.pipeline, len(self.train_loader), epochs)
+            for line in start_lines(self.recipe, self.model, self.train_data.class_names):
+                self.reporter.line(line)
             self.reporter.show()
             try:
                 for epoch in range(epochs):

@@ -15,7 +15,10 @@ from petra_zoo.training.checkpoint_evaluation import load_model
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.recipe import Recipe, load_recipe, make_recipe
 from petra_zoo.training.train import train
+from tests.cli.test_main import petra_zoo
 from tests.hub.saved_models import DIGITS, save
+from tests.hub_fixtures import hub, hub_server  # noqa: F401 - fixtures
+from tests.loopback_hub import LoopbackHub
 from tests.training.test_train import QUICK, Reporter
 
 ONE_EPOCH = {**QUICK, "dataset": "synthetic:7x8"}
@@ -191,6 +194,31 @@ def test_the_recipe_goes_on_from_a_checkpoint_that_knows_digits(tmp_path: Path) 
     second = load_recipe("finetune/digits", overrides)
     assert second.layer_decay is not None
     assert train(second, reporter=Reporter(quiet=True)).evaluation.top1 > before - 5.0
+
+
+def test_the_recipe_takes_a_checkpoint_from_the_hub_and_says_what_became_of_its_head(
+    tmp_path: Path,
+    hub: LoopbackHub,  # noqa: F811
+) -> None:
+    saved = save(tmp_path / "model", coupling=0.5)
+    files: dict[str, Any] = {path.name: path for path in (tmp_path / "model").iterdir()}
+    hub.add("zoo/tiny", files)
+    settings = [
+        "pretrained=hf-hub:zoo/tiny",
+        "epochs=1",
+        "batch_size=256",
+        "freeze=backbone",
+        f"output={tmp_path / 'a'}",
+    ]
+    done = petra_zoo("train", "finetune/digits", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "starting from hf-hub:zoo/tiny; head replaced: 4 classes become 10" in done.stdout
+    assert "parameters; 28 batch norms use their running statistics" in done.stdout
+    assert same(load_model(str(tmp_path / "a"), torch.device("cpu")), saved)
+    missing = petra_zoo("train", "finetune/digits", "pretrained=hf-hub:zoo/none", f"output={tmp_path / 'b'}")
+    assert missing.returncode == 2
+    assert "there is no such repository" in missing.stderr
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_is_frozen_survives_a_copy(tmp_path: Path) -> None:
