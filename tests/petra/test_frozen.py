@@ -1,14 +1,16 @@
 """The engine with frozen parameters and frozen batch-norm statistics."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.petra import METHODS, Pipeline
+from petra_zoo.petra import METHODS, Pipeline, World
 from petra_zoo.training.finetuning import keep_statistics
+from tests.petra.processes import own_world, run_processes
 from tests.petra.test_pipeline import batches, make_model, make_pipeline, run
 
 BELOW = ("conv1", "bn1", "layer1", "layer2")  # of layer3: the stem and the first 6 blocks, units 0 to 6
@@ -151,3 +153,37 @@ def test_a_pipeline_continues_to_the_bit_with_frozen_stages() -> None:
     continued.load_state_dict(copy.deepcopy(stopped.state_dict()))
     run(continued, data[5:])
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in straight.state_dict().items())
+
+
+def train_frozen(world: World | None = None) -> list[Any]:
+    """With 14 stages, of which the lowest 7 are frozen; gives losses and, on the last rank, the weights."""
+    found = []
+    for method in ("petra", "delayed", "reversible"):
+        model = make_model(torch.float32)
+        freeze(model, BELOW)
+        pipeline = make_pipeline(model, 14, method=method, world=world)
+        feed = batches(6, dtype=torch.float32)
+        outputs = [pipeline.step(*batch) if pipeline.world.first else pipeline.step() for batch in feed]
+        outputs += pipeline.drain()
+        pipeline.links.finish()
+        whole = pipeline.whole_model()
+        losses = [output.loss for output in outputs if output.loss is not None]
+        found.append((losses, None if whole is None else whole.state_dict()))
+    return found
+
+
+def train_frozen_in_a_rank() -> list[Any]:
+    return train_frozen(own_world())
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(180)
+def test_ranks_without_anything_to_train_change_no_bit(tmp_path: Path) -> None:
+    alone = train_frozen()
+    last = run_processes(3, tmp_path, train_frozen_in_a_rank)[-1]
+    for (losses, weights), (expected, whole) in zip(last, alone, strict=True):
+        assert len(losses) == len(expected) == 6
+        assert all(map(torch.equal, losses, expected))
+        assert weights.keys() == whole.keys()
+        assert [name for name, value in whole.items() if not torch.equal(value, weights[name])] == []
