@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.prediction import BATCH, label_names, predict_images
+from petra_zoo.training.datasets import open_dataset
 from tests.hub.saved_models import save
 
 LABELS = ["ant", "bee", "cat", "dog"]
@@ -97,6 +98,18 @@ def test_a_thousand_classes_without_names_are_imagenets() -> None:
     names = label_names(timm.create_model("petra_revnet_tiny", num_classes=1000, device="meta"))
     assert len(names) == 1000
     assert names[0].startswith("tench")
+
+
+def test_the_bundled_network_reads_digits(tmp_path: Path) -> None:
+    data = open_dataset("digits", "val")
+    files, labels = [], []
+    for i in range(20):
+        picture, label = data[i]
+        files.append(tmp_path / f"{i}.png")
+        picture.save(files[-1])
+        labels.append(str(label))
+    found = [prediction.guesses[0].label for prediction in predict_images("petra_revnet_tiny.digits", files)]
+    assert sum(guess == label for guess, label in zip(found, labels, strict=True)) >= 18
 
 
 def test_descriptions_are_preferred_to_names() -> None:
