@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
-CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+CARDS = sorted(path for path in (ROOT / "model_cards").glob("*.md") if path.name != "template.md")
 CONVERTED = [path for path in CARDS if path.name.startswith("petra_revnet.")]
 
 

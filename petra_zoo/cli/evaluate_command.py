@@ -1,4 +1,4 @@
-"""`petra-zoo evaluate`: accuracy of a run or model."""
+"""`petra-zoo evaluate`: accuracy of runs or models."""
 
 from __future__ import annotations
 
@@ -8,50 +8,78 @@ from typing import Annotated, Literal
 
 import typer
 
-from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint, write_results
+from petra_zoo.training.checkpoint_evaluation import Report, evaluate_checkpoints
+from petra_zoo.training.comparison import Comparison, compare
 
 
 def evaluate(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, hf-hub:ORG/NAME, or a pretrained model.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, hf-hub:ORG/NAME[@REVISION], or pretrained models."),
     ],
     dataset: Annotated[
         str | None, typer.Option(help="digits, shapes, cifar10, folder, ...; default: what the run was trained on.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    retry: Annotated[bool, typer.Option("--retry", help="Halve the batch size where memory runs out.")] = False,
     workers: Annotated[int, typer.Option(min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU where there is one.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast.")] = False,
     on_bad_image: Annotated[
         Literal["fail", "skip"], typer.Option(help="Stop at an unreadable image, or put the next one in its place.")
     ] = "fail",
-    results_file: Annotated[Path | None, typer.Option(help="Write timm's results CSV.")] = None,
+    compared: Annotated[bool, typer.Option("--compare", help="Compare two models: agreement, McNemar's test.")] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept; default: HF_HUB_CACHE.")] = None,
+    results_file: Annotated[Path | None, typer.Option(help="Write timm's results CSV, and the peak memory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Evaluate a trained model: top-1, top-5, loss, and the classes it mistakes most."""
-    report = evaluate_checkpoint(
-        source,
+    """Evaluate trained models: top-1, top-5, loss, memory, and the classes they mistake most."""
+    if compared and len(sources) != 2:
+        raise typer.BadParameter(f"--compare takes two models, not {len(sources)}")
+    reports = []
+    for report in evaluate_checkpoints(
+        sources,
         dataset,
+        results_file=results_file,
         data_dir=data_dir,
         batch_size=batch_size,
         workers=workers,
         device=device,
         amp=amp,
         on_bad_image=on_bad_image,
-    )
-    if results_file is not None:
-        write_results(results_file, [report])
+        retry=retry,
+        cache_dir=cache_dir,
+    ):
+        reports.append(report)
+        if not as_json:
+            _show(report)
+    comparison = compare(*reports) if compared else None
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
-        return
+        rows = [report.as_dict() for report in reports]
+        value = (
+            {"models": rows, "comparison": comparison.as_dict()} if comparison else rows if len(rows) > 1 else rows[0]
+        )
+        typer.echo(json.dumps(value, indent=2))
+    elif comparison:
+        _show_comparison(comparison)
+
+
+def _show(report: Report) -> None:
     result = report.evaluation
     typer.echo(f"{report.model} on {report.dataset}: {result.images} images")
     typer.echo(f"  top-1  {result.top1:.2f} %")
     typer.echo(f"  top-5  {result.top5:.2f} %")
     typer.echo(f"  loss   {result.loss:.4f}")
+    typer.echo(f"  memory {report.peak_memory / 2**20:.1f} MiB with a batch size of {report.batch_size}")
     if report.bad_images:
         typer.echo(f"  {report.bad_images} unreadable images skipped")
     for row in result.worst_classes(report.class_names):
         taken = f", taken for {row['taken_for']} {row['times']} times"
         typer.echo(f"  worst  {row['class']}: {row['accuracy']:.1f} % of {row['images']}{taken}")
+
+
+def _show_comparison(found: Comparison) -> None:
+    typer.echo(f"{found.first} and {found.second} agree on {found.agreement:.2f} % of {found.images} images")
+    typer.echo(f"  right alone  {found.only_first_right} and {found.only_second_right}")
+    typer.echo(f"  McNemar      p = {found.p_value:.3g}, were both equally good")

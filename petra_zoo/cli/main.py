@@ -13,9 +13,12 @@ from petra_zoo.cli import (
     convert_command,
     demo_command,
     evaluate_command,
+    export_command,
     info_command,
     list_command,
     plan_command,
+    predict_command,
+    push_command,
     recipes_command,
     train_command,
 )
@@ -32,7 +35,10 @@ app = typer.Typer(
 app.command("demo")(demo_command.demo)
 app.command("train")(train_command.train)
 app.command("evaluate")(evaluate_command.evaluate)
+app.command("predict")(predict_command.predict)
+app.command("export")(export_command.export)
 app.command("convert")(convert_command.convert)
+app.command("push")(push_command.push)
 app.command("list")(list_command.list_models)
 app.command("info")(info_command.info)
 app.command("plan")(plan_command.plan)

@@ -1,1 +1,5 @@
-"""Publishing: model cards, export and the Hugging Face Hub."""
+"""Publishing: model cards, what belongs into a repository, and the Hugging Face Hub."""
+
+from petra_zoo.hub.push import Pushed, push
+
+__all__ = ["Pushed", "push"]

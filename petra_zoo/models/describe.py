@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 from dataclasses import asdict, dataclass
@@ -9,10 +10,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.resnet_weights import couple_weights, run_coupling
 from petra_zoo.reversible import segments
 
 
@@ -57,24 +59,47 @@ def model_names(pattern: str = "*") -> list[str]:
 
 
 def describe(name: str) -> Description:
-    """Looks a network up.
+    """Looks a network up, or one of its tags (ARCHITECTURE.TAG): then as it is once those weights are loaded.
 
     Raises:
-        UserError: no such network; names the nearest.
+        UserError: no such network or tag; names the nearest.
+    """
+    return describe_model(create_meta(name), name)
+
+
+def create_meta(name: str) -> Any:
+    """A network of the zoo on the meta device, without content.
+
+    Raises:
+        UserError: no such network or tag; names the nearest.
     """
     known = timm.list_models("petra_*")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+    architecture, _, tag = name.partition(".")
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
         raise UserError(f"model {name!r} is unknown; nearest: {', '.join(near)} (petra-zoo list shows all)")
-    model: Any = timm.create_model(name, device="meta").eval()
+    tags = get_arch_pretrained_cfgs(architecture)
+    if tag and name not in tags:
+        raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
+    model: Any = timm.create_model(name, device="meta")
+    if tag and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):  # a ResNet's, coupled while they load
+        coupling = [run_coupling(len(layer) - layer.first_reversible) for layer in model.coupled_layers()]
+        model = timm.create_model(name, device="meta", coupling=coupling)
+        couple_weights({}, model)  # sets the anchors
+    return model
+
+
+def describe_model(model: Any, name: str) -> Description:
+    """The same facts about a model at hand, made by `timm.create_model` as `name`; it is left as it is."""
     input_size = tuple(model.pretrained_cfg["input_size"])
+    meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *input_size, device="meta"))
+        meta(torch.empty(1, *input_size, device="meta"))
     units = model.units()
     runs: list[list[Any]] = [segment for segment in segments(units) if segment[0].reversible]  # of `CoupledUnit`s
     return Description(
         name=name,
-        summary=(inspect.getdoc(model_entrypoint(name)) or "").split("\n")[0],
+        summary=(inspect.getdoc(model_entrypoint(name.partition(".")[0])) or "").split("\n")[0],
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() / 2,
         input_size=input_size,

@@ -210,6 +210,7 @@ default_cfgs = generate_default_cfgs(
             interpolation="bicubic",
             mean=(0.305,) * 3,
             std=(0.376,) * 3,
+            label_names=tuple("0123456789"),
         ),
     }
 )

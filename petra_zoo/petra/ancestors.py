@@ -30,13 +30,14 @@ class BufferedStage(Stage):
     def forward(self, up: Up) -> Up:
         if self.watcher:
             self.watcher.saw_forward(self, up)
-        self.inputs.append(up.streams)
+        if self.goes_backward:
+            self.inputs.append(up.streams)
         with torch.no_grad():
             return Up(up.micro_batch, self.evaluate(up.streams, up.micro_batch), up.labels)
 
     def backward(self, down: Down) -> Down:
         kept = self.inputs.popleft()
-        inputs = leaves(kept, needs_gradient=self.first_unit > 0)
+        inputs = leaves(kept, needs_gradient=self.sends_gradients)
         with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
                 stack.enter_context(frozen_statistics(unit))
@@ -83,7 +84,8 @@ class GraphStage(Stage):
         if self.watcher:
             self.watcher.saw_forward(self, up)
         graph = self._build(up.micro_batch, up.streams, self._parameters_now())
-        self.graphs.append(graph)
+        if self.goes_backward:
+            self.graphs.append(graph)
         return Up(up.micro_batch, tuple(x.detach() for x in graph.outputs), up.labels)
 
     def backward(self, down: Down) -> Down:
@@ -108,7 +110,7 @@ class GraphStage(Stage):
     def _build(self, micro_batch: int, streams: Streams, parameters: list[Tensor]) -> _Graph:
         own = [p for group in self.parameters for p in group]
         copies = {id(p): copy for p, copy in zip(own, parameters, strict=True)}
-        inputs = streams = leaves(streams, needs_gradient=self.first_unit > 0)
+        inputs = streams = leaves(streams, needs_gradient=self.sends_gradients)
         with torch.enable_grad():
             for i, unit in enumerate(self.units):
                 named = {name: copies[id(p)] for name, p in unit.named_parameters() if id(p) in copies}

@@ -13,10 +13,11 @@ class Clock:
         stages: J.
         delayed: whether messages take a tick.
         backwards: whether gradients travel down.
+        lowest: the stage that they travel down to; below it nothing trains.
     """
 
-    def __init__(self, stages: int, delayed: bool, backwards: bool = True) -> None:
-        self.stages, self.delayed, self.backwards = stages, delayed, backwards
+    def __init__(self, stages: int, delayed: bool, backwards: bool = True, lowest: int = 0) -> None:
+        self.stages, self.delayed, self.backwards, self.lowest = stages, delayed, backwards, lowest
         self.tick = -1
         self.fed: dict[int, bool] = {}  # of the ticks that still matter
 
@@ -32,14 +33,15 @@ class Clock:
 
     def backward(self, stage: int, tick: int | None = None) -> bool:
         """Whether a stage runs a backward in a tick (default: the present one)."""
-        return self.backwards and self._was_fed(tick, 2 * (self.stages - 1) - stage if self.delayed else 0)
+        goes = self.backwards and stage >= self.lowest
+        return goes and self._was_fed(tick, 2 * (self.stages - 1) - stage if self.delayed else 0)
 
     @property
     def in_flight(self) -> int:
         """Micro-batches fed whose last message has not been received."""
         if not self.delayed:
             return 0
-        longest = (2 if self.backwards else 1) * (self.stages - 1)
+        longest = 2 * (self.stages - 1) - self.lowest if self.backwards else self.stages - 1
         return sum(fed for tick, fed in self.fed.items() if tick + longest > self.tick)
 
     def _was_fed(self, tick: int | None, ago: int) -> bool:

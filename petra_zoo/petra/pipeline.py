@@ -128,8 +128,12 @@ class Pipeline:
             raise ValueError(f"last_stage is 'graph' or 'recompute', not {last_stage!r}")
         self.model, self.method = model, method
         self.world = world or World(device=next(model.parameters()).device)
-        self.settings = Settings(loss, accumulation_steps, seed, autocast, clip_grad, last_stage == "graph")
         units = model.units()
+        trainable = (i for i, unit in enumerate(units) if any(p.requires_grad for p in unit.parameters()))
+        first_trainable = next(trainable, len(units) - 1)
+        self.settings = Settings(
+            loss, accumulation_steps, seed, autocast, clip_grad, last_stage == "graph", first_trainable
+        )
 
         @cache
         def costs() -> Costs:
@@ -167,7 +171,8 @@ class Pipeline:
                 stage.optimizer = optimizer(own)
                 stage.scheduler = scheduler(stage.optimizer) if scheduler else None
             self.stages.append(stage)
-        self.clock = Clock(len(self.partition), delayed=method not in EXACT)
+        lowest = next(j for j, owned in enumerate(self.partition) if first_trainable in owned)
+        self.clock = Clock(len(self.partition), delayed=method not in EXACT, lowest=lowest)
         self.fed = 0
         self.wire, self.timeout = wire or Wire(), timeout
         self.links = self._make_links(self.wire)
@@ -284,7 +289,7 @@ class Pipeline:
         )
 
     def _send_down(self, stage: Stage, down: Down) -> None:
-        if stage.index > 0:  # nobody wants the gradient of the images
+        if stage.sends_gradients:
             self.links.send_down(stage.index - 1, down)
 
     def _advance_schedules(self) -> None:

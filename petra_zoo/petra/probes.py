@@ -60,7 +60,7 @@ class Probe:
             self._batches[up.micro_batch] = up
 
     def saw_forward(self, stage: Stage, up: Up) -> None:
-        if up.micro_batch in self._batches:
+        if stage.goes_backward and up.micro_batch in self._batches:
             self._inputs[stage.first_unit, up.micro_batch] = up.streams
 
     def saw_backward(self, stage: Stage, micro_batch: int, inputs: Streams, gradients: dict[int, Tensor]) -> None:
@@ -68,9 +68,11 @@ class Probe:
         received = self._inputs.pop((stage.first_unit, micro_batch), None)
         if batch is None or received is None:
             return
-        if stage.first_unit == 0:  # the last backward of this micro-batch
+        if not stage.sends_gradients:  # the last backward of this micro-batch
             del self._batches[micro_batch]
         parameters = [p for group in stage.parameters for p in group]
+        if not parameters:  # frozen, with something to train below
+            return
         exact = self._exact_gradients(batch, parameters)
         found = [gradients.get(id(p)) for p in parameters]
         ours = _flat(found, parameters)

@@ -27,7 +27,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all stages of a pipeline share."""
+    """What all stages of a pipeline share.
+
+    Attributes:
+        first_trainable: index of the first unit with a parameter to train; nobody wants gradients below it.
+    """
 
     loss: Loss
     accumulation_steps: int = 1
@@ -35,6 +39,7 @@ class Settings:
     autocast: torch.dtype | None = None
     clip_grad: float | None = None
     last_stage_keeps_graph: bool = True
+    first_trainable: int = 0
 
 
 class Watcher(Protocol):
@@ -64,7 +69,9 @@ class Stage:
         self.index = index
         self.first_unit = first_unit
         self.settings = settings
-        self.sends_streams = sends_streams
+        self.goes_backward = first_unit + len(self.units) > settings.first_trainable
+        self.sends_gradients = first_unit > settings.first_trainable
+        self.sends_streams = sends_streams and self.sends_gradients
         self.last = last
         self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in units]
         self.optimizer: torch.optim.Optimizer | None = None
@@ -83,7 +90,7 @@ class Stage:
         streams = up.streams
         with torch.no_grad():
             for i, unit in enumerate(self.units):
-                if self._keeps_input(unit):
+                if self._keeps_input(i):
                     self.fifos[i].append(streams)
                 with self.surroundings(i, up.micro_batch, streams[0].device):
                     streams = unit(*streams)
@@ -93,14 +100,15 @@ class Stage:
         """Reconstruction and vector-Jacobian product of an older micro-batch, with the *current* parameters."""
         streams, gradients = down.streams, down.gradients
         found: dict[int, Tensor] = {}
-        for i in reversed(range(len(self.units))):
+        for i in reversed(range(self._lowest(), len(self.units))):
             unit = self.units[i]
-            kept = self.fifos[i].popleft() if self._keeps_input(unit) else None  # exact: re-anchors what is below
+            kept = self.fifos[i].popleft() if self._keeps_input(i) else None  # exact: re-anchors what is below
             with self.surroundings(i, down.micro_batch, _device(gradients)):
                 reversal = self._backward_unit(unit, kept, streams, gradients, i)
             streams, gradients = kept or reversal.inputs, reversal.input_gradients
             _collect(found, self.parameters[i], reversal.parameter_gradients)
-        return self._finish_backward(down.micro_batch, streams, gradients, found)
+        inputs = streams if self._lowest() == 0 else ()
+        return self._finish_backward(down.micro_batch, inputs, gradients, found)
 
     def forward_backward(self, up: Up) -> tuple[Down, Tensor, Tensor]:
         """The last stage, which has no delay: forward, loss and backward of one micro-batch in one tick.
@@ -114,7 +122,7 @@ class Stage:
             return self.backward(Down(up.micro_batch, (logits,), (d_logits,))), loss, logits
         if self.watcher:
             self.watcher.saw_forward(self, up)
-        inputs = leaves(up.streams, needs_gradient=self.first_unit > 0)
+        inputs = leaves(up.streams, needs_gradient=self.sends_gradients)
         with torch.enable_grad():
             logits = self.evaluate(inputs, up.micro_batch)[0]
         loss, d_logits = self._loss(logits.detach(), up.labels)
@@ -162,13 +170,17 @@ class Stage:
                 stack.enter_context(torch.autocast(device.type, dtype=self.settings.autocast))
             yield
 
+    def _lowest(self) -> int:
+        """The first unit that goes backward."""
+        return max(0, self.settings.first_trainable - self.first_unit)
+
     @property
     def keeps_received(self) -> bool:
         """Whether a message up is looked at again in a later tick: a block hands one of its streams on as it is."""
-        return not self.last and any(self._keeps_input(unit) for unit in self.units)
+        return not self.last and any(map(self._keeps_input, range(len(self.units))))
 
-    def _keeps_input(self, unit: Unit) -> bool:
-        return not unit.reversible or unit.anchor
+    def _keeps_input(self, i: int) -> bool:
+        return i >= self._lowest() and (not self.units[i].reversible or self.units[i].anchor)
 
     def _backward_unit(
         self, unit: Unit, kept: Streams | None, streams: Streams, gradients: Gradients, i: int
@@ -177,7 +189,7 @@ class Stage:
             assert isinstance(unit, CoupledUnit)
             return unit.reverse(streams, gradients, self.parameters[i])
         assert kept is not None
-        return unit.recompute(kept, gradients, self.parameters[i], needs_input_gradient=self.first_unit + i > 0)
+        return unit.recompute(kept, gradients, self.parameters[i], self.first_unit + i > self.settings.first_trainable)
 
     def _vector_jacobian(
         self, outputs: Streams, gradients: Gradients, inputs: Streams, parameters: list[Tensor] | None = None
@@ -208,7 +220,7 @@ class Stage:
             if gradient is not None:
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         self.gradients_in_window += 1
-        return Down(micro_batch, inputs if self.sends_streams else (), gradients)
+        return Down(micro_batch, inputs if self.sends_streams else (), gradients if self.sends_gradients else ())
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
@@ -17,7 +17,8 @@ from torch import nn
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
 from petra_zoo.training.datasets import ImageDataset, open_dataset
-from petra_zoo.training.load_errors import LOADING_ERRORS, reason
+from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
+from petra_zoo.training.hub_errors import explain, first_line
 from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.recipe import Recipe
 
@@ -90,12 +91,12 @@ def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
         raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")
     try:
         return timm.create_model(name, **kwargs)
-    except LOADING_ERRORS as error:
-        raise UserError(f"model {name!r}: {reason(error)}") from error
+    except Exception as error:  # a repository can hold anything
+        raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
 
 
 def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None = None) -> Any:
-    """The recipe's model for the classes of the data, initialised from the recipe's seed; default: on its device."""
+    """The recipe's model for the classes of the data, from its seed or a checkpoint; default: on its device."""
     torch.manual_seed(recipe.seed)
     kwargs = dict(recipe.model_kwargs)
     if recipe.drop:
@@ -103,13 +104,15 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None
     if recipe.drop_path:
         kwargs["drop_path_rate"] = recipe.drop_path
     model = create_model(
-        recipe.model,
-        pretrained=recipe.pretrained,
+        checkpoint_name(recipe),
+        pretrained=bool(recipe.pretrained),
         num_classes=recipe.num_classes or train.num_classes,
         in_chans=recipe.in_chans,
         **kwargs,
     )
+    check_architecture(recipe, model)
     check_image_size(model, recipe.model, image_size(recipe, train, model))
+    freeze(recipe, model)
     return model.to(device or choose_device(recipe.device), memory_format=memory_format(recipe))
 
 
@@ -126,7 +129,9 @@ def image_size(recipe: Recipe, data: ImageDataset, model: Any) -> int:
 def data_config(recipe: Recipe, data: ImageDataset, model: Any) -> dict[str, Any]:
     """What preprocessing a checkpoint of this run needs, in timm's words; it goes into config.json."""
     size = image_size(recipe, data, model)
-    mean, std = (data.mean, data.std) if recipe.in_chans == 3 else ((sum(data.mean) / 3,), (sum(data.std) / 3,))
+    # A checkpoint goes on with the normalisation it was trained with.
+    source = model.pretrained_cfg if recipe.pretrained else {"mean": data.mean, "std": data.std}
+    mean, std = (_per_channel(source[key], recipe.in_chans) for key in ("mean", "std"))
     native = data.image_size == size
     return {
         "input_size": (recipe.in_chans, size, size),
@@ -189,7 +194,7 @@ def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters],
                 **options,
             )
         except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer {recipe.opt!r}: {_first_line(error)}") from error
+            raise UserError(f"optimizer {recipe.opt!r}: {first_line(error)}") from error
 
     return make
 
@@ -280,5 +285,5 @@ def build_pipeline(
         raise UserError(str(error)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
+from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.build import check_image_size, choose_device, create_model
 from petra_zoo.training.datasets import BadImagePolicy, ImageDataset, open_dataset
 from petra_zoo.training.evaluation import Evaluation, evaluate
+from petra_zoo.training.evaluation_watch import Watched, is_out_of_memory
 from petra_zoo.training.loader import create_loader
+from petra_zoo.training.provenance import now, sha256
 from petra_zoo.training.recipe import load_recipe
 from petra_zoo.training.settings import Augmentation
 
-# timm's results files, validate.py --results-file
-COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
+# timm's results files (validate.py --results-file), and the memory that timm does not tell
+TIMM_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
+COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
 
 
 @dataclass(frozen=True)
 class Report:
-    """An evaluation and what was evaluated."""
+    """An evaluation and what was evaluated.
+
+    Attributes:
+        batch_size: with which it went through; smaller than asked for after a retry.
+        peak_memory: bytes of weights, images and activations at once, for that batch size: what CUDA allocated at most,
+            or, on the CPU, the live tensors of the first batch.
+        predictions: the best class of every image, in the data set's order [images].
+        labels: of the images.
+        weights_sha256: of model.safetensors where the source is a directory.
+    """
 
     model: str
     dataset: str
@@ -33,12 +47,19 @@ class Report:
     config: dict[str, Any]
     class_names: list[str]
     bad_images: int
+    batch_size: int
+    peak_memory: int
+    predictions: Tensor
+    labels: Tensor
+    weights_sha256: str | None
+    date: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; saved as evaluation.json in the directory, it is what `petra-zoo push` puts on the card."""
         return {
             "model": self.model,
             "dataset": self.dataset,
+            "split": "val",
             "top1": self.evaluation.top1,
             "top5": self.evaluation.top5,
             "loss": self.evaluation.loss,
@@ -46,7 +67,11 @@ class Report:
             "bad_images": self.bad_images,
             "param_count": self.parameters,
             "img_size": self.config["input_size"][-1],
+            "batch_size": self.batch_size,
+            "peak_memory": self.peak_memory,
             "worst_classes": self.evaluation.worst_classes(self.class_names),
+            "date": self.date,
+            "weights_sha256": self.weights_sha256,
         }
 
     def as_row(self) -> dict[str, Any]:
@@ -62,6 +87,7 @@ class Report:
             self.config["input_size"][-1],
             round(self.config["crop_pct"], 3),
             self.config["interpolation"],
+            round(self.peak_memory / 2**20, 2),
         )
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -83,13 +109,14 @@ def resolve_source(source: str) -> str:
     return source
 
 
-def load_model(source: str, device: torch.device) -> Any:
+def load_model(source: str, device: torch.device, cache_dir: Path | None = None) -> Any:
     """A trained model in eval mode: a run directory, ``hf-hub:``/``local-dir:``, or a name with pretrained weights.
 
     Raises:
         UserError: there is no such run or model, or its weights cannot be read.
     """
-    return create_model(resolve_source(source), zoo_only=False, pretrained=True).to(device).eval()
+    model = create_model(resolve_source(source), zoo_only=False, pretrained=True, cache_dir=cache_dir)
+    return model.to(device).eval()
 
 
 def evaluate_checkpoint(
@@ -102,18 +129,25 @@ def evaluate_checkpoint(
     device: str | None = None,
     amp: bool = False,
     on_bad_image: BadImagePolicy = "fail",
+    retry: bool = False,
+    cache_dir: Path | None = None,
 ) -> Report:
     """Accuracy of a checkpoint on the validation split of a data set; without one, on what the run was trained on.
 
+    Args:
+        source: see `load_model`.
+        retry: where memory runs out, start again with half the batch size.
+        cache_dir: where what comes from the Hub is kept; default: HF_HUB_CACHE.
+
     Raises:
-        UserError: model or data cannot be had, or do not fit each other.
+        UserError: model or data cannot be had, do not fit each other, or need more memory than there is.
     """
     resolve_source(source)
     if dataset is None:
         dataset, data_dir = _trained_on(source, data_dir)
     data = open_dataset(dataset, "val", data_dir=data_dir)
     where = choose_device(device)
-    model = load_model(source, where)
+    model = load_model(source, where, cache_dir)
     if model.num_classes < data.num_classes:
         raise UserError(
             f"{source} tells {model.num_classes} classes apart, data set {dataset} has {data.num_classes}: "
@@ -121,26 +155,71 @@ def evaluate_checkpoint(
         )
     config = resolve_model_data_config(model)
     check_image_size(model, source, config["input_size"][-1])
-    loader = create_loader(
-        data,
-        batch_size=min(batch_size, len(data)),
-        train=False,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
-        workers=workers,
-        on_bad_image=on_bad_image,
+    batch_size = min(batch_size, len(data))
+    while True:
+        loader = create_loader(
+            data,
+            batch_size=batch_size,
+            train=False,
+            input_size=config["input_size"],
+            mean=config["mean"],
+            std=config["std"],
+            augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
+            workers=workers,
+            on_bad_image=on_bad_image,
+        )
+        watched = Watched(model, where, amp)
+        try:
+            result = evaluate(watched.predict, watched.labelled(loader), model.num_classes, where)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not retry or batch_size == 1:
+                fix = "use a smaller --batch-size, or --retry to find one" if batch_size > 1 else "use a larger device"
+                raise UserError(f"{source}: out of memory with a batch size of {batch_size}: {fix}") from error
+            batch_size //= 2
+            del watched, loader  # what they hold is what is missing
+        torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
+    weights = Path(source) / "model.safetensors"
+    return Report(
+        model=source,
+        dataset=dataset,
+        evaluation=result,
+        parameters=sum(p.numel() for p in model.parameters()),
+        config=config,
+        class_names=_class_names(data, model.num_classes),
+        bad_images=len(data.bad_images),
+        batch_size=batch_size,
+        peak_memory=watched.peak_memory(),
+        predictions=torch.cat(watched.predictions),
+        labels=torch.cat(watched.labels),
+        weights_sha256=sha256(weights) if weights.is_file() else None,
+        date=now(),
     )
 
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(where.type, torch.bfloat16, enabled=amp):
-            return model(images)
 
-    result = evaluate(predict, loader, model.num_classes, where)
-    parameters = sum(p.numel() for p in model.parameters())
-    names = _class_names(data, model.num_classes)
-    return Report(source, dataset, result, parameters, config, names, len(data.bad_images))
+def evaluate_checkpoints(
+    sources: Sequence[str], dataset: str | None = None, *, results_file: Path | None = None, **options: Any
+) -> Iterator[Report]:
+    """One checkpoint after the other, as they are done; the results file is written anew after each.
+
+    Args:
+        sources: see `load_model`; all are looked for before the first is evaluated.
+        results_file: a CSV, see `write_results`.
+        options: see `evaluate_checkpoint`, like `dataset`.
+
+    Raises:
+        UserError: see `evaluate_checkpoint`; what was evaluated before is in the results file.
+    """
+    for source in sources:
+        resolve_source(source)
+    reports: list[Report] = []
+    for source in sources:
+        reports.append(evaluate_checkpoint(source, dataset, **options))
+        if results_file is not None:
+            write_results(results_file, reports)
+        yield reports[-1]
 
 
 def write_results(path: Path, reports: list[Report]) -> None:

@@ -21,7 +21,7 @@ Split = Literal["train", "val"]
 _logger = logging.getLogger(__name__)
 
 # Pillow's decoders report damaged files with any of these, depending on the format and on where the damage is.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class DataError(UserError):
@@ -99,7 +99,7 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
             try:
                 image, label = self.read(at)
                 image = image.convert("RGB")
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 bad.append(BadImage(at, self.source(at), " ".join(str(error).split()) or type(error).__name__))
                 if on_bad_image == "fail":
                     hint = "replace the file, or set on_bad_image=skip"

@@ -1,6 +1,7 @@
 """The directory of a run: recipe.yaml, metrics.jsonl, summary.csv, model.safetensors and config.json.
 
-Files that were complete stay complete: new ones are written beside them and renamed into place.
+`provenance` adds environment.json and evaluation.json. Files that were complete stay complete: new ones are written
+beside them and renamed into place.
 """
 
 from __future__ import annotations

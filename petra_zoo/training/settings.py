@@ -64,7 +64,13 @@ class Recipe(Augmentation):
     """One training run: the network, the data, the method, the optimizer and its schedule.
 
     Attributes:
+        pretrained: Start from the model's published weights, from those of a tag (`digits`), or from a checkpoint:
+            `hf-hub:ORG/NAME`, `local-dir:DIR` or a run directory. The head is replaced where the classes differ.
+        freeze: What is not trained, its batch-norm statistics included: `backbone` (all but the classifier), or parts
+            by their names in the model, such as `[conv1, bn1, layer1]`.
+        freeze_bn: All batch norms keep their scale and shift, and normalise with their running statistics.
         batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
+        layer_decay: Learning rate of a layer relative to the one above it, as in timm.
         split: Units per stage, one entry per stage; None to let the engine balance them.
         last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
         data_parallel: Replicas of the pipeline, each with micro-batches of its own; an update takes
@@ -86,7 +92,9 @@ class Recipe(Augmentation):
     """
 
     model: str
-    pretrained: bool = False
+    pretrained: bool | str = False
+    freeze: str | list[str] | None = None
+    freeze_bn: bool = False
     model_kwargs: dict[str, Any] = {}
     drop: Probability = 0.0
     drop_path: Probability = 0.0
@@ -171,6 +179,8 @@ class Recipe(Augmentation):
     def _settings_agree(self) -> Self:
         if self.lr is not None and self.lr_base is not None:
             raise ValueError("lr and lr_base are both set; set one of them to null")
+        if self.layer_decay is not None and self.sched == "none":
+            raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
         if self.split is not None and len(self.split) != self.stages:
             raise ValueError(
                 f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"

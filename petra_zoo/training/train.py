@@ -25,8 +25,10 @@ from petra_zoo.training.build import (
 )
 from petra_zoo.training.datasets import ImageDataset
 from petra_zoo.training.evaluation import Evaluation, score
+from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.loader import ImageLoader
 from petra_zoo.training.progress import Reporter, Speed
+from petra_zoo.training.provenance import record_run
 from petra_zoo.training.ranks import average_statistics, enter, synchronize_statistics, together
 from petra_zoo.training.recipe import Recipe
 from petra_zoo.training.run_directory import RunDirectory
@@ -119,6 +121,7 @@ class Run:
         self.model, self.world = pipeline.model, pipeline.world
         self.device = self.world.device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+        self.started = time.perf_counter()
         self.seconds = 0.0
 
     def train(self) -> Result:
@@ -130,6 +133,8 @@ class Run:
         interrupted = False
         with self.reporter:
             self.reporter.start(self.recipe, self.pipeline, len(self.train_loader), epochs)
+            for line in start_lines(self.recipe, self.model, self.train_data.class_names):
+                self.reporter.line(line)
             self.reporter.show()
             try:
                 for epoch in range(epochs):
@@ -147,6 +152,9 @@ class Run:
                 evaluation = self.validate_and_save(None, float("nan"))
         bad = sum(self.world.gather(len(self.train_data.bad_images)))
         path = self.directory.path if self.directory else None
+        if path is not None and evaluation is not None:
+            wall = time.perf_counter() - self.started
+            record_run(path, self.recipe, evaluation, self.world.size, wall_seconds=wall, training_seconds=self.seconds)
         path, evaluation = self.world.from_reporter((path, evaluation))
         assert path is not None
         assert evaluation is not None

@@ -61,7 +61,7 @@ def test_evaluate_writes_json_and_timms_results_csv(run_directory: Path, tmp_pat
     assert {"top1", "top5", "loss", "images", "worst_classes"} <= report.keys()
     with results.open() as file:
         (row,) = csv.DictReader(file)
-    columns = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
+    columns = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation,peak_memory_mib"
     assert list(row) == columns.split(",")
     assert float(row["top1"]) == pytest.approx(report["top1"], abs=1e-3)
 
@@ -74,7 +74,11 @@ def test_list_gives_one_name_a_line_in_a_pipe() -> None:
 
 def test_list_and_info_as_json() -> None:
     (row,) = json.loads(petra_zoo("list", "petra_revnet_tiny", "--json").stdout)
-    assert row == json.loads(petra_zoo("info", "petra_revnet_tiny", "--json").stdout)
+    info = json.loads(petra_zoo("info", "petra_revnet_tiny", "--json").stdout)
+    assert row.items() <= info.items()
+    memory = info["activation_bytes_per_image"]
+    assert 0 < memory["reversible"] < memory["plain"]
+    assert isinstance(info["pretrained"], list)
     assert row["units"] == 14
     assert row["runs"] == [3, 2, 2, 2]
 

@@ -36,6 +36,8 @@ def test_a_run_directory_holds_recipe_summary_metrics_and_model(tmp_path: Path) 
     result = quick(tmp_path, epochs=2, log_interval=2)
     assert {path.name for path in result.path.iterdir()} == {
         "recipe.yaml",
+        "environment.json",
+        "evaluation.json",
         "summary.csv",
         "metrics.jsonl",
         "model.safetensors",
@@ -161,7 +163,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
         ({"dataset": "folder", "data_dir": "/nowhere"}, "/nowhere"),
         ({"dataset": "digitz"}, "did you mean digits"),
         ({"model": "petra_revnet50"}, "images of 8x8 are too small for petra_revnet50, which reduces by 32"),
-        ({"pretrained": True}, "No pretrained weights exist"),
+        ({"model": "petra_revnet18_cifar", "pretrained": True}, "No pretrained weights exist"),
         ({"opt_kwargs": {"nonsense": 1}}, "optimizer 'sgd': "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -282,6 +284,6 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
     result = quick(tmp_path)
     path = result.path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="its weights are damaged") as caught:
+    with pytest.raises(UserError, match="the weights are damaged") as caught:
         evaluate_checkpoint(str(result.path), "synthetic:4x8")
     assert "\n" not in str(caught.value)

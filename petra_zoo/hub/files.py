@@ -1,0 +1,72 @@
+"""What belongs into a checkpoint's repository: its files, by their names there."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import yaml
+from huggingface_hub import eval_result_entries_to_yaml
+
+from petra_zoo.hub.card import can_draw, eval_results, make_card
+from petra_zoo.hub.checkpoint import FIDELITY, Checkpoint
+from petra_zoo.hub.curve import training_curve
+from petra_zoo.training.recipe import save_recipe
+
+Files = dict[str, Path | bytes]
+
+
+def repository_files(
+    checkpoint: Checkpoint,
+    load_as: str,
+    *,
+    card_only: bool = False,
+    license: str | None = None,
+    dataset_id: str | None = None,
+) -> Files:
+    """Files by their name in the repository; the same content every time, so that a second push changes nothing.
+
+    Places of the machine that trained (output directory, data directory) are left out of what is published. A README.md
+    in the directory is taken instead of a generated card.
+
+    Args:
+        card_only: the card and the measured results alone.
+        checkpoint, load_as, license, dataset_id: see `make_card`.
+    """
+    path, own_card = checkpoint.path, checkpoint.path / "README.md"
+    files: Files = {}
+    if own_card.is_file():
+        files["README.md"] = own_card
+    else:
+        files["README.md"] = str(make_card(checkpoint, load_as, license=license, dataset_id=dataset_id)).encode()
+    if (measured := eval_results(checkpoint, dataset_id)) is not None:
+        name, entries = measured
+        files[name] = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()
+    if (path / "summary.csv").is_file() and can_draw():
+        files["training_curve.png"] = training_curve(path / "summary.csv")  # the card shows it
+    if card_only:
+        return files
+    files |= {name: path / name for name in ("model.safetensors", "config.json")}
+    if (path / "summary.csv").is_file():
+        files["train_summary.csv"] = path / "summary.csv"
+    if checkpoint.recipe is not None:
+        files["recipe.yaml"] = _public_recipe(checkpoint)
+    if checkpoint.fidelity is not None:
+        public = {key: value for key, value in checkpoint.fidelity.items() if key != "output"}
+        files[FIDELITY] = (json.dumps(public, indent=2) + "\n").encode()
+    files |= {file.name: file for file in sorted(path.glob("fidelity.*")) if file.suffix in (".md", ".png")}
+    return files
+
+
+def size_of(content: Path | bytes) -> int:
+    """In bytes."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _public_recipe(checkpoint: Checkpoint) -> bytes:
+    assert checkpoint.recipe is not None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        save_recipe(checkpoint.recipe.model_copy(update={"output": None, "data_dir": None}), file)
+        return file.read_bytes()

@@ -1,0 +1,102 @@
+"""What a trained model sees in image files, with the preprocessing and the label names that travel with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from torch import Tensor
+
+from petra_zoo.errors import UserError
+from petra_zoo.training.build import choose_device
+from petra_zoo.training.checkpoint_evaluation import load_model
+from petra_zoo.training.image_dataset import UNREADABLE
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class and its softmax probability, 0 to 1."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first."""
+
+    image: str
+    guesses: list[Guess]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def predict_images(
+    source: str, images: Sequence[Path], *, topk: int = 5, device: str | None = None
+) -> list[Prediction]:
+    """Classifies image files.
+
+    Args:
+        source: a run directory, ``hf-hub:``/``local-dir:``, or a name with pretrained weights.
+        images: files of any format that Pillow reads.
+        topk: classes per image; fewer where the model has fewer.
+        device: ``cpu`` or ``cuda``; None: the GPU where there is one.
+
+    Raises:
+        UserError: the model cannot be had or has no classifier, or an image cannot be read (named in the message).
+    """
+    where = choose_device(device)
+    model = load_model(source, where)
+    if model.num_classes < 1:
+        raise UserError(f"{source} has no classifier: fine-tune it first, or use it for its features through timm")
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
+    mode = "RGB" if config["input_size"][0] == 3 else "L"
+    names = label_names(model)
+    found = []
+    for start in range(0, len(images), BATCH):
+        paths = images[start : start + BATCH]
+        batch = torch.stack([transform(_read(path, mode)) for path in paths]).to(where)
+        with torch.inference_mode():
+            probabilities = model(batch).float().softmax(1)
+        for path, guesses in zip(paths, _best(probabilities, topk, names), strict=True):
+            found.append(Prediction(str(path), guesses))
+    return found
+
+
+def label_names(model: Any) -> list[str]:
+    """One name per class: those that came with the checkpoint, ImageNet's where the number of classes is one of its
+    subsets', else numbers."""
+    names = model.pretrained_cfg.get("label_names")
+    described = model.pretrained_cfg.get("label_descriptions") or {}
+    if names and len(names) == model.num_classes:
+        listed = [names.get(i, names.get(str(i))) for i in range(len(names))] if isinstance(names, dict) else names
+        return [str(described.get(name, name)) for name in listed]
+    if subset := infer_imagenet_subset(model):
+        return [str(name) for name in ImageNetInfo(subset).label_descriptions()]
+    return [f"class {i}" for i in range(model.num_classes)]
+
+
+def _read(path: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except UNREADABLE as error:
+        reason = (getattr(error, "strerror", None) or " ".join(str(error).split())) or type(error).__name__
+        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def _best(probabilities: Tensor, topk: int, names: list[str]) -> Iterator[list[Guess]]:
+    values, indices = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
+    for row, places in zip(values.tolist(), indices.tolist(), strict=True):
+        yield [Guess(names[i], i, p) for i, p in zip(places, row, strict=True)]

@@ -1,0 +1,133 @@
+"""Starting from a trained checkpoint: where the weights come from, what becomes of the head, and what stays frozen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from petra_zoo.errors import UserError
+from petra_zoo.training.settings import Recipe
+
+BACKBONE = "backbone"
+
+
+def checkpoint_name(recipe: Recipe) -> str:
+    """What `timm.create_model` is asked for: the recipe's model, or the checkpoint that `pretrained` names.
+
+    Raises:
+        UserError: `pretrained` looks like a place, but there is none.
+    """
+    source = recipe.pretrained
+    if isinstance(source, bool):
+        return recipe.model
+    if Path(source).is_dir():
+        return f"local-dir:{source}"
+    if source.startswith(("hf-hub:", "hf_hub:")):
+        return source
+    if source.startswith("local-dir:") and Path(source.removeprefix("local-dir:")).is_dir():
+        return source
+    if "/" in source or source.startswith("local-dir:"):
+        raise UserError(f"there is no directory {source!r}; for a model on the Hub write pretrained=hf-hub:{source}")
+    architecture = recipe.model.split(".", 1)[0]
+    return f"{architecture}.{source.removeprefix(f'{architecture}.')}"
+
+
+def check_architecture(recipe: Recipe, model: Any) -> None:
+    """The recipe must say which network it trains: `plan`, the run's name and its checkpoints go by it.
+
+    Raises:
+        UserError: the checkpoint is of another network.
+    """
+    expected, found = recipe.model.split(".", 1)[0], model.pretrained_cfg["architecture"]
+    if not hasattr(model, "units"):
+        raise UserError(f"{recipe.pretrained} is a {found}, which is not reversible: petra-zoo convert it first")
+    if expected != found:
+        raise UserError(
+            f"{recipe.pretrained} is a {found}, but the recipe says model={recipe.model}: set model={found}"
+        )
+
+
+def freeze(recipe: Recipe, model: Any) -> None:
+    """Takes the recipe's frozen parts out of training: parameters stay, batch norms use their running statistics.
+
+    Raises:
+        UserError: the model has no such part, or nothing is left to train.
+    """
+    if recipe.freeze == BACKBONE:
+        head = {id(p) for p in model.get_classifier().parameters()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in head)
+        keep_statistics(model)
+    elif recipe.freeze is not None:
+        for name in [recipe.freeze] if isinstance(recipe.freeze, str) else recipe.freeze:
+            part = _part(model, name)
+            part.requires_grad_(False)
+            keep_statistics(part)
+    if recipe.freeze_bn:
+        for norm in keep_statistics(model):
+            norm.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"freeze={recipe.freeze} leaves nothing to train")
+
+
+def keep_statistics(module: nn.Module) -> list[nn.Module]:
+    """Makes batch norms stay in eval mode when the model is put in train mode; gives them.
+
+    They normalise with their running statistics, in a forward and in its recomputation alike, and never change them.
+    """
+    norms: list[nn.Module] = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        if not isinstance(norm, _StaysInEval):
+            # mypy looks for a class's hash in its instances.
+            norm.__class__ = _frozen_kind(type(norm))  # type: ignore[arg-type]
+        norm.eval()
+    return norms
+
+
+def start_lines(recipe: Recipe, model: Any, class_names: list[str]) -> Iterator[str]:
+    """What a person should know of where training starts: the checkpoint, its head, and what is frozen."""
+    if recipe.pretrained:
+        before, now = model.pretrained_cfg["num_classes"], model.num_classes
+        name = recipe.pretrained if isinstance(recipe.pretrained, str) else f"{recipe.model}'s pretrained weights"
+        labels = model.pretrained_cfg.get("label_names")
+        if before != now:
+            head = f"head replaced: {before} classes become {now}"
+        elif labels and len(class_names) == now and list(map(str, labels)) != class_names:
+            head = f"head kept: {now} classes too, but under other names"
+        else:
+            head = f"head kept: {now} classes"
+        yield f"starting from {name}; {head}"
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen:
+        total = sum(p.numel() for p in model.parameters())
+        norms = sum(isinstance(m, _StaysInEval) for m in model.modules())
+        also = f"; {norms} batch norms use their running statistics" if norms else ""
+        yield f"frozen: {frozen:,} of {total:,} parameters{also}"
+
+
+class _StaysInEval:
+    """Marks the classes of `_frozen_kind`."""
+
+
+@cache
+def _frozen_kind(kind: type[Any]) -> type[Any]:
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        kind.train(self, False)
+        return self
+
+    return type(f"Frozen{kind.__name__}", (_StaysInEval, kind), {"train": train})
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    parts = dict(model.named_modules())
+    if name not in parts or not name:
+        outer = [BACKBONE, *(part for part in parts if part and part.count(".") < 2)]
+        near = difflib.get_close_matches(name, outer, n=3, cutoff=0.4) or [BACKBONE, *dict(model.named_children())]
+        raise UserError(f"freeze={name}: the model has no such part; nearest: {', '.join(near)}")
+    return parts[name]

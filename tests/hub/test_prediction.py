@@ -1,0 +1,118 @@
+"""Classifying image files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from petra_zoo.errors import UserError
+from petra_zoo.hub.prediction import BATCH, label_names, predict_images
+from petra_zoo.training.datasets import open_dataset
+from tests.hub.saved_models import save
+
+LABELS = ["ant", "bee", "cat", "dog"]
+
+
+def image(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def test_probabilities_are_the_models_on_the_image_prepared_as_its_config_says(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", LABELS)
+    file = image(tmp_path / "a.png", (20, 13))
+    (prediction,) = predict_images(str(tmp_path / "model"), [file], device="cpu")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    transform = create_transform(**resolve_model_data_config(loaded), is_training=False)
+    with torch.no_grad():
+        expected = model(transform(Image.open(file).convert("RGB"))[None]).softmax(1)[0]
+    assert prediction.image == str(file)
+    assert [guess.label for guess in prediction.guesses] == [LABELS[i] for i in expected.argsort(descending=True)]
+    found = [guess.probability for guess in prediction.guesses]
+    assert found == pytest.approx(expected.sort(descending=True).values.tolist(), rel=1e-4)
+    assert sum(found) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_topk_is_how_many_classes_come_back_and_at_most_all(tmp_path: Path) -> None:
+    save(tmp_path / "model", LABELS)
+    file = image(tmp_path / "a.png")
+    for topk, count in ((2, 2), (9, 4)):
+        (prediction,) = predict_images(str(tmp_path / "model"), [file], topk=topk, device="cpu")
+        assert len(prediction.guesses) == count
+
+
+def test_many_images_keep_their_order_over_several_batches(tmp_path: Path) -> None:
+    save(tmp_path / "model", LABELS)
+    files = [image(tmp_path / f"{i}.png", seed=i) for i in range(BATCH + 3)]
+    together = predict_images(str(tmp_path / "model"), files, device="cpu")
+    assert [prediction.image for prediction in together] == [str(file) for file in files]
+    (alone,) = predict_images(str(tmp_path / "model"), [files[-1]], device="cpu")
+    assert [guess.index for guess in alone.guesses] == [guess.index for guess in together[-1].guesses]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_other_modes_are_converted(tmp_path: Path, mode: str) -> None:
+    save(tmp_path / "model", LABELS)
+    file = image(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), mode=mode)
+    assert len(predict_images(str(tmp_path / "model"), [file], device="cpu")) == 1
+
+
+def test_a_model_for_grey_images_gets_grey_images(tmp_path: Path) -> None:
+    save(tmp_path / "model", LABELS, in_chans=1)
+    (prediction,) = predict_images(str(tmp_path / "model"), [image(tmp_path / "a.png")], device="cpu")
+    assert len(prediction.guesses) == 4
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "model", LABELS)
+    good, broken = image(tmp_path / "good.png"), tmp_path / "broken.png"
+    broken.write_bytes(good.read_bytes()[:60])
+    for path, reason in (
+        (broken, "broken.png cannot be read as an image"),
+        (tmp_path / "none.png", "none.png cannot be read as an image: No such file"),
+        (tmp_path, "cannot be read as an image: Is a directory"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            predict_images(str(tmp_path / "model"), [good, path], device="cpu")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_classifier_is_refused(tmp_path: Path) -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=0)
+    timm.models.save_for_hf(model, str(tmp_path / "model"), safe_serialization=True)
+    with pytest.raises(UserError, match="has no classifier"):
+        predict_images(str(tmp_path / "model"), [image(tmp_path / "a.png")], device="cpu")
+
+
+def test_classes_without_names_are_numbered(tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    assert label_names(model) == ["class 0", "class 1", "class 2", "class 3"]
+
+
+def test_a_thousand_classes_without_names_are_imagenets() -> None:
+    names = label_names(timm.create_model("petra_revnet_tiny", num_classes=1000, device="meta"))
+    assert len(names) == 1000
+    assert names[0].startswith("tench")
+
+
+def test_the_bundled_network_reads_digits(tmp_path: Path) -> None:
+    data = open_dataset("digits", "val")
+    files, labels = [], []
+    for i in range(20):
+        picture, label = data[i]
+        files.append(tmp_path / f"{i}.png")
+        picture.save(files[-1])
+        labels.append(str(label))
+    found = [prediction.guesses[0].label for prediction in predict_images("petra_revnet_tiny.digits", files)]
+    assert sum(guess == label for guess, label in zip(found, labels, strict=True)) >= 18
+
+
+def test_descriptions_are_preferred_to_names() -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=2, device="meta")
+    model.pretrained_cfg |= {"label_names": {"0": "n01", "1": "n02"}, "label_descriptions": {"n01": "ant"}}
+    assert label_names(model) == ["ant", "n02"]
