@@ -32,7 +32,9 @@ def test_the_way_there_and_back_gives_the_source(name: str, tmp_path: Path) -> N
 
 
 def test_a_resnet_with_other_widths_keeps_them() -> None:
-    model = timm.create_model("petra_revnet50", num_classes=5, coupling=0.0, layers=(2, 1, 2, 1), channels=(8, 16, 16, 32))
+    model = timm.create_model(
+        "petra_revnet50", num_classes=5, coupling=0.0, layers=(2, 1, 2, 1), channels=(8, 16, 16, 32)
+    )
     back = to_resnet(model.eval())
     assert type(back) is ResNet
     assert torch.equal(back(images()), model(images()))
