@@ -1,0 +1,95 @@
+"""How many bytes of activations a training step needs per image, without running one.
+
+The step runs on the meta device, where tensors have sizes but no content: a second for a ResNet-50, the same number on
+every machine. Counted is what is alive at the worst moment, recomputed activations and gradients of activations
+included. Not counted: parameters, their gradients, and the workspace that a convolution takes inside its kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+BATCH = 2**20  # so many that what does not belong to an image, such as a gradient of weights, has no part in the quotient
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Peak bytes of activations per image in a training step, in the weights' own type.
+
+    Attributes:
+        plain: all activations stored.
+        checkpointed: the input of every unit stored, the rest recomputed.
+        reversible: runs reconstructed, other units recomputed.
+    """
+
+    plain: int
+    checkpointed: int
+    reversible: int
+
+    def as_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return asdict(self)
+
+
+def activation_memory(model: Any, input_size: tuple[int, int, int]) -> ActivationMemory:
+    """Peak bytes of activations per image in a training step of a model with `set_memory`.
+
+    Args:
+        model: on any device; it is left as it is.
+        input_size: channels, height and width of an image.
+    """
+    meta = copy.deepcopy(model).to("meta").train()
+    for p in meta.parameters():
+        p.grad = torch.zeros_like(p)
+    found = {}
+    for name, mode in {"plain": "plain", "checkpointed": "recompute", "reversible": "reversible"}.items():
+        meta.set_memory(mode)
+        found[name] = _step_peak(meta, torch.empty(BATCH, *input_size, device="meta")) // BATCH
+    return ActivationMemory(**found)
+
+
+def _step_peak(model: nn.Module, images: Tensor) -> int:
+    with _MetaBytes() as memory:
+        model(images).sum().backward()
+    return memory.peak
+
+
+class _MetaBytes(TorchDispatchMode):
+    """Bytes of the storages made inside: `LiveBytes` for the meta device, where nothing changes a storage's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_iter((args, kwargs)):  # what comes from outside does not count, in-place results included
+            self._watch(x, 0)
+        out = func(*args, **(kwargs or {}))
+        for x in tree_iter(out):
+            self._watch(x, 1)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _watch(self, x: object, counts: int) -> None:
+        if not isinstance(x, Tensor):
+            return
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            size = counts * storage.nbytes()
+            self._known.add(key)
+            self.now += size
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
