@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.activation_memory import StepBytes
 
 from .report import Fidelity
 
@@ -26,7 +27,7 @@ class Report:
         tolerance: the largest reconstruction error that was allowed.
         fidelity: the comparison.
         input_size: (C, H, W) that memory was measured with.
-        memory: activation bytes per image of source, checkpointed source and converted network.
+        memory: activations per image of source, checkpointed source and converted network; see `activation_memory`.
     """
 
     source: str
@@ -35,12 +36,13 @@ class Report:
     tolerance: float
     fidelity: Fidelity
     input_size: tuple[int, int, int]
-    memory: dict[str, int]
+    memory: dict[str, StepBytes]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: one object, the comparison's numbers at its top level."""
         own = {name: getattr(self, name) for name in ("source", "output", "dataset", "tolerance", "input_size")}
-        return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": self.memory}
+        memory = {name: found._asdict() for name, found in self.memory.items()}
+        return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": memory}
 
     def as_markdown(self) -> str:
         """For a model card: two tables and a sentence on how they were measured."""
@@ -56,8 +58,11 @@ class Report:
             rows.append(("top-1, converted", f"{same.converted_top1:.2f} %"))
         height, width = self.input_size[1:]
         rows += [
-            (f"activations per image at {height}x{width}, {name}", f"{stored / MIB:.2f} MiB")
-            for name, stored in self.memory.items()
+            (
+                f"activations per image at {height}x{width}, {name}",
+                f"{found.stored / MIB:.2f} MiB (peak {found.peak / MIB:.2f})",
+            )
+            for name, found in self.memory.items()
         ]
         lines = [f"Fidelity of the conversion of `{self.source}`:", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in rows]
@@ -90,7 +95,7 @@ class Report:
         middle.axhline(self.tolerance, color="tab:red", linestyle="--", label="tolerance")
         middle.set(title="reconstruction error", yscale="log")
         middle.legend()
-        stored = {name.replace(", ", "\n"): found / MIB for name, found in self.memory.items()}
+        stored = {name.replace(", ", "\n"): found.stored / MIB for name, found in self.memory.items()}
         right.bar_label(right.bar(list(stored), list(stored.values()), color="tab:orange"), fmt="%.2f")
         right.set(title="stored activations", ylabel="MiB per image")
         right.margins(y=0.15)
