@@ -1,0 +1,105 @@
+"""Distillation from a teacher, such as the network that a reversible one was converted from.
+
+Weights, temperature and loss are timm's `LogitDistillationTask`. timm runs the student inside that task; here the
+student is a pipeline, whose head sits in another stage than the images. So the teacher runs where the images are fed,
+its logits travel to the last stage in one tensor with the labels, and the task gets both as if it had computed them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import DistillationTeacher, LogitDistillationTask
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+
+Channels = tuple[float, ...]
+
+
+class Distillation:
+    """Makes labels that carry the teacher's logits, and the loss that reads them.
+
+    Args:
+        teacher: gives logits [B, classes]; put into eval mode and frozen.
+        num_classes: the student's.
+        mean: what the student's images are normalised with, per channel; the teacher gets them with its own
+            (its `pretrained_cfg`).
+        std: likewise.
+        temperature: of both softmaxes.
+        task_loss_weight: of the cross-entropy with the labels.
+        distill_loss_weight: of the divergence from the teacher; None, with a task weight: 1 - `task_loss_weight`. Both
+            None: 1 and 1, as in timm.
+
+    Raises:
+        UserError: the teacher tells other classes apart.
+
+    Example:
+        >>> distillation = Distillation(teacher, num_classes=10, mean=mean, std=std, temperature=4.0)
+        >>> pipeline = Pipeline(model, stages=4, loss=distillation.loss)
+        >>> pipeline.step(images, distillation.labels(images, labels))
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        *,
+        num_classes: int,
+        mean: Channels,
+        std: Channels,
+        temperature: float = 4.0,
+        task_loss_weight: float | None = None,
+        distill_loss_weight: float | None = None,
+    ) -> None:
+        if teacher.num_classes != num_classes:
+            raise UserError(
+                f"the teacher tells {teacher.num_classes} classes apart, the network {num_classes}: distil from the "
+                "network it was converted from, or fine-tune that one on this data first"
+            )
+        device = next(teacher.parameters()).device
+        self.num_classes = num_classes
+        self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
+        self.task = LogitDistillationTask(
+            _Columns(0, num_classes),
+            DistillationTeacher(_Columns(num_classes, 2 * num_classes), device=device),
+            criterion=nn.CrossEntropyLoss(),
+            temperature=temperature,
+            task_loss_weight=task_loss_weight,
+            distill_loss_weight=distill_loss_weight,
+            device=device,
+            verbose=False,
+        )
+
+    @torch.no_grad()
+    def labels(self, images: Tensor, labels: Tensor) -> Tensor:
+        """[B, 2 classes]: labels as probabilities, then the teacher's logits.
+
+        Args:
+            images: [B, C, H, W], normalised for the student.
+            labels: [B] class indices, or [B, classes] probabilities.
+        """
+        soft = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes)
+        logits = self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
+        return torch.cat((soft.to(logits.dtype), logits), dim=1)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss (0-d) of the student's logits [B, classes]; `labels` as the method of that name gives them."""
+        probabilities, of_teacher = labels.split(self.num_classes, dim=1)
+        return self.task(torch.cat((logits, of_teacher.to(logits.dtype)), dim=1), probabilities.to(logits.dtype))[
+            "loss"
+        ]
+
+
+class _Columns(nn.Module):
+    """Stands in for a network in timm's task: its logits are columns of what it is given."""
+
+    def __init__(self, start: int, end: int) -> None:
+        super().__init__()
+        self.start, self.end = start, end
+        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,)}  # the same for both: nothing is normalised
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.start : self.end]
