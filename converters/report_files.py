@@ -58,11 +58,8 @@ class Report:
             rows.append(("top-1, converted", f"{same.converted_top1:.2f} %"))
         height, width = self.input_size[1:]
         rows += [
-            (
-                f"activations per image at {height}x{width}, {name}",
-                f"{found.stored / MIB:.2f} MiB (peak {found.peak / MIB:.2f})",
-            )
-            for name, found in self.memory.items()
+            (f"activations per image at {height}x{width}, {name}", f"{stored / MIB:.2f} MiB (peak {peak / MIB:.2f})")
+            for name, (stored, peak) in self.memory.items()
         ]
         lines = [f"Fidelity of the conversion of `{self.source}`:", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in rows]

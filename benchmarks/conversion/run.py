@@ -43,7 +43,7 @@ SEEDS = (0, 1, 2)
 TOLERANCE = 1e-4
 DATA: dict[str, dict[str, Any]] = {
     "digits": {"size": 8, "epochs": 12, "hflip": 0.0},
-    "shapes": {"size": 16, "epochs": 12, "hflip": 0.5},
+    "shapes": {"size": 16, "epochs": 6, "hflip": 0.5},
 }
 COUPLINGS: tuple[Any, ...] = ("auto", 1 / 8, 1 / 2, 1.0)
 MIB = 2**20
@@ -65,23 +65,20 @@ def trained_like(depth: int) -> ResNet:
     return model.eval()
 
 
-def convert_depth(depth: int, purpose: Any) -> dict[str, Any]:
-    """One row of the first table, times apart."""
+def convert_depth(depth: int) -> list[dict[str, Any]]:
+    """Rows of the first table for one network, times apart."""
     source = trained_like(depth)
-    model = convert(source, purpose=purpose, tolerance=TOLERANCE)
-    runs = measure(model, noise(model))
-    memory = activation_memory(source, model, (3, 224, 224))
     rows = []
-    for run in runs:
-        inverted = run.anchor_every or run.blocks
-        rows.append(vars(run) | {"predicted_error": 6e-8 * run.g**-inverted if run.g and inverted else 0.0})
-    return {
-        "model": f"resnet{depth}",
-        "purpose": purpose,
-        "runs": rows,
-        "stored_bytes_per_image": {name: use.stored for name, use in memory.items()},
-        "peak_bytes_per_image": {name: use.peak for name, use in memory.items()},
-    }
+    for purpose in PURPOSES:
+        model = convert(source, purpose=purpose, tolerance=TOLERANCE)
+        runs = []
+        for run in measure(model, noise(model)):
+            inverted = run.anchor_every or run.blocks
+            runs.append(vars(run) | {"predicted_error": 6e-8 * run.g**-inverted if run.g and inverted else 0.0})
+        memory = activation_memory(source, model, (3, 224, 224))
+        sizes = {name: use._asdict() for name, use in memory.items()}
+        rows.append({"model": f"resnet{depth}", "purpose": purpose, "runs": runs, "bytes_per_image": sizes})
+    return rows
 
 
 def conversion_seconds(depth: int, rounds: int = 5) -> dict[str, float]:
@@ -160,11 +157,7 @@ def depth_table(results: dict[str, Any]) -> str:
         kept = [f"{run['layer']} every {run['anchor_every']}" for run in runs if run["anchor_every"]]
         errors = [f"{max(run[key] for run in runs):.0e}" for key in ("predicted_error", "error")]
         g = ", ".join(f"{run['g']:g} ({run['blocks']})" for run in runs)
-        bytes_ = [
-            row[f"{kind}_bytes_per_image"][name] / MIB
-            for kind in ("stored", "peak")
-            for name in row["stored_bytes_per_image"]
-        ]
+        bytes_ = [use[kind] / MIB for kind in ("stored", "peak") for use in row["bytes_per_image"].values()]
         seconds = results.get("seconds", {}).get(row["model"]) if row["purpose"] == "one-device" else None
         cells = [row["model"], row["purpose"], g, "; ".join(kept) or "-", *errors, *(f"{b:.1f}" for b in bytes_)]
         lines.append("| " + " | ".join([*cells, f"{seconds['median']:.2f}" if seconds else "-"]) + " |")
@@ -208,6 +201,20 @@ def write_tables(results: dict[str, Any]) -> None:
     README.write_text(text, encoding="utf-8")
 
 
+def measure_missing(results: dict[str, Any]) -> None:
+    """Adds what is not there yet, saved row by row: an interrupted benchmark goes on where it stopped."""
+    todo: list[tuple[str, Any]] = [("depths", depth) for depth in DEPTHS]
+    todo += [("fidelity", (name, seed)) for name in DATA for seed in SEEDS]
+    for part, key in todo:
+        rows = results.setdefault(part, [])
+        if part == "depths" and not any(row["model"] == f"resnet{key}" for row in rows):
+            rows += convert_depth(key)
+        elif part == "fidelity" and not any((row["dataset"], row["seed"]) == key for row in rows):
+            rows += fidelity(*key)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(part, key, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", action="store_true", help="measure conversion times only")
@@ -227,8 +234,7 @@ def main() -> None:
             "tolerance": TOLERANCE,
             "data": DATA,
         }
-        results["fidelity"] = [row for name in DATA for seed in SEEDS for row in fidelity(name, seed)]
-        results["depths"] = [convert_depth(depth, purpose) for depth in DEPTHS for purpose in PURPOSES]
+        measure_missing(results)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_tables(results)
 

@@ -15,6 +15,8 @@ from timm.task import DistillationTeacher, LogitDistillationTask
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.training.checkpoint_evaluation import load_model
+from petra_zoo.training.settings import Recipe
 
 Channels = tuple[float, ...]
 
@@ -34,7 +36,7 @@ class Distillation:
             None: 1 and 1, as in timm.
 
     Raises:
-        UserError: the teacher tells other classes apart.
+        UserError: the teacher tells other classes apart, or takes other channels.
 
     Example:
         >>> distillation = Distillation(teacher, num_classes=10, mean=mean, std=std, temperature=4.0)
@@ -58,6 +60,8 @@ class Distillation:
                 f"the teacher tells {teacher.num_classes} classes apart, the network {num_classes}: distil from the "
                 "network it was converted from, or fine-tune that one on this data first"
             )
+        if teacher.in_chans != len(mean):
+            raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {len(mean)}")
         device = next(teacher.parameters()).device
         self.num_classes = num_classes
         self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
@@ -91,6 +95,33 @@ class Distillation:
         return self.task(torch.cat((logits, of_teacher.to(logits.dtype)), dim=1), probabilities.to(logits.dtype))[
             "loss"
         ]
+
+
+def build_distillation(
+    recipe: Recipe, num_classes: int, config: dict[str, Any], device: torch.device
+) -> Distillation | None:
+    """The recipe's teacher and loss; None where it names no teacher.
+
+    Args:
+        recipe: the settings.
+        num_classes: the student's.
+        config: the student's preprocessing (`build.data_config`).
+        device: where the images are fed.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or does not fit the student.
+    """
+    if recipe.kd_model_name is None:
+        return None
+    return Distillation(
+        load_model(recipe.kd_model_name, device),
+        num_classes=num_classes,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        temperature=recipe.kd_temperature,
+        task_loss_weight=recipe.task_loss_weight,
+        distill_loss_weight=recipe.distill_loss_weight,
+    )
 
 
 class _Columns(nn.Module):
