@@ -14,6 +14,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer
 from petra_zoo.models.branch_scaling import branch_scales
 from petra_zoo.models.coupled_layer import COUPLING_STEPS
+from petra_zoo.training.settings import Recipe
 
 SHORT_RUN = 2  # blocks; one block is inverted, which even g = 1/256 allows
 
@@ -83,3 +84,15 @@ class CouplingSchedule:
                 g = self.coupling(start, epoch)
                 if g != layer.g() and len(layer) > layer.first_reversible:
                     move_coupling(layer, g)
+
+
+def start_schedule(recipe: Recipe, model: Any) -> CouplingSchedule | None:
+    """The recipe's schedule, its first couplings set; None where couplings stay.
+
+    Call it before the pipeline is built: whether a unit has an inverse decides what its stage keeps.
+    """
+    if not recipe.coupling_epochs:
+        return None
+    schedule = CouplingSchedule(model, recipe.coupling_epochs)
+    schedule.apply(0, model)
+    return schedule

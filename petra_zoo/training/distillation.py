@@ -25,7 +25,8 @@ class Distillation:
     """Makes labels that carry the teacher's logits, and the loss that reads them.
 
     Args:
-        teacher: gives logits [B, classes]; put into eval mode and frozen.
+        teacher: gives logits [B, classes]; put into eval mode and frozen. None where no images are fed: a rank without
+            the stem needs the loss alone.
         num_classes: the student's.
         mean: what the student's images are normalised with, per channel; the teacher gets them with its own
             (its `pretrained_cfg`).
@@ -46,7 +47,7 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: Any,
+        teacher: Any | None,
         *,
         num_classes: int,
         mean: Channels,
@@ -55,27 +56,32 @@ class Distillation:
         task_loss_weight: float | None = None,
         distill_loss_weight: float | None = None,
     ) -> None:
-        if teacher.num_classes != num_classes:
-            raise UserError(
-                f"the teacher tells {teacher.num_classes} classes apart, the network {num_classes}: distil from the "
-                "network it was converted from, or fine-tune that one on this data first"
-            )
-        if teacher.in_chans != len(mean):
-            raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {len(mean)}")
-        device = next(teacher.parameters()).device
         self.num_classes = num_classes
-        self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
-        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
+        self.teacher: DistillationTeacher | None = None
+        if teacher is not None:
+            self._take(teacher, mean, std)
         self.task = LogitDistillationTask(
             _Columns(0, num_classes),
-            DistillationTeacher(_Columns(num_classes, 2 * num_classes), device=device),
+            _Columns(num_classes, 2 * num_classes),
             criterion=nn.CrossEntropyLoss(),
             temperature=temperature,
             task_loss_weight=task_loss_weight,
             distill_loss_weight=distill_loss_weight,
-            device=device,
+            device=torch.device("cpu"),  # where its buffers are, which take no part
             verbose=False,
         )
+
+    def _take(self, teacher: Any, mean: Channels, std: Channels) -> None:
+        if teacher.num_classes != self.num_classes:
+            raise UserError(
+                f"the teacher tells {teacher.num_classes} classes apart, the network {self.num_classes}: distil from "
+                "the network it was converted from, or fine-tune that one on this data first"
+            )
+        if teacher.in_chans != len(mean):
+            raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {len(mean)}")
+        device = next(teacher.parameters()).device
+        self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
 
     @torch.no_grad()
     def labels(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -86,6 +92,7 @@ class Distillation:
             labels: [B] class indices, or [B, classes] probabilities.
         """
         soft = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes)
+        assert self.teacher is not None
         logits = self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
         return torch.cat((soft.to(logits.dtype), logits), dim=1)
 
@@ -98,7 +105,7 @@ class Distillation:
 
 
 def build_distillation(
-    recipe: Recipe, num_classes: int, config: dict[str, Any], device: torch.device
+    recipe: Recipe, num_classes: int, config: dict[str, Any], device: torch.device, feeds: bool = True
 ) -> Distillation | None:
     """The recipe's teacher and loss; None where it names no teacher.
 
@@ -107,6 +114,7 @@ def build_distillation(
         num_classes: the student's.
         config: the student's preprocessing (`build.data_config`).
         device: where the images are fed.
+        feeds: whether this process feeds images, and so needs the teacher.
 
     Raises:
         UserError: the teacher cannot be loaded, or does not fit the student.
@@ -114,7 +122,7 @@ def build_distillation(
     if recipe.kd_model_name is None:
         return None
     return Distillation(
-        load_model(recipe.kd_model_name, device),
+        load_model(recipe.kd_model_name, device) if feeds else None,
         num_classes=num_classes,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
@@ -131,6 +139,7 @@ class _Columns(nn.Module):
         super().__init__()
         self.start, self.end = start, end
         self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,)}  # the same for both: nothing is normalised
+        self.num_classes, self.in_chans = end - start, 1
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, self.start : self.end]
