@@ -96,6 +96,10 @@ class Distillation:
         logits = self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
         return torch.cat((soft.to(logits.dtype), logits), dim=1)
 
+    def own(self, labels: Tensor) -> Tensor:
+        """The labels as probabilities [B, classes], from what `labels` gave."""
+        return labels[:, : self.num_classes]
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss (0-d) of the student's logits [B, classes]; `labels` as the method of that name gives them."""
         probabilities, of_teacher = labels.split(self.num_classes, dim=1)
