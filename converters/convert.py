@@ -87,7 +87,7 @@ def convert(
             for layer in model.coupled_layers():
                 layer.grid = 0.0
         elif first is not None:
-            re_estimate(model, chain([first], batches))
+            re_estimate(model, chain([first], batches), network)
             anchor_layers(model, images, tolerance)  # other statistics, other errors
     except ValueError as error:  # exact mode: a stream is too large for the grid
         raise UserError(str(error)) from error
