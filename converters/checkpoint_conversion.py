@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.build import check_image_size
+from petra_zoo.training.checkpoint_evaluation import load_model
 
+from .back_to_resnet import to_resnet
 from .calibration import open_images
+from .checks import name_of
 from .choose import Purpose, Run, measure
 from .convert import convert, noise
+from .memory import activation_memory
 from .report import Fidelity, compare
-from .save import check_output, save_converted
-from .source import load_source, name_of
+from .report_files import Report, check_report, write_report
+from .save import check_output, save_converted, save_for_timm
+from .source import load_source
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Conversion:
         calibration_images: how many images the batch-norm statistics were estimated on; 0: they are the source's.
         runs: coupling, anchors and reconstruction error of each layer's run, on validation images or noise.
         fidelity: the comparison with the source; None without calibration images.
+        report_files: what was written about it.
     """
 
     source: str
@@ -38,6 +45,19 @@ class Conversion:
     calibration_images: int
     runs: list[Run]
     fidelity: Fidelity | None
+    report_files: list[Path]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": self.source,
+            "output": str(self.output),
+            "architecture": self.architecture,
+            "calibration_images": self.calibration_images,
+            "runs": [asdict(run) for run in self.runs],
+            "fidelity": self.fidelity.as_dict() if self.fidelity else None,
+            "report_files": [str(file) for file in self.report_files],
+        }
 
 
 def convert_checkpoint(
@@ -48,6 +68,7 @@ def convert_checkpoint(
     coupling: Literal["auto"] | Sequence[float] = "auto",
     purpose: Purpose = "one-device",
     tolerance: float = 1e-4,
+    exact: bool = False,
     dataset: str | None = None,
     data_dir: Path | None = None,
     calibration_images: int = 1024,
@@ -58,19 +79,22 @@ def convert_checkpoint(
     Args:
         source: see `load_source`; `architecture` is that of a file of weights.
         output: the directory to write, absent or empty.
-        coupling: see `convert`, like `purpose` and `tolerance`.
+        coupling: see `convert`, like `purpose`, `tolerance` and `exact`.
         dataset: training images calibrate, validation images compare (their labels count where the data set has as
             many classes as the network).
         data_dir: where its files are.
         calibration_images: how many of each at most.
-        report: a JSON file to write the comparison to; needs `dataset`.
+        report: where to write the comparison and the activation memory: a .json, .md or .png file, or a directory for
+            all three; needs `dataset`.
 
     Raises:
         UserError: anything in the way; then nothing is written.
     """
     check_output(output)
-    if report is not None and dataset is None:
-        raise UserError("--report compares predictions on images: add --calibrate DATASET, such as --calibrate digits")
+    if report is not None:
+        if dataset is None:
+            raise UserError("--report compares predictions on images: add --calibrate DATASET, such as digits")
+        check_report(report)
     network: Any = load_source(source, architecture)
     calibration: Iterator[Tensor] | None = None
     seen = 0
@@ -85,6 +109,7 @@ def convert_checkpoint(
         purpose=purpose,
         tolerance=tolerance,
         calibration=calibration,
+        exact=exact,
     )
     fidelity = None
     if dataset is not None:
@@ -95,10 +120,33 @@ def convert_checkpoint(
     if not any(run.g > 0.0 for run in runs):
         seen = 0  # the source's own statistics are right
     save_converted(model, output)
-    if report is not None and fidelity is not None:
-        content = {"source": source, "output": str(output), "dataset": dataset, **fidelity.as_dict()}
-        try:
-            report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"saved {output}, but cannot write {report}: {error.strerror}") from error
-    return Conversion(source, output, name_of(model), seen, runs, fidelity)
+    files = []
+    if report is not None and dataset is not None and fidelity is not None:
+        size = resolve_model_data_config(network)["input_size"]
+        memory = activation_memory(network, model, size)
+        files = write_report(Report(source, str(output), dataset, tolerance, fidelity, tuple(size), memory), report)
+    return Conversion(source, output, name_of(model), seen, runs, fidelity, files)
+
+
+def convert_back(source: str, output: Path) -> str:
+    """Writes the plain timm ResNet that a reversible one with coupling 0 computes; see `to_resnet`.
+
+    Args:
+        source: what `load_model` takes: a run directory, ``hf-hub:``, ``local-dir:`` or a pretrained name.
+        output: the directory to write, absent or empty.
+
+    Returns:
+        The name under which timm builds it.
+
+    Raises:
+        UserError: it is no plain ResNet, or something cannot be read or written; then nothing is written.
+    """
+    check_output(output)
+    model = load_model(source, torch.device("cpu"))
+    network = to_resnet(model)
+    images = noise(model)
+    with torch.no_grad():
+        if not torch.equal(network(images), model(images)):
+            raise UserError(f"{source}: the plain ResNet does not compute the same, nothing was written")
+    save_for_timm(network, output)
+    return name_of(network)

@@ -94,6 +94,25 @@ def couple_layers(
     return runs
 
 
+def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[Run]:
+    """Anchors every run anew, as widely as `tolerance` allows (not at all where it can), its coupling as it is.
+
+    For a model whose statistics have changed since its couplings were chosen. Anchors do not change its function.
+
+    Args:
+        model: converted.
+        images: [B, C, H, W].
+        tolerance: the largest relative error of a reconstructed input.
+    """
+    runs = []
+    inputs = _stem(model, images)
+    for name in LAYERS:
+        layer: CoupledLayer = getattr(model, name)
+        runs.append(_anchor(name, layer, _Trial(layer, inputs), tolerance))
+        inputs = _behind(name, layer, inputs)
+    return runs
+
+
 def measure(model: PetraRevNet, images: Tensor) -> list[Run]:
     """The runs of a converted model with their reconstruction error on images [B, C, H, W]."""
     runs = []
@@ -117,15 +136,20 @@ def _choose(
         if g > 0.0:
             scale_branches(coupled, g)
         trial = _Trial(coupled, inputs)
-        error = trial.error(0)
+        error = trial.error(0, tolerance)
         if error <= tolerance:
             return coupled, Run(name, blocks, g, 0, error)
-    for anchor_every in reversed(range(1, blocks)):
-        error = trial.error(anchor_every)
+    return coupled, _anchor(name, coupled, trial, tolerance)
+
+
+def _anchor(name: str, layer: CoupledLayer, trial: _Trial, tolerance: float) -> Run:
+    blocks = len(layer) - layer.first_reversible
+    for anchor_every in (0, *reversed(range(1, blocks))):
+        error = trial.error(anchor_every, tolerance)
         if error <= tolerance:
             break
-    coupled.anchor_every = anchor_every
-    return coupled, Run(name, blocks, g, anchor_every, error)
+    layer.anchor_every = anchor_every
+    return Run(name, blocks, layer.g(), anchor_every, error)
 
 
 class _Trial:
@@ -147,8 +171,11 @@ class _Trial:
                     states.append(streams)
             self._forwards.append((bool(training), states[-len(self._units) - 1 :]))
 
-    def error(self, anchor_every: int) -> float:
-        """The largest relative error among the inputs that the backward pass hands from unit to unit."""
+    def error(self, anchor_every: int, tolerance: float = float("inf")) -> float:
+        """The largest relative error among the inputs that the backward pass hands from unit to unit.
+
+        Measuring ends where an error exceeds `tolerance`: that many blocks do not pass.
+        """
         worst = 0.0
         for training, states in self._forwards:
             found = states[-1]
@@ -159,6 +186,8 @@ class _Trial:
                         found = states[i]
                     pairs = zip(found, states[i], strict=True)
                     worst = max([worst, *(_relative_error(x, expected) for x, expected in pairs)])
+                    if worst > tolerance:
+                        return worst
         return worst
 
 

@@ -15,10 +15,11 @@ from petra_zoo.models import PetraRevNet
 from petra_zoo.models.coupled_layer import check_coupling
 from petra_zoo.models.petra_revnet import LAYERS
 
-from .choose import Purpose, couple_layers
+from .checks import check_source
+from .choose import Purpose, anchor_layers, couple_layers
 from .identity import take_identity
 from .report import MEASURED_IMAGES
-from .source import check_source, load_source
+from .source import load_source
 from .statistics import re_estimate
 
 EXACT_BITS = 12  # PetraRevNet's default grid
@@ -38,7 +39,8 @@ def convert(
 
     Where a run's coupling g is above 0, its branches are scaled by 1 + g and its inverse is measured: anchors are set
     where the error would exceed `tolerance` without them. With `calibration`, batch-norm statistics are then estimated
-    anew. With g = 0 everywhere the result computes what the source computes, to the bit.
+    anew, and the anchors set again for the errors that the new statistics give. With g = 0 everywhere the result
+    computes what the source computes, to the bit.
 
     Args:
         source: a timm ResNet of BasicBlocks or Bottlenecks, exactly, or what `load_source` takes (a timm name: its
@@ -50,7 +52,8 @@ def convert(
         tolerance: the largest relative error of a reconstructed input, in the weights' own precision.
         calibration: batches of normalised images [B, C, H, W], unlabelled; the first is also what errors are measured
             on, noise without it.
-        exact: round the branches to a grid, so that reconstruction is exact at g = 1 (see `PetraRevNet`).
+        exact: round the branches to a grid, so that reconstruction is exact at g = 1 (see `PetraRevNet`); without
+            effect where no run is reconstructed.
 
     Returns:
         The reversible network, on the source's device and in its mode. Where the source came from
@@ -79,10 +82,15 @@ def convert(
     images = noise(model) if first is None else first[:MEASURED_IMAGES]
     try:
         runs = couple_layers(model, images, wanted, purpose, tolerance)
+        if not any(run.g > 0.0 for run in runs):
+            exact = False  # nothing is reconstructed: keep the source's function to the bit
+            for layer in model.coupled_layers():
+                layer.grid = 0.0
+        elif first is not None:
+            re_estimate(model, chain([first], batches), network)
+            anchor_layers(model, images, tolerance)  # other statistics, other errors
     except ValueError as error:  # exact mode: a stream is too large for the grid
         raise UserError(str(error)) from error
-    if first is not None and any(run.g > 0.0 for run in runs):
-        re_estimate(model, chain([first], batches))
     take_identity(model, {"exact": True} if exact else {})
     return model
 

@@ -42,7 +42,7 @@ def take_identity(model: PetraRevNet, added: dict[str, Any]) -> None:
     """Gives a converted network the name and the arguments under which `timm.create_model` rebuilds it.
 
     Preprocessing stays the source's. Does nothing where the source was not made by timm, is one of its pruned
-    networks or mixes kinds of blocks, or was made with arguments that cannot be written down (JSON): such a network
+    networks, or was made with arguments that cannot be written down (JSON): such a network
     works, but cannot be saved for timm.
 
     Args:
@@ -51,11 +51,14 @@ def take_identity(model: PetraRevNet, added: dict[str, Any]) -> None:
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     arguments = constructor_arguments(config.get("architecture", ""))
-    # timm prunes by a file that bears the architecture's name; test_resnet mixes kinds of blocks
-    if arguments is None or arguments.get("pruned") or not isinstance(arguments["block"], type):
+    if arguments is None or arguments.get("pruned"):  # timm prunes by a file that bears the architecture's name
         return
     arguments = to_words({**arguments, **getattr(model, "_model_args", {})})
-    block, layers = arguments.pop("block"), tuple(arguments["layers"])
+    block, layers = arguments["block"], tuple(arguments["layers"])
+    if isinstance(block, list):  # one per layer: it stays among the arguments
+        block = BasicBlock
+    else:
+        del arguments["block"]
     name = _NAMES.get((block, layers))
     if name is not None:
         del arguments["layers"]

@@ -12,12 +12,13 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
+from torch import nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 
+from .checks import name_of
 from .convert import noise
-from .source import name_of
 
 
 def check_output(output: Path) -> None:
@@ -38,22 +39,28 @@ def save_converted(model: PetraRevNet, output: Path) -> None:
     Raises:
         UserError: the directory is taken or cannot be written, or timm does not rebuild the same network.
     """
-    check_output(output)
     architecture = name_of(model)
     if not architecture.startswith("petra_"):
         raise UserError(
             f"timm cannot rebuild the converted {architecture}: make the source with timm.create_model, not pruned, "
-            "with one kind of block, its layers given by name (act_layer='silu')"
+            "its layers given by name (act_layer='silu')"
         )
+    save_for_timm(model, output)
+
+
+def save_for_timm(model: nn.Module, output: Path) -> None:
+    """`save_converted` for any model with timm's `pretrained_cfg`, such as the ResNet that `to_resnet` gives."""
+    check_output(output)
+    architecture = name_of(model)
     source: Any = copy.deepcopy(model)
     saved = source.to("cpu", memory_format=torch.contiguous_format).eval()
+    images = noise(saved)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as holder:
             new = Path(holder) / "model"
             save_for_hf(saved, str(new), safe_serialization=True)
             loaded: Any = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
-            images = noise(saved)
             with torch.no_grad():
                 if not torch.equal(loaded(images), saved(images)):
                     raise UserError(f"timm rebuilds another network than the converted one as {architecture}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from petra_zoo.converters.checkpoint_conversion import convert_checkpoint
+from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
 from petra_zoo.errors import UserError
 
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A timm name, hf-hub:ORG/NAME, local-dir:DIR, a run, or weights.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A timm name, torchvision:MODEL.WEIGHT, hf-hub:ORG/NAME, a run, or weights."
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The directory to write; it must be absent or empty.")],
     arch: Annotated[str | None, typer.Option(help="The timm architecture of a .safetensors or .pth file.")] = None,
@@ -30,9 +34,25 @@ def convert(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     calibration_images: Annotated[int, typer.Option(min=2, help="How many images of it at most.")] = 1024,
-    report: Annotated[Path | None, typer.Option(help="Write the comparison with the source as JSON.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Reconstruct to the bit at coupling 1.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the comparison: a .json, .md or .png file, or a directory for all three."),
+    ] = None,
+    to_resnet: Annotated[
+        bool, typer.Option("--to-resnet", help="The way back: a reversible network with coupling 0 as a plain ResNet.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a trained ResNet into a reversible network that predicts the same, and save it for timm."""
+    if to_resnet:
+        name = convert_back(source, output)
+        typer.echo(
+            json.dumps({"source": source, "output": str(output), "architecture": name})
+            if as_json
+            else f"saved {output}: {name}"
+        )
+        return
     done = convert_checkpoint(
         source,
         output,
@@ -44,7 +64,11 @@ def convert(
         data_dir=data_dir,
         calibration_images=calibration_images,
         report=report,
+        exact=exact,
     )
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+        return
     typer.echo(f"saved {done.output}: {done.architecture}")
     for run in done.runs:
         anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
@@ -56,6 +80,8 @@ def convert(
         typer.echo(f"  agreement with the source {same.agreement:.2f} % of {same.images} images, KL {same.kl:.4f}")
         if same.source_top1 is not None:
             typer.echo(f"  top-1  source {same.source_top1:.2f} %, converted {same.converted_top1:.2f} %")
+    for file in done.report_files:
+        typer.echo(f"  report {file}")
     typer.echo(f"next: timm.create_model('local-dir:{done.output}', pretrained=True)")
 
 

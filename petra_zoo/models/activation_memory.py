@@ -10,16 +10,14 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-BATCH = (
-    2**20
-)  # so many that what does not belong to an image, such as a gradient of weights, has no part in the quotient
+BATCH = 2**20  # so many that what belongs to no image, such as a weight's gradient, has no part in the quotient
 
 
 @dataclass(frozen=True)
@@ -48,20 +46,42 @@ def activation_memory(model: Any, input_size: tuple[int, int, int]) -> Activatio
         model: on any device; it is left as it is.
         input_size: channels, height and width of an image.
     """
-    meta = copy.deepcopy(model).to("meta").train()
-    for p in meta.parameters():
-        p.grad = torch.zeros_like(p)
+    meta = copy.deepcopy(model).to("meta")
     found = {}
     for name, mode in {"plain": "plain", "checkpointed": "recompute", "reversible": "reversible"}.items():
         meta.set_memory(mode)
-        found[name] = _step_peak(meta, torch.empty(BATCH, *input_size, device="meta")) // BATCH
+        found[name] = step_bytes(meta, input_size).peak
     return ActivationMemory(**found)
 
 
-def _step_peak(model: nn.Module, images: Tensor) -> int:
+class StepBytes(NamedTuple):
+    """Bytes of activations per image in a training step, in the weights' own type.
+
+    Attributes:
+        stored: alive between the forward and the backward pass.
+        peak: alive at the worst moment.
+    """
+
+    stored: int
+    peak: int
+
+
+def step_bytes(network: nn.Module, input_size: tuple[int, int, int]) -> StepBytes:
+    """Bytes of activations per image in a training step of any network of images, as it is set up.
+
+    Args:
+        network: on any device; it is left as it is.
+        input_size: channels, height and width of an image.
+    """
+    meta = copy.deepcopy(network).to("meta").train()
+    for p in meta.parameters():
+        p.grad = torch.zeros_like(p)
+    images = torch.empty(BATCH, *input_size, device="meta")
     with _MetaBytes() as memory:
-        model(images).sum().backward()
-    return memory.peak
+        logits = meta(images)
+        stored = memory.now
+        logits.sum().backward()
+    return StepBytes(stored // BATCH, memory.peak // BATCH)
 
 
 class _MetaBytes(TorchDispatchMode):

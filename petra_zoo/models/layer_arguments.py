@@ -9,17 +9,23 @@ from functools import partial
 from typing import Any
 
 from timm.layers import BlurPool2d, SEModule, get_attn
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+_BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 _ANTI_ALIASING = {"avg": nn.AvgPool2d, "blur": BlurPool2d}
 
 
 def to_words(arguments: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments with the layers that timm's ResNets use replaced by words; others stay as they are.
 
-    ``aa_layer`` becomes 'avg' or 'blur', a partial SE gate in ``block_args`` ``{"type": "se", ...}``.
+    ``block``, where there is one per layer, becomes a list of 'basic' and 'bottleneck', ``aa_layer`` becomes 'avg' or
+    'blur', a partial SE gate in ``block_args`` ``{"type": "se", ...}``.
     """
     out = dict(arguments)
+    if isinstance(blocks := out.get("block"), list | tuple):
+        names = {block: word for word, block in _BLOCKS.items()}
+        out["block"] = [names.get(block, block) for block in blocks]
     for word, layer in _ANTI_ALIASING.items():
         if out.get("aa_layer") is layer:
             out["aa_layer"] = word
@@ -33,9 +39,13 @@ def from_words(arguments: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `to_words`.
 
     Raises:
-        ValueError: an anti-aliasing layer of another name.
+        ValueError: a block or an anti-aliasing layer of another name.
     """
     out = dict(arguments)
+    if isinstance(blocks := out.get("block"), list | tuple):
+        if unknown := [block for block in blocks if block not in _BLOCKS and isinstance(block, str)]:
+            raise ValueError(f"block is {' or '.join(map(repr, _BLOCKS))}, not {unknown[0]!r}")
+        out["block"] = [_BLOCKS.get(block, block) for block in blocks]
     if isinstance(word := out.get("aa_layer"), str):
         if word not in _ANTI_ALIASING:
             raise ValueError(f"aa_layer is {' or '.join(map(repr, _ANTI_ALIASING))}, not {word!r}")

@@ -10,12 +10,14 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
+from petra_zoo.petra.stage import Loss
 from petra_zoo.training.datasets import ImageDataset, open_dataset
 from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
 from petra_zoo.training.hub_errors import explain, first_line
@@ -255,6 +257,7 @@ def build_pipeline(
     config: dict[str, Any],
     world: World | None = None,
     profile: Profile | None = None,
+    loss: Loss = F.cross_entropy,
 ) -> Pipeline:
     """The engine for a recipe.
 
@@ -270,6 +273,7 @@ def build_pipeline(
             accumulation_steps=recipe.accumulation_steps,
             optimizer=optimizer_factory(recipe, model),
             scheduler=scheduler_factory(recipe, batches_per_epoch),
+            loss=loss,
             autocast=torch.bfloat16 if recipe.amp else None,
             clip_grad=recipe.clip_grad,
             last_stage=recipe.last_stage,

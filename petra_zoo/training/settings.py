@@ -85,6 +85,9 @@ class Recipe(Augmentation):
         train_split, val_split: What a data set opened through timm calls its splits.
         lr, lr_base: The learning rate, or the one that belongs to `lr_base_size` images per update; see
             `learning_rate`.
+        kd_model_name: Distil from this teacher: a run, `hf-hub:`, `local-dir:` or timm name with its trained weights.
+            `kd_temperature` and both weights are timm's; see `petra_zoo.training.distillation`.
+        coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
         val_interval, log_interval: Epochs between validations; updates between log lines.
@@ -137,6 +140,12 @@ class Recipe(Augmentation):
     opt_kwargs: dict[str, Any] = {}
     clip_grad: Positive | None = None
     layer_decay: Positive | None = None
+
+    kd_model_name: str | None = None
+    kd_temperature: Positive = 4.0
+    task_loss_weight: NotNegative | None = None
+    distill_loss_weight: NotNegative | None = None
+    coupling_epochs: Count = 0
 
     sched: Literal["cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none"] = "cosine"
     epochs: AtLeastOne = 300

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
@@ -23,7 +24,9 @@ from petra_zoo.training.build import (
     memory_format,
     open_data,
 )
+from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
 from petra_zoo.training.datasets import ImageDataset
+from petra_zoo.training.distillation import Distillation, build_distillation
 from petra_zoo.training.evaluation import Evaluation, score
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.loader import ImageLoader
@@ -87,15 +90,18 @@ def prepare(recipe: Recipe, name: str, reporter: Reporter, world: World) -> Run:
     train_data, model, config, loaders = together(world, build)
     profile = find_profile(recipe, model, config, world)
 
-    def start() -> tuple[Pipeline, RunDirectory | None]:
-        pipeline = build_pipeline(recipe, model, len(loaders[0]), config, world, profile)
+    def start() -> tuple[Pipeline, RunDirectory | None, CouplingSchedule | None, Distillation | None]:
+        schedule = start_schedule(recipe, model)
+        distillation = build_distillation(recipe, model.num_classes, config, world.device, feeds=world.first)
+        loss = distillation.loss if distillation else F.cross_entropy
+        pipeline = build_pipeline(recipe, model, len(loaders[0]), config, world, profile, loss)
         directory = RunDirectory(recipe, name) if world.reports else None
         if directory and profile:
             profile.save(directory.path / "profile.json")
-        return pipeline, directory
+        return pipeline, directory, schedule, distillation
 
-    pipeline, directory = together(world, start)
-    return Run(recipe, pipeline, loaders, train_data, config, directory, reporter)
+    pipeline, directory, schedule, distillation = together(world, start)
+    return Run(recipe, pipeline, loaders, train_data, config, directory, reporter, schedule, distillation)
 
 
 class Run:
@@ -114,10 +120,13 @@ class Run:
         config: dict[str, Any],
         directory: RunDirectory | None,
         reporter: Reporter,
+        schedule: CouplingSchedule | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         self.recipe, self.pipeline, self.config = recipe, pipeline, config
         self.train_loader, self.val_loader = loaders
         self.train_data, self.directory, self.reporter = train_data, directory, reporter
+        self.schedule, self.distillation = schedule, distillation
         self.model, self.world = pipeline.model, pipeline.world
         self.device = self.world.device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
@@ -138,6 +147,9 @@ class Run:
             self.reporter.show()
             try:
                 for epoch in range(epochs):
+                    if self.schedule and self.schedule.moves(epoch):
+                        self.drain()  # nothing may be in flight
+                        self.schedule.apply(epoch, self.model, *([self.ema.module] if self.ema else []))
                     train_loss = self.run_epoch(epoch, epochs)
                     last = epoch == epochs - 1
                     if last:
@@ -168,6 +180,8 @@ class Run:
         batches, k = len(self.train_loader), self.recipe.accumulation_steps
         started = time.perf_counter()
         for i, (images, labels) in enumerate(self.feed(self.train_loader)):
+            if self.distillation and images is not None and labels is not None:
+                labels = self.distillation.labels(images, labels)
             output = self.pipeline.step(images, labels)
             if self.ema and self.pipeline.fed % k == 0:
                 self.ema.update(self.model)
@@ -216,7 +230,7 @@ class Run:
         """Compares what came out with its labels."""
         if output.loss is None or output.logits is None or output.labels is None:
             return
-        labels = output.labels
+        labels = output.labels if self.distillation is None else self.distillation.own(output.labels)
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         meter.add(float(output.loss), int((output.logits.argmax(1) == hard).sum()), len(hard))
 

@@ -34,15 +34,21 @@ def images(n: int = 4, size: int = 64, seed: int = 2) -> Tensor:
 
 
 @cache
-def digits(split: Split) -> list[tuple[Tensor, Tensor]]:
-    data = open_dataset("digits", split)
-    size = (3, 8, 8)
-    return list(create_loader(data, batch_size=64, train=False, input_size=size, mean=data.mean, std=data.std))
+def labelled(name: str, split: Split) -> list[tuple[Tensor, Tensor]]:
+    """Batches of a data set that is always there: digits at 8x8, shapes at 16x16."""
+    data, n = open_dataset(name, split), {"digits": 8, "shapes": 16}[name]
+    return list(create_loader(data, batch_size=64, train=False, input_size=(3, n, n), mean=data.mean, std=data.std))
 
 
-def trained_on_digits(seed: int = 0, layers: tuple[int, ...] = (3, 3, 4, 2), epochs: int = 6) -> ResNet:
-    """A small ResNet for 8x8 images, trained with plain backpropagation."""
-    torch.manual_seed(seed)
+def calibration(name: str) -> list[Tensor]:
+    """Training images without their labels."""
+    return [x for x, _ in labelled(name, "train")][:16]
+
+
+@cache
+def trained(name: str, epochs: int, layers: tuple[int, ...] = (3, 3, 4, 2)) -> ResNet:
+    """A small ResNet trained with plain backpropagation; not to be changed."""
+    torch.manual_seed(0)
     model = ResNet(
         BasicBlock,
         layers,
@@ -54,7 +60,7 @@ def trained_on_digits(seed: int = 0, layers: tuple[int, ...] = (3, 3, 4, 2), epo
     )
     model.conv1[0].stride = (1, 1)
     model.maxpool = nn.Identity()
-    batches = digits("train")
+    batches = labelled(name, "train")
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(batches))
     for _ in range(epochs):

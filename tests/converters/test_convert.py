@@ -1,11 +1,12 @@
 """Conversion: exactness at coupling 0, branch scaling, the choice of couplings, refusals."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from petra_zoo.converters import convert
+from petra_zoo.converters import convert, save_converted
 from petra_zoo.converters.choose import measure
 from petra_zoo.converters.convert import noise
 from timm.models.resnet import BasicBlock, ResNet
@@ -60,14 +61,19 @@ def group_norm() -> ResNet:
     return model.eval()
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50])
+BLOCKS = {18: [2, 1, 1, 1], 34: [3, 3, 5, 2], 50: [2, 3, 5, 2], 101: [2, 3, 22, 2], 152: [2, 7, 35, 2]}
+LONG = [pytest.param(depth, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for depth in (50, 101, 152)]
+
+
+@pytest.mark.parametrize("depth", [18, 34, *LONG])
 def test_auto_keeps_the_measured_error_under_the_tolerance(depth: int) -> None:
     model = convert(source(f"resnet{depth}"), purpose="petra")
     runs = measure(model, noise(model))
-    assert [run.blocks for run in runs] == {18: [2, 1, 1, 1], 34: [3, 3, 5, 2], 50: [2, 3, 5, 2]}[depth]
+    assert [run.blocks for run in runs] == BLOCKS[depth]
     for run in runs:
         assert run.error <= 1e-4
         assert run.g in (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+        assert run.g == 1 / 2 or not run.anchor_every
     assert max(runs, key=lambda run: run.blocks).g >= max(run.g for run in runs)
 
 
@@ -106,6 +112,17 @@ def test_an_explicit_coupling_is_anchored_where_its_inverse_needs_it() -> None:
     assert run.anchor_every <= measure(convert(network, coupling=0.5), noise(model))[1].anchor_every
 
 
+@pytest.mark.parametrize("g", [0.25, 0.5])
+def test_anchors_fit_the_statistics_that_are_saved(g: float) -> None:
+    batches = [images(8, 32, seed) for seed in range(4)]
+    model = convert(long_network(), coupling=g, tolerance=1e-4, calibration=batches)  # estimated anew: other errors
+    run = measure(model, batches[0])[1]
+    assert 0 < run.anchor_every < 13
+    assert run.error <= 1e-4
+    model.layer2.anchor_every += 1
+    assert measure(model, batches[0])[1].error > 1e-4
+
+
 def test_training_a_converted_network_gives_autograds_gradients() -> None:
     model = convert(source("resnet34"), coupling=0.5).double().train()
     plain = copy.deepcopy(model)
@@ -127,6 +144,25 @@ def test_a_converted_network_loads_its_own_weights_and_others() -> None:
 def test_exact_reconstructs_to_the_bit_at_coupling_1() -> None:
     model = convert(source("resnet18"), coupling=1.0, exact=True)
     assert [run.error for run in measure(model, noise(model))] == [0.0] * 4
+
+
+def test_exact_without_a_reversible_run_stays_the_source() -> None:
+    network = source("resnet18")
+    model = convert(network, exact=True)
+    assert torch.equal(model(images()), network(images()))
+    assert "exact" not in model._model_args
+
+
+def test_a_coupling_that_contradicts_the_converted_checkpoint_is_an_error(tmp_path: Path) -> None:
+    save_converted(convert(source("resnet18"), coupling=0.5), tmp_path / "out")
+    with pytest.raises(RuntimeError, match=r"layer1.coupling is 0.5 in the checkpoint .* built with coupling=1"):
+        timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, coupling=1.0)
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, coupling=0.5).layer1.g() == 0.5
+
+
+def test_images_that_are_not_finite_are_an_error() -> None:
+    with pytest.raises(UserError, match="the activations behind layer1 are not finite"):
+        convert(source("resnet18"), coupling=0.5, calibration=[torch.full((4, 3, 32, 32), float("nan"))])
 
 
 def test_calibration_changes_statistics_only_where_the_function_changed() -> None:

@@ -50,3 +50,23 @@ def test_without_enough_images_everything_stays(batches: list[torch.Tensor]) -> 
         re_estimate(model, batches)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model[1].momentum == 0.3
+
+
+def test_with_a_source_only_what_differs_from_it_moves() -> None:
+    source = network().eval()
+    source[1].running_mean.normal_(), source[1].running_var.uniform_(0.5, 2.0)
+    same, other = copy.deepcopy(source), copy.deepcopy(source)
+    with torch.no_grad():
+        other[0].weight.mul_(2.0), other[0].bias.add_(1.0)
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    batches = [5.0 + images(8, 8, seed) for seed in range(3)]  # unlike what the source's statistics say
+    assert re_estimate(same, batches, source) == 24
+    for i in (1, 4):
+        assert torch.allclose(same[i].running_mean, before[f"{i}.running_mean"], atol=1e-5)
+        assert torch.allclose(same[i].running_var, before[f"{i}.running_var"], rtol=1e-5)
+    re_estimate(other, batches, source)
+    assert torch.allclose(other[1].running_var, 4 * before["1.running_var"], rtol=1e-3)
+    with torch.no_grad():
+        moved = torch.stack([(other[0](x) - source[0](x)).mean((0, 2, 3)) for x in batches]).mean(0)
+    assert torch.allclose(other[1].running_mean, before["1.running_mean"] + moved, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items() if "num" not in name)

@@ -1,0 +1,81 @@
+"""The way back: a reversible ResNet whose couplings are all 0 as the plain timm ResNet that it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from petra_zoo.errors import UserError
+from petra_zoo.models import PetraRevNet
+from petra_zoo.models.layer_arguments import from_words, to_words
+
+from .checks import name_of
+from .identity import constructor_arguments
+
+_REVERSIBLE_ONLY = {"coupling", "anchor_every", "exact", "exact_bits"}
+_GIVEN_ANYWAY = {"num_classes", "in_chans", "dtype", "device"}
+
+
+def to_resnet(model: Any) -> ResNet:
+    """The plain ResNet of timm that computes, to the bit, what a reversible one with coupling 0 computes.
+
+    Args:
+        model: made by `timm.create_model`; stays as it is.
+
+    Returns:
+        A timm ResNet in eval mode on the CPU, with the model's weights and preprocessing.
+
+    Raises:
+        UserError: the model is no reversible ResNet, a coupling is above 0, branches are rounded (exact), or timm has
+            no such ResNet.
+    """
+    name = name_of(model)
+    if not isinstance(model, PetraRevNet):
+        raise UserError(
+            f"{name} has no plain ResNet inside, it is a {type(model).__name__}: only petra_revnet* with coupling 0 "
+            "(not the paper's networks, whose streams are two halves) computes what a ResNet computes"
+        )
+    coupled = [f"layer{i} has g = {layer.g():g}" for i, layer in enumerate(model.coupled_layers(), 1) if layer.g()]
+    if coupled:
+        raise UserError(
+            f"{name} computes no plain ResNet's function: {', '.join(coupled)}, and only g = 0 is a ResNet; "
+            "convert its source with --coupling 0, or keep the source"
+        )
+    if any(layer.grid for layer in model.coupled_layers()):
+        raise UserError(f"{name} rounds its branches (exact=True), a plain ResNet does not: convert without --exact")
+    source = _build(name, model)
+    source.load_state_dict({key: x for key, x in model.state_dict().items() if not key.endswith(".coupling")})
+    return source.eval()
+
+
+def _build(name: str, model: Any) -> Any:
+    architecture, arguments = _plain_identity(model)
+    source: Any = timm.create_model(
+        architecture,
+        num_classes=model.num_classes,
+        in_chans=model.in_chans,
+        dtype=model.layer1.coupling.dtype,
+        **arguments,
+    )
+    if repr(PetraRevNet.from_resnet(source)) != repr(model):
+        raise UserError(f"timm has no plain ResNet like {name}: its stem or its widths are not those of a timm ResNet")
+    source.pretrained_cfg = {**model.pretrained_cfg, "architecture": architecture}
+    source.default_cfg = source.pretrained_cfg
+    return source
+
+
+def _plain_identity(model: Any) -> tuple[str, dict[str, Any]]:
+    """timm's name for the network and the arguments it takes besides: of all names, the one that takes fewest."""
+    given = {key: value for key, value in model._model_args.items() if key not in _REVERSIBLE_ONLY | _GIVEN_ANYWAY}
+    block = given.pop("block", BasicBlock if isinstance(model.layer1[0], BasicBlock) else Bottleneck)
+    wanted = {"layers": [len(layer) for layer in model.coupled_layers()], **given}
+    found = {"resnet18" if isinstance(model.layer1[0], BasicBlock) else "resnet50": wanted}
+    for name in timm.list_models(module="resnet"):
+        own = to_words(constructor_arguments(name) or {"block": None})
+        if own.pop("block") == block and own.keys() <= wanted.keys():
+            own["layers"] = list(own["layers"])
+            found[name] = {key: value for key, value in wanted.items() if key not in own or own[key] != value}
+    architecture = min(found, key=lambda name: len(found[name]))
+    return architecture, from_words(found[architecture])

@@ -1,0 +1,154 @@
+"""The fidelity report as files: JSON for programs, Markdown for the model card, a PNG to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from petra_zoo.errors import UserError
+from petra_zoo.models.activation_memory import StepBytes
+
+from .report import Fidelity
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion cost and what it saves.
+
+    Attributes:
+        source: the source's name.
+        output: where the converted network is.
+        dataset: whose validation images were compared, training images having calibrated.
+        tolerance: the largest reconstruction error that was allowed.
+        fidelity: the comparison.
+        input_size: (C, H, W) that memory was measured with.
+        memory: activations per image of source, checkpointed source and converted network; see `activation_memory`.
+    """
+
+    source: str
+    output: str
+    dataset: str
+    tolerance: float
+    fidelity: Fidelity
+    input_size: tuple[int, int, int]
+    memory: dict[str, StepBytes]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: one object, the comparison's numbers at its top level."""
+        own = {name: getattr(self, name) for name in ("source", "output", "dataset", "tolerance", "input_size")}
+        memory = {name: found._asdict() for name, found in self.memory.items()}
+        return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": memory}
+
+    def as_markdown(self) -> str:
+        """For a model card: two tables and a sentence on how they were measured."""
+        same = self.fidelity
+        rows = [
+            ("images compared", f"{same.images} of {self.dataset}"),
+            ("same prediction", f"{same.agreement:.2f} %"),
+            ("logit error (relative)", f"{same.logit_error:.2e}"),
+            ("KL divergence (nats)", f"{same.kl:.2e}"),
+        ]
+        if same.source_top1 is not None:
+            rows.append(("top-1, source", f"{same.source_top1:.2f} %"))
+            rows.append(("top-1, converted", f"{same.converted_top1:.2f} %"))
+        height, width = self.input_size[1:]
+        rows += [
+            (f"activations per image at {height}x{width}, {name}", f"{stored / MIB:.2f} MiB (peak {peak / MIB:.2f})")
+            for name, (stored, peak) in self.memory.items()
+        ]
+        lines = [f"Fidelity of the conversion of `{self.source}`:", "", "| | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in rows]
+        lines += [
+            "",
+            "| run | reversible blocks | coupling g | streams kept every | reconstruction error |",
+            "|---" * 5 + "|",
+        ]
+        lines += [
+            f"| {run.layer} | {run.blocks} | {run.g:g} | {f'{run.anchor_every} blocks' if run.anchor_every else '-'} "
+            f"| {f'{run.error:.1e}' if run.g else '-'} |"
+            for run in same.runs
+        ]
+        return "\n".join(lines) + "\n"
+
+    def draw(self, path: Path) -> None:
+        """Writes the picture: predictions, reconstruction errors and memory side by side."""
+        figure_class = _matplotlib()
+        figure = figure_class(figsize=(11, 3.4), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        same = self.fidelity
+        bars = {"agreement": same.agreement}
+        if same.source_top1 is not None and same.converted_top1 is not None:
+            bars |= {"top-1\nsource": same.source_top1, "top-1\nconverted": same.converted_top1}
+        left.bar_label(left.bar(list(bars), list(bars.values()), color="tab:blue"), fmt="%.2f")
+        left.set(title=f"predictions on {same.images} images", ylabel="percent", ylim=(0, 110))
+        runs = [run for run in same.runs if run.g > 0.0]
+        names = [f"{run.layer}\ng = {run.g:g}" for run in runs]
+        middle.plot(names, [max(run.error, 1e-9) for run in runs], "o", color="tab:green")
+        middle.axhline(self.tolerance, color="tab:red", linestyle="--", label="tolerance")
+        middle.set(title="reconstruction error", yscale="log")
+        middle.legend()
+        stored = {name.replace(", ", "\n"): found.stored / MIB for name, found in self.memory.items()}
+        right.bar_label(right.bar(list(stored), list(stored.values()), color="tab:orange"), fmt="%.2f")
+        right.set(title="stored activations", ylabel="MiB per image")
+        right.margins(y=0.15)
+        figure.savefig(path, dpi=120)
+
+
+def check_report(path: Path) -> None:
+    """Refuses a report that could not be written, before anything is converted.
+
+    Raises:
+        UserError: the ending is of no known kind, or the picture needs matplotlib, which is missing.
+    """
+    if path.suffix not in ("", *_WRITERS) and not path.is_dir():
+        raise UserError(f"--report {path}: expected a .json, .md or .png file, or a directory for all three")
+    if path.suffix in ("", ".png"):
+        _matplotlib()
+
+
+def write_report(report: Report, path: Path) -> list[Path]:
+    """Writes one file, or fidelity.json, fidelity.md and fidelity.png into a directory.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    alone = path.suffix in _WRITERS and not path.is_dir()
+    files = [path] if alone else [path / f"fidelity{suffix}" for suffix in _WRITERS]
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            _WRITERS[file.suffix](report, file)
+    except OSError as error:
+        raise UserError(f"saved {report.output}, but cannot write {path}: {error.strerror}") from error
+    return files
+
+
+def _write_json(report: Report, path: Path) -> None:
+    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _write_markdown(report: Report, path: Path) -> None:
+    path.write_text(report.as_markdown(), encoding="utf-8")
+
+
+_WRITERS: dict[str, Callable[[Report, Path], None]] = {
+    ".json": _write_json,
+    ".md": _write_markdown,
+    ".png": Report.draw,
+}
+
+
+def _matplotlib() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture needs matplotlib: pip install 'petra-zoo[plots]', or --report FILE.json") from None
+    return Figure

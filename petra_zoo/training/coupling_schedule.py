@@ -1,0 +1,98 @@
+"""Moving a converted network's couplings to 1 over the first epochs of fine-tuning.
+
+A small coupling predicts what the source predicts; at 1 the inverse is perfectly conditioned. Branches are scaled by
+1 + g when a network is converted, so they are scaled by the ratio whenever g moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from petra_zoo.errors import UserError
+from petra_zoo.models import CoupledLayer
+from petra_zoo.models.branch_scaling import branch_scales
+from petra_zoo.models.coupled_layer import COUPLING_STEPS
+from petra_zoo.training.settings import Recipe
+
+SHORT_RUN = 2  # blocks; one block is inverted, which even g = 1/256 allows
+
+
+def move_coupling(layer: CoupledLayer, g: float) -> None:
+    """Sets a layer's coupling and scales its branches by (1 + g) / (1 + g before), in place.
+
+    Args:
+        layer: of a converted network.
+        g: a multiple of 1/256 in (0, 1].
+
+    Raises:
+        UserError: its branches cannot be scaled.
+    """
+    before, after = branch_scales(layer, layer.g()), branch_scales(layer, g)
+    with torch.no_grad():
+        for name, scale in after.items():
+            layer.get_parameter(name).mul_(scale / before[name])
+    layer.set_coupling(g)
+
+
+class CouplingSchedule:
+    """Moves every coupling of a model linearly to 1 between epochs.
+
+    Between epochs only, when no micro-batch is in flight: what went forward with one coupling cannot be reconstructed
+    with another. A moving average of the model moves along: averaging two couplings would give neither.
+
+    Args:
+        model: a converted reversible ResNet, before its first step.
+        epochs: the first epoch (counted from 0) that trains at coupling 1.
+
+    Raises:
+        UserError: the model has no couplings, was built with a fixed one, or has a run too long to start from 0.
+    """
+
+    def __init__(self, model: Any, epochs: int) -> None:
+        if not hasattr(model, "coupled_layers"):
+            raise UserError(f"coupling_epochs={epochs}: a {type(model).__name__} has no coupling to move, set it to 0")
+        self.epochs = epochs
+        self.starts = [layer.g() for layer in model.coupled_layers()]
+        for i, layer in enumerate(model.coupled_layers()):
+            if layer.asked_for is not None:
+                raise UserError(
+                    f"coupling_epochs={epochs}: the network is built with coupling={layer.asked_for:g}, which would "
+                    "contradict what is saved: leave coupling out of model_kwargs, or set coupling_epochs=0"
+                )
+            if layer.g() == 0.0 and len(layer) - layer.first_reversible > SHORT_RUN:
+                raise UserError(
+                    f"coupling_epochs={epochs}: layer{i + 1} has {len(layer) - layer.first_reversible} reversible "
+                    "blocks and coupling 0; a first step away from 0 could not be inverted over so many: convert the "
+                    "network with --for petra, or set coupling_epochs=0"
+                )
+
+    def coupling(self, start: float, epoch: int) -> float:
+        """g in an epoch of a run that starts at `start`: a multiple of 1/256, above 0."""
+        share = min(1.0, epoch / self.epochs)
+        return max(1, round((start + (1.0 - start) * share) * COUPLING_STEPS)) / COUPLING_STEPS
+
+    def moves(self, epoch: int) -> bool:
+        """Whether couplings change before this epoch: then nothing may be in flight."""
+        return 0 < epoch <= self.epochs
+
+    def apply(self, epoch: int, *models: Any) -> None:
+        """Sets the couplings of an epoch: of the model and, where there is one, of its moving average."""
+        for model in models:
+            for start, layer in zip(self.starts, model.coupled_layers(), strict=True):
+                g = self.coupling(start, epoch)
+                if g != layer.g() and len(layer) > layer.first_reversible:
+                    move_coupling(layer, g)
+
+
+def start_schedule(recipe: Recipe, model: Any) -> CouplingSchedule | None:
+    """The recipe's schedule, its first couplings set; None where couplings stay.
+
+    Call it before the pipeline is built: whether a unit has an inverse decides what its stage keeps.
+    """
+    if not recipe.coupling_epochs:
+        return None
+    schedule = CouplingSchedule(model, recipe.coupling_epochs)
+    schedule.apply(0, model)
+    return schedule

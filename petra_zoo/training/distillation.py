@@ -1,0 +1,149 @@
+"""Distillation from a teacher, such as the network that a reversible one was converted from.
+
+Weights, temperature and loss are timm's `LogitDistillationTask`. timm runs the student inside that task; here the
+student is a pipeline, whose head sits in another stage than the images. So the teacher runs where the images are fed,
+its logits travel to the last stage in one tensor with the labels, and the task gets both as if it had computed them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import DistillationTeacher, LogitDistillationTask
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.training.checkpoint_evaluation import load_model
+from petra_zoo.training.settings import Recipe
+
+Channels = tuple[float, ...]
+
+
+class Distillation:
+    """Makes labels that carry the teacher's logits, and the loss that reads them.
+
+    Args:
+        teacher: gives logits [B, classes]; put into eval mode and frozen. None where no images are fed: a rank without
+            the stem needs the loss alone.
+        num_classes: the student's.
+        mean: what the student's images are normalised with, per channel; the teacher gets them with its own
+            (its `pretrained_cfg`).
+        std: likewise.
+        temperature: of both softmaxes.
+        task_loss_weight: of the cross-entropy with the labels.
+        distill_loss_weight: of the divergence from the teacher; None, with a task weight: 1 - `task_loss_weight`. Both
+            None: 1 and 1, as in timm.
+
+    Raises:
+        UserError: the teacher tells other classes apart, or takes other channels.
+
+    Example:
+        >>> distillation = Distillation(teacher, num_classes=10, mean=mean, std=std, temperature=4.0)
+        >>> pipeline = Pipeline(model, stages=4, loss=distillation.loss)
+        >>> pipeline.step(images, distillation.labels(images, labels))
+    """
+
+    def __init__(
+        self,
+        teacher: Any | None,
+        *,
+        num_classes: int,
+        mean: Channels,
+        std: Channels,
+        temperature: float = 4.0,
+        task_loss_weight: float | None = None,
+        distill_loss_weight: float | None = None,
+    ) -> None:
+        self.num_classes = num_classes
+        self.teacher: DistillationTeacher | None = None
+        if teacher is not None:
+            self._take(teacher, mean, std)
+        self.task = LogitDistillationTask(
+            _Columns(0, num_classes),
+            _Columns(num_classes, 2 * num_classes),
+            criterion=nn.CrossEntropyLoss(),
+            temperature=temperature,
+            task_loss_weight=task_loss_weight,
+            distill_loss_weight=distill_loss_weight,
+            device=torch.device("cpu"),  # where its buffers are, which take no part
+            verbose=False,
+        )
+
+    def _take(self, teacher: Any, mean: Channels, std: Channels) -> None:
+        if teacher.num_classes != self.num_classes:
+            raise UserError(
+                f"the teacher tells {teacher.num_classes} classes apart, the network {self.num_classes}: distil from "
+                "the network it was converted from, or fine-tune that one on this data first"
+            )
+        if teacher.in_chans != len(mean):
+            raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {len(mean)}")
+        device = next(teacher.parameters()).device
+        self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
+
+    @torch.no_grad()
+    def labels(self, images: Tensor, labels: Tensor) -> Tensor:
+        """[B, 2 classes]: labels as probabilities, then the teacher's logits.
+
+        Args:
+            images: [B, C, H, W], normalised for the student.
+            labels: [B] class indices, or [B, classes] probabilities.
+        """
+        soft = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes)
+        assert self.teacher is not None
+        logits = self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
+        return torch.cat((soft.to(logits.dtype), logits), dim=1)
+
+    def own(self, labels: Tensor) -> Tensor:
+        """The labels as probabilities [B, classes], from what `labels` gave."""
+        return labels[:, : self.num_classes]
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss (0-d) of the student's logits [B, classes]; `labels` as the method of that name gives them."""
+        probabilities, of_teacher = labels.split(self.num_classes, dim=1)
+        return self.task(torch.cat((logits, of_teacher.to(logits.dtype)), dim=1), probabilities.to(logits.dtype))[
+            "loss"
+        ]
+
+
+def build_distillation(
+    recipe: Recipe, num_classes: int, config: dict[str, Any], device: torch.device, feeds: bool = True
+) -> Distillation | None:
+    """The recipe's teacher and loss; None where it names no teacher.
+
+    Args:
+        recipe: the settings.
+        num_classes: the student's.
+        config: the student's preprocessing (`build.data_config`).
+        device: where the images are fed.
+        feeds: whether this process feeds images, and so needs the teacher.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or does not fit the student.
+    """
+    if recipe.kd_model_name is None:
+        return None
+    return Distillation(
+        load_model(recipe.kd_model_name, device) if feeds else None,
+        num_classes=num_classes,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        temperature=recipe.kd_temperature,
+        task_loss_weight=recipe.task_loss_weight,
+        distill_loss_weight=recipe.distill_loss_weight,
+    )
+
+
+class _Columns(nn.Module):
+    """Stands in for a network in timm's task: its logits are columns of what it is given."""
+
+    def __init__(self, start: int, end: int) -> None:
+        super().__init__()
+        self.start, self.end = start, end
+        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,)}  # the same for both: nothing is normalised
+        self.num_classes, self.in_chans = end - start, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.start : self.end]
