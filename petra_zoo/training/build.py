@@ -36,8 +36,8 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
-    """The training and the validation split.
+def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the validation split; `verify` as in `open_dataset`.
 
     Raises:
         UserError: the data is missing or has more classes than the recipe says.
@@ -49,6 +49,7 @@ def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
             data_dir=recipe.data_dir,
             download=recipe.dataset_download,
             split_name=recipe.train_split if split == "train" else recipe.val_split,
+            verify=verify,
         )
         for split in ("train", "val")
     )
@@ -131,8 +132,8 @@ def data_config(recipe: Recipe, data: ImageDataset, model: Any) -> dict[str, Any
     native = data.image_size == size
     return {
         "input_size": (recipe.in_chans, size, size),
-        "mean": mean,
-        "std": std,
+        "mean": tuple(recipe.mean or mean),
+        "std": tuple(recipe.std or std),
         "interpolation": "bicubic" if recipe.interpolation == "random" else recipe.interpolation,
         "crop_pct": recipe.crop_pct or (1.0 if native else 0.875),
     }

@@ -26,7 +26,9 @@ def write(path: Path, text: str) -> str:
 def test_installed_recipes_are_listed_and_all_of_them_load() -> None:
     assert DIGITS in list_recipes()
     for name in list_recipes():
-        assert load_recipe(name).dataset == name.partition("/")[0]
+        data, _, model = name.partition("/")
+        recipe = load_recipe(name)
+        assert (recipe.dataset, recipe.model) == ({"imagenet": "folder"}.get(data, data), model)
 
 
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
@@ -82,6 +84,8 @@ def test_unknown_setting_gives_the_nearest() -> None:
         ("data_dir=5", "data_dir=5: expected a path"),
         ("device=gpu", "device='gpu': expected text of the form '^(cpu|cuda(:[0-9]+)?)$'"),
         ("opt=sdg", "opt='sdg': expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw"),
+        ("mean=[0.5]", "mean=[0.5] has 1 values; expected one per channel, 3"),
+        ("std=[1,1,0]", "std=[1, 1, 0]: entry 2: expected greater than 0"),
         ("split=[1,2]", "split=[1, 2] has 2 entries; expected one per stage, stages=4"),
         ("epochs", "override 'epochs' is not KEY=VALUE, such as lr=0.1"),
     ],
