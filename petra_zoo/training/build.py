@@ -172,6 +172,7 @@ def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters],
         )
     else:
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
+    in_model = {name for name, _ in model.named_parameters()}
     options: dict[str, Any] = dict(recipe.opt_kwargs)
     if recipe.opt_eps is not None:
         options["eps"] = recipe.opt_eps
@@ -181,6 +182,9 @@ def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters],
     def make(named: NamedParameters) -> torch.optim.Optimizer:
         own = {id(p) for _, p in named}
         mine = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
+        auxiliary = [p for name, p in named if name not in in_model]  # of local learning
+        mine.append({"params": [p for p in auxiliary if p.ndim > 1]})
+        mine.append({"params": [p for p in auxiliary if p.ndim == 1], "weight_decay": 0.0})
         try:
             return create_optimizer_v2(
                 [group for group in mine if group["params"]],

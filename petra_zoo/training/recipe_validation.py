@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra import Output, Pipeline
+from petra_zoo.petra import Output, Pipeline, World
 from petra_zoo.training.build import (
     build_loaders,
     build_model,
@@ -101,10 +101,11 @@ def try_recipe(recipe: Recipe) -> None:
         )
         train_data, val_data = open_data(small, verify=not generated)
         device = choose_device(small.device)
-        model = build_model(small, train_data)
+        world = World(device=device)
+        model = build_model(small, train_data, device)
         config = data_config(small, train_data, model)
-        train_loader, val_loader = build_loaders(small, train_data, val_data, config, device)
-        pipeline = build_pipeline(small, model, len(train_loader), config)
+        train_loader, val_loader = build_loaders(small, train_data, val_data, config, world)
+        pipeline = build_pipeline(small, model, len(train_loader), config, world)
         before = [p.detach().clone() for p in model.parameters()]
         outputs = _train(small, pipeline, train_loader, device)
         _check_training(small, pipeline, before, outputs)

@@ -107,7 +107,7 @@ class Recipe(Augmentation):
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
 
-    method: Literal["petra", "dsp", "delayed", "backprop", "reversible"] = "petra"
+    method: Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"] = "petra"
     stages: AtLeastOne = 1
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from petra_zoo.errors import UserError
 from petra_zoo.training import build, recipe_validation
@@ -124,9 +123,13 @@ def test_trying_changes_nothing_in_the_working_directory(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["petra", "backprop", "reversible"])
-@pytest.mark.parametrize("name", list_recipes())
-def test_all_recipes_are_valid_under_the_method_and_its_controls(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "petra") for name in list_recipes()),
+        *((name, method) for name in list_recipes() if "18" in name for method in ("backprop", "reversible", "local")),
+    ],
+)
+def test_all_recipes_are_valid_and_the_smallest_networks_under_every_control(name: str, method: str) -> None:
     (verdict,) = validate_recipes(name, [f"method={method}", "device=cpu"])
     assert verdict.ok, verdict.reason
-    assert torch.is_grad_enabled()
