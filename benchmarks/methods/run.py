@@ -48,6 +48,7 @@ METHODS = {
     "petra, k = 4": ["method=petra", "accumulation_steps=4"],
     "dsp": ["method=dsp"],
     "delayed": ["method=delayed"],
+    "local": ["method=local"],
 }
 
 

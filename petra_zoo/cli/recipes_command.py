@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from petra_zoo.training.recipe import copy_recipe, list_recipes, load_recipe, recipe_text
+from petra_zoo.training.recipe_validation import validate_recipes
 
-app = typer.Typer(help="List, show and copy the recipes that come with the package.", no_args_is_help=True)
+app = typer.Typer(help="List, show, copy and try the recipes that come with the package.", no_args_is_help=True)
 
 _COLUMNS = ("model", "dataset", "method", "stages", "epochs")
 
@@ -50,3 +51,23 @@ def copy_command(
 ) -> None:
     """Copy a recipe to a file of your own."""
     typer.echo(str(copy_recipe(name, destination, force=force)))
+
+
+@app.command("validate")
+def validate_command(
+    pattern: Annotated[str, typer.Argument(help="Wildcards, such as 'cifar10/*', or a .yaml file.")] = "*",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipes'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Build all that recipes ask for, on small generated files, and make two updates with two images at a time."""
+    verdicts = []
+    for verdict in validate_recipes(pattern, overrides or []):
+        verdicts.append(verdict)
+        if not as_json:
+            typer.echo(f"ok      {verdict.recipe}" if verdict.ok else f"failed  {verdict.recipe}: {verdict.reason}")
+    if as_json:
+        typer.echo(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))
+    if not all(verdict.ok for verdict in verdicts):
+        raise typer.Exit(1)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from petra_zoo.reversible import Streams, Unit
+
 # Cost of a micro-batch in forwards of a unit: forward 1, recomputation 1, backward 2; the last stage keeps its graph.
 COST = 4.0
 COST_WITHOUT_RECOMPUTATION = 3.0
@@ -25,19 +27,23 @@ def count_operations(model: Any, input_size: tuple[int, int, int]) -> list[float
         model: a model with `units()`.
         input_size: [C, H, W] of an image.
     """
-    model = copy.deepcopy(model).to("meta").eval()
-    for module in model.modules():  # a user's hooks are for the model's own forward
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    streams: tuple[torch.Tensor, ...] = (torch.empty(1, *input_size, device="meta"),)
-    streams = (streams[0].to(next(model.parameters()).dtype),)
+    units, streams = on_meta(model, input_size)
     operations = []
     with torch.no_grad():
-        for unit in model.units():
+        for unit in units:
             with FlopCounterMode(display=False) as counter:
                 streams = unit(*streams)
             operations.append(float(counter.get_total_flops()))
     return operations
+
+
+def on_meta(model: Any, input_size: tuple[int, int, int]) -> tuple[list[Unit], Streams]:
+    """Units of a copy of the model on the meta device, in eval mode, and one image [1, C, H, W] for the first."""
+    model = copy.deepcopy(model).to("meta").eval()
+    for module in model.modules():  # a user's hooks are for the model's own forward
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return model.units(), (torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype),)
 
 
 def balance(

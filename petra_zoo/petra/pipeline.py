@@ -25,6 +25,7 @@ from petra_zoo.petra.ancestors import BufferedStage, GraphStage
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.gather import keep_only, whole_model
 from petra_zoo.petra.links import Links, Wire
+from petra_zoo.petra.local import LocalStage, output_widths
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.partition import (
     COST,
@@ -40,8 +41,8 @@ from petra_zoo.petra.profile import Profile
 from petra_zoo.petra.stage import Loss, Settings, Stage
 from petra_zoo.petra.world import World
 
-Method = Literal["petra", "dsp", "delayed", "backprop", "reversible"]
-METHODS: tuple[Method, ...] = ("petra", "dsp", "delayed", "backprop", "reversible")
+Method = Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"]
+METHODS: tuple[Method, ...] = ("petra", "dsp", "delayed", "local", "backprop", "reversible")
 EXACT: tuple[Method, ...] = ("backprop", "reversible")
 NamedParameters = list[tuple[str, nn.Parameter]]
 EVALUATION_TAG = 64
@@ -71,7 +72,8 @@ class Pipeline:
         stages: number of stages J; units are balanced by operation count, or by `costs`.
         split: units per stage, instead of balancing.
         method: ``'petra'``; its ancestors ``'dsp'`` (inputs buffered) and ``'delayed'`` (graph and parameters kept);
-            or the exact controls ``'backprop'`` and ``'reversible'``, which have no delay.
+            ``'local'``, where every stage learns from a loss of its own and no gradient travels down; or the exact
+            controls ``'backprop'`` and ``'reversible'``, which have no delay.
         accumulation_steps: k, gradients averaged per update.
         optimizer: called with a stage's [(full name in the model, parameter), ...], gives its optimizer.
         scheduler: called with a stage's optimizer, gives its schedule (torch's, or timm's with `step_update`). All
@@ -137,7 +139,7 @@ class Pipeline:
 
         @cache
         def costs() -> Costs:
-            keeps_graph = last_stage == "graph" and method not in ("delayed", "backprop")
+            keeps_graph = last_stage == "graph" and method not in ("delayed", "local", "backprop")
             if profile is not None:
                 return Costs(profile.costs(method), profile.costs(method, last_stage=last_stage == "graph"))
             return counted_costs(model, input_size, COST_WITHOUT_RECOMPUTATION / COST if keeps_graph else 1.0)
@@ -152,6 +154,7 @@ class Pipeline:
         if self.world.size > 1:
             mine = [i for j in self.owners[self.world.rank] for i in self.partition[j]]
             keep_only(units, mine, self.world.device)
+        self._widths = output_widths(model, input_size) if method == "local" else []
         names = {id(p): name for name, p in model.named_parameters()}
         self.stages: list[Stage] = []  # those of this rank
         for j in self.owners[self.world.rank]:
@@ -166,13 +169,15 @@ class Pipeline:
                 last=j == len(self.partition) - 1,
             )
             stage.across = self.world.across
+            if isinstance(stage, LocalStage):
+                names |= stage.auxiliary_names()
             own = [(names[id(p)], p) for group in stage.parameters for p in group]
             if own and optimizer is not None:
                 stage.optimizer = optimizer(own)
                 stage.scheduler = scheduler(stage.optimizer) if scheduler else None
             self.stages.append(stage)
         lowest = next(j for j, owned in enumerate(self.partition) if first_trainable in owned)
-        self.clock = Clock(len(self.partition), delayed=method not in EXACT, lowest=lowest)
+        self.clock = Clock(len(self.partition), method not in EXACT, backwards=method != "local", lowest=lowest)
         self.fed = 0
         self.wire, self.timeout = wire or Wire(), timeout
         self.links = self._make_links(self.wire)
@@ -183,6 +188,8 @@ class Pipeline:
             return BufferedStage(**kwargs)
         if self.method in ("delayed", "backprop"):
             return GraphStage(**kwargs, stash=self.method == "delayed")
+        if self.method == "local":
+            return LocalStage(**kwargs, widths=self._widths)
         return Stage(**kwargs)
 
     def _make_links(self, wire: Wire, tag: int = 0) -> Links:

@@ -7,6 +7,7 @@ received in its forward.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ class Probe:
         self.measurements: list[Measurement] = []
         self._batches: dict[int, Up] = {}
         self._inputs: dict[tuple[int, int], Streams] = {}
+        self._measured: Counter[int] = Counter()  # stages, by micro-batch
+        # Below the first unit that trains nothing goes backward.
+        self._backwards = sum(s.first_unit + len(s.units) > s.settings.first_trainable for s in self.stages)
 
     def saw_batch(self, up: Up) -> None:
         if up.micro_batch % self.every == 0:
@@ -68,9 +72,11 @@ class Probe:
         received = self._inputs.pop((stage.first_unit, micro_batch), None)
         if batch is None or received is None:
             return
-        if not stage.sends_gradients:  # the last backward of this micro-batch
-            del self._batches[micro_batch]
-        parameters = [p for group in stage.parameters for p in group]
+        self._measured[micro_batch] += 1
+        if self._measured[micro_batch] == self._backwards:
+            del self._batches[micro_batch], self._measured[micro_batch]
+        # Without the auxiliary head's, which the network's loss has no gradient for.
+        parameters = [p for group in stage.parameters[: len(stage.units)] for p in group]
         if not parameters:  # frozen, with something to train below
             return
         exact = self._exact_gradients(batch, parameters)

@@ -233,7 +233,7 @@ class _Inlet(_End):
         self._slots: list[list[Tensor]] = []
         self._posted: deque[_Posted] = deque()
         self._layout = torch.empty(LAYOUT_BYTES, dtype=torch.uint8)
-        self._first = self._irecv(self._layout, 0)
+        self._first: Any = None  # its receive; never posted where nothing comes, or it would take another link's
 
     def __str__(self) -> str:
         return (
@@ -243,6 +243,8 @@ class _Inlet(_End):
 
     def post(self, tick: int) -> None:
         """Posts the receive of the message that will be used in a tick."""
+        if self._first is None:
+            self._first = self._irecv(self._layout, 0)
         header = torch.empty(2, dtype=torch.int64)
         message = _Posted(tick, header, [self._irecv(header, 1)])
         self._posted.append(message)

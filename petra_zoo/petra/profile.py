@@ -35,6 +35,7 @@ WORK: dict[str, Work] = {
     "reversible": "reverse",
     "dsp": "rerun",
     "delayed": "graph",
+    "local": "graph",
     "backprop": "graph",
 }
 

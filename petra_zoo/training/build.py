@@ -40,8 +40,8 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
-    """The training and the validation split.
+def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the validation split; `verify` as in `open_dataset`.
 
     Raises:
         UserError: the data is missing or has more classes than the recipe says.
@@ -53,6 +53,7 @@ def open_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
             data_dir=recipe.data_dir,
             download=recipe.dataset_download,
             split_name=recipe.train_split if split == "train" else recipe.val_split,
+            verify=verify,
         )
         for split in ("train", "val")
     )
@@ -137,8 +138,8 @@ def data_config(recipe: Recipe, data: ImageDataset, model: Any) -> dict[str, Any
     native = data.image_size == size
     return {
         "input_size": (recipe.in_chans, size, size),
-        "mean": mean,
-        "std": std,
+        "mean": tuple(recipe.mean or mean),
+        "std": tuple(recipe.std or std),
         "interpolation": "bicubic" if recipe.interpolation == "random" else recipe.interpolation,
         "crop_pct": recipe.crop_pct or (1.0 if native else 0.875),
     }
@@ -177,6 +178,7 @@ def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters],
         )
     else:
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=skip)
+    in_model = {name for name, _ in model.named_parameters()}
     options: dict[str, Any] = dict(recipe.opt_kwargs)
     if recipe.opt_eps is not None:
         options["eps"] = recipe.opt_eps
@@ -186,6 +188,9 @@ def optimizer_factory(recipe: Recipe, model: Any) -> Callable[[NamedParameters],
     def make(named: NamedParameters) -> torch.optim.Optimizer:
         own = {id(p) for _, p in named}
         mine = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
+        auxiliary = [p for name, p in named if name not in in_model]  # of local learning
+        mine.append({"params": [p for p in auxiliary if p.ndim > 1]})
+        mine.append({"params": [p for p in auxiliary if p.ndim == 1], "weight_decay": 0.0})
         try:
             return create_optimizer_v2(
                 [group for group in mine if group["params"]],

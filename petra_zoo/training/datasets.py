@@ -29,6 +29,7 @@ def open_dataset(
     seed: int = 0,
     download: bool = False,
     split_name: str | None = None,
+    verify: bool = True,
 ) -> ImageDataset:
     """Opens one split of a data set.
 
@@ -40,6 +41,8 @@ def open_dataset(
         seed: What `shapes` and `synthetic` are drawn from. It belongs to the data, not to a run.
         download: Fetch missing files (CIFAR and timm's `torch/` names).
         split_name: What a timm data set calls this split; by default `train` or `validation`.
+        verify: Compare CIFAR's files with their published checksums. They are pickles: False only for files that this
+            program has written itself.
 
     Returns:
         The data set: RGB images and their labels, by index.
@@ -70,4 +73,4 @@ def open_dataset(
         return open_imagenet32(split, data_dir)
     if name == "folder":
         return FolderDataset(split, data_dir)
-    return open_cifar(name, split, data_dir, download=download)
+    return open_cifar(name, split, data_dir, download=download, verify=verify)

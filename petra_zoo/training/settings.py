@@ -82,6 +82,7 @@ class Recipe(Augmentation):
         link_timeout: Seconds that a message may take after the first tick.
         sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
         num_classes, img_size: None to take them from the data.
+        mean, std: Normalisation of images scaled to 0..1, one value per channel; None for the data set's own.
         train_split, val_split: What a data set opened through timm calls its splits.
         lr, lr_base: The learning rate, or the one that belongs to `lr_base_size` images per update; see
             `learning_rate`.
@@ -110,12 +111,14 @@ class Recipe(Augmentation):
     num_classes: AtLeastOne | None = None
     img_size: AtLeastOne | None = None
     in_chans: Literal[1, 3] = 3
+    mean: list[float] | None = None
+    std: list[Positive] | None = None
     batch_size: AtLeastOne = 128
     validation_batch_size: AtLeastOne | None = None
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
 
-    method: Literal["petra", "dsp", "delayed", "backprop", "reversible"] = "petra"
+    method: Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"] = "petra"
     stages: AtLeastOne = 1
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1
@@ -190,6 +193,9 @@ class Recipe(Augmentation):
             raise ValueError("lr and lr_base are both set; set one of them to null")
         if self.layer_decay is not None and self.sched == "none":
             raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.in_chans:
+                raise ValueError(f"{name}={values} has {len(values)} values; expected one per channel, {self.in_chans}")
         if self.split is not None and len(self.split) != self.stages:
             raise ValueError(
                 f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"

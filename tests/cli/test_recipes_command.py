@@ -73,3 +73,21 @@ def test_cp_overwrites_only_when_forced(tmp_path: Path) -> None:
     assert target.read_text() == "mine"
     run("cp", DIGITS, str(target), "--force")
     assert target.read_text() != "mine"
+
+
+def test_validate_says_ok_for_every_recipe_that_trains() -> None:
+    assert run("validate", "digits/*", "method=dsp") == f"ok      {DIGITS}\n"
+
+
+def test_validate_tells_the_reason_and_exits_with_1() -> None:
+    result = CliRunner().invoke(app, ["validate", "digits/*", "stages=15"])
+    assert result.exit_code == 1
+    assert result.output == f"failed  {DIGITS}: stages=15 does not fit a model of 14 units: choose 1 to 14\n"
+
+
+def test_validate_gives_json() -> None:
+    result = CliRunner().invoke(app, ["validate", "digits/*", "stages=15", "--json"])
+    assert result.exit_code == 1
+    (verdict,) = json.loads(result.output)
+    assert (verdict["recipe"], verdict["ok"]) == (DIGITS, False)
+    assert verdict["reason"].startswith("stages=15 does not fit")

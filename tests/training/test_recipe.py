@@ -26,8 +26,10 @@ def write(path: Path, text: str) -> str:
 def test_installed_recipes_are_listed_and_all_of_them_load() -> None:
     assert DIGITS in list_recipes()
     for name in list_recipes():
-        data = name.partition("/")[0]
-        assert load_recipe(name).dataset == data or data == "finetune"
+        data, _, model = name.partition("/")
+        recipe = load_recipe(name)
+        if data != "finetune":
+            assert (recipe.dataset, recipe.model) == ({"imagenet": "folder"}.get(data, data), model)
 
 
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
@@ -75,7 +77,7 @@ def test_unknown_setting_gives_the_nearest() -> None:
         ("lr=fast", "lr='fast': expected a valid number, unable to parse string as a number"),
         ("stages=0", "stages=0: expected greater than or equal to 1"),
         ("batch_size=1.5", "batch_size=1.5: expected a valid integer, got a number with a fractional part"),
-        ("method=foo", "method='foo': expected 'petra', 'dsp', 'delayed', 'backprop' or 'reversible'"),
+        ("method=foo", "method='foo': expected 'petra', 'dsp', 'delayed', 'local', 'backprop' or 'reversible'"),
         ("opt_betas=[0.9]", "opt_betas=[0.9]: entry 1: required, but not given"),
         ("decay_milestones=[1,x]", "decay_milestones=[1, 'x']: entry 1: expected a valid integer, unable to parse "
          "string as an integer"),
@@ -83,6 +85,8 @@ def test_unknown_setting_gives_the_nearest() -> None:
         ("data_dir=5", "data_dir=5: expected a path"),
         ("device=gpu", "device='gpu': expected text of the form '^(cpu|cuda(:[0-9]+)?)$'"),
         ("opt=sdg", "opt='sdg': expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw"),
+        ("mean=[0.5]", "mean=[0.5] has 1 values; expected one per channel, 3"),
+        ("std=[1,1,0]", "std=[1, 1, 0]: entry 2: expected greater than 0"),
         ("split=[1,2]", "split=[1, 2] has 2 entries; expected one per stage, stages=4"),
         ("epochs", "override 'epochs' is not KEY=VALUE, such as lr=0.1"),
     ],

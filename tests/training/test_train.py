@@ -65,6 +65,14 @@ def test_timm_loads_the_run_with_the_same_logits(tmp_path: Path) -> None:
     assert model.layer1.g() == 1.0
 
 
+def test_a_recipes_normalisation_replaces_the_datas_and_travels_with_the_model(tmp_path: Path) -> None:
+    result = quick(tmp_path, mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
+    config = json.loads((result.path / "config.json").read_text())["pretrained_cfg"]
+    assert (config["mean"], config["std"]) == ([0.1, 0.2, 0.3], [1, 2, 3])
+    again = evaluate_checkpoint(str(result.path), "synthetic:4x8")
+    assert again.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
+
+
 def test_the_same_recipe_gives_the_same_bits(tmp_path: Path) -> None:
     first = weights(quick(tmp_path / "a", drop_path=0.2))
     second = weights(quick(tmp_path / "b", drop_path=0.2))

@@ -1,0 +1,135 @@
+"""Trying recipes out: what is generated is read as the data set itself, and what is wrong is found."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petra_zoo.errors import UserError
+from petra_zoo.training import build, recipe_validation
+from petra_zoo.training.datasets import DataError, open_dataset
+from petra_zoo.training.generated_files import write_dataset
+from petra_zoo.training.recipe import Recipe, list_recipes, load_recipe
+from petra_zoo.training.recipe_validation import try_recipe, validate_recipes
+
+DIGITS = "digits/petra_revnet_tiny"
+TINY = {"model": "petra_revnet_tiny", "stages": 4, "warmup_epochs": 0, "epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "size"), [("cifar10", 10, 32), ("cifar100", 100, 32), ("imagenet32", 1000, 32)]
+)
+def test_generated_arrays_are_read_as_the_data_set(tmp_path: Path, name: str, classes: int, size: int) -> None:
+    assert write_dataset(name, tmp_path)
+    for split in ("train", "val"):
+        data = open_dataset(name, split, data_dir=tmp_path, verify=False)  # type: ignore[arg-type]
+        assert (data.num_classes, data.image_size) == (classes, size)
+        assert data[len(data) - 1][0].size == (size, size)
+
+
+def test_a_generated_image_folder_has_imagenets_classes_and_jpegs_of_another_shape(tmp_path: Path) -> None:
+    assert write_dataset("folder", tmp_path)
+    train, val = (open_dataset("folder", split, data_dir=tmp_path) for split in ("train", "val"))  # type: ignore[arg-type]
+    assert train.num_classes == val.num_classes == 1000
+    assert train.source(0).endswith(".JPEG")
+    width, height = train[0][0].size
+    assert width != height
+
+
+def test_data_without_files_of_a_known_format_is_left_alone(tmp_path: Path) -> None:
+    assert not write_dataset("digits", tmp_path)
+    assert not write_dataset("torch/image_folder", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_with_other_checksums_are_refused_where_they_are_verified(tmp_path: Path) -> None:
+    write_dataset("cifar10", tmp_path)
+    with pytest.raises(DataError, match="no complete cifar10"):
+        open_dataset("cifar10", "train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "imagenet32"])
+def test_a_recipe_is_tried_on_generated_files_not_on_its_own_data(dataset: str, tmp_path: Path) -> None:
+    try_recipe(Recipe(**TINY, dataset=dataset, data_dir=tmp_path / "nowhere", dataset_download=True, pretrained=True))
+
+
+@pytest.mark.parametrize("method", ["petra", "reversible", "backprop"])
+def test_two_updates_are_made_at_the_recipes_learning_rate(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    pipelines = []
+
+    def record(recipe: Recipe, *args: Any) -> Any:
+        pipelines.append((recipe, build.build_pipeline(recipe, *args)))
+        return pipelines[-1][1]
+
+    monkeypatch.setattr(recipe_validation, "build_pipeline", record)
+    recipe = load_recipe(DIGITS, [f"method={method}", "accumulation_steps=3", "opt=adamw"])
+    try_recipe(recipe)
+    ((tried, pipeline),) = pipelines
+    assert (pipeline.fed, pipeline.in_flight) == (6, 0)
+    steps = {int(s["step"]) for stage in pipeline.stages for s in stage.optimizer.state_dict()["state"].values()}
+    assert steps == {2}
+    assert (tried.batch_size, tried.learning_rate) == (2, recipe.learning_rate)
+
+
+def test_every_recipe_that_matches_gets_a_verdict() -> None:
+    names = [verdict.recipe for verdict in validate_recipes("*/petra_revnet_tiny", ["epochs=0"])]
+    assert names == [name for name in list_recipes() if name.endswith("/petra_revnet_tiny")]
+
+
+def test_a_file_is_tried_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("model: petra_revnet_tiny\ndataset: cifar10\nstages: 15\n")
+    (verdict,) = validate_recipes(str(path))
+    assert verdict.reason == "stages=15 does not fit a model of 14 units: choose 1 to 14"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model=petra_revnet_tinny"], "model 'petra_revnet_tinny' is unknown; nearest: petra_revnet_tiny"),
+        (["optt=sgd"], "unknown setting 'optt'; did you mean 'opt'?"),
+        (["opt_kwargs={x: 1}"], "optimizer 'sgd'"),
+        (["dataset=torch/nothing"], "timm cannot open data set 'torch/nothing'"),
+        (["lr=1e30"], "not finite"),
+        (["lr=1e-60", "warmup_epochs=0"], "no parameter of stage 0 changed in 2 updates"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_the_reason(overrides: list[str], reason: str) -> None:
+    (verdict,) = validate_recipes(DIGITS, overrides)
+    assert not verdict.ok
+    assert reason in str(verdict.reason)
+    assert "\n" not in str(verdict.reason)
+
+
+def test_a_bug_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("several\nlines")
+
+    monkeypatch.setattr(recipe_validation, "build_model", broken)
+    (verdict,) = validate_recipes(DIGITS)
+    assert verdict.reason == "RuntimeError: several lines"
+
+
+def test_a_pattern_without_a_recipe_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="no recipe matches 'cifra/"):
+        validate_recipes("cifra/*")
+
+
+def test_trying_changes_nothing_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try_recipe(Recipe(**TINY, dataset="cifar10"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, "petra") for name in list_recipes()),
+        *((name, method) for name in list_recipes() if "18" in name for method in ("backprop", "reversible", "local")),
+    ],
+)
+def test_all_recipes_are_valid_and_the_smallest_networks_under_every_control(name: str, method: str) -> None:
+    (verdict,) = validate_recipes(name, [f"method={method}", "device=cpu"])
+    assert verdict.ok, verdict.reason
