@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 from typer.main import get_command
 
 from petra_zoo.cli.main import app
@@ -11,11 +12,16 @@ from petra_zoo.cli.main import app
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for example in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL):
+        exec(compile(example, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("None") for line in lines] == [True, True, True, False, False, False, False, False]
+
+
+def test_the_number_of_pretrained_tags_is_right() -> None:
+    tags = [name for name in timm.list_models("petra_*", pretrained=True) if not name.startswith("petra_revnet_tiny")]
+    assert f"{len(tags)} tags of timm's ResNet weights" in README.read_text()
 
 
 def test_every_command_is_in_the_table() -> None:

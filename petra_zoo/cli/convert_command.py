@@ -10,6 +10,7 @@ import typer
 
 from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
 from petra_zoo.errors import UserError
+from petra_zoo.hub import push as publish
 
 
 def convert(
@@ -42,6 +43,9 @@ def convert(
     to_resnet: Annotated[
         bool, typer.Option("--to-resnet", help="The way back: a reversible network with coupling 0 as a plain ResNet.")
     ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Publish the converted network on the Hub as well.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a trained ResNet into a reversible network that predicts the same, and save it for timm."""
@@ -66,8 +70,9 @@ def convert(
         report=report,
         exact=exact,
     )
+    pushed = publish(output, push) if push else None
     if as_json:
-        typer.echo(json.dumps(done.as_dict()))
+        typer.echo(json.dumps({**done.as_dict(), **({"pushed": pushed.as_dict()} if pushed else {})}))
         return
     typer.echo(f"saved {done.output}: {done.architecture}")
     for run in done.runs:
@@ -82,6 +87,8 @@ def convert(
             typer.echo(f"  top-1  source {same.source_top1:.2f} %, converted {same.converted_top1:.2f} %")
     for file in done.report_files:
         typer.echo(f"  report {file}")
+    if pushed:
+        typer.echo(f"pushed {pushed.url}" if pushed.changed else f"nothing has changed since {pushed.url}: no commit")
     typer.echo(f"next: timm.create_model('local-dir:{done.output}', pretrained=True)")
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
+from petra_zoo.cli.main import run as command_line
 from petra_zoo.errors import UserError
 from petra_zoo.hub import push
 from tests.cli.test_main import petra_zoo
@@ -316,3 +317,14 @@ def test_another_network_than_the_zoos_is_refused(hub: LoopbackHub, tmp_path: Pa
     timm.models.save_for_hf(model, str(tmp_path / "resnet"), safe_serialization=True)
     with pytest.raises(UserError, match="not reversible"):
         push(tmp_path / "resnet", REPO)
+
+
+def test_convert_publishes_what_it_saved(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "source"), safe_serialization=True)
+    source, output = f"local-dir:{tmp_path / 'source'}", tmp_path / "converted"
+    with pytest.raises(SystemExit) as left:
+        command_line(["convert", source, "--output", str(output), "--coupling", "0", "--push", REPO])
+    assert left.value.code == 0
+    assert "pushed " in capsys.readouterr().out
+    weights = hf_hub_download(REPO, "model.safetensors")
+    assert Path(weights).read_bytes() == (output / "model.safetensors").read_bytes()
