@@ -43,22 +43,25 @@ nothing has changed there is no commit:
     petra-zoo push runs/digits {REPO}
 
 ## Load
-By `hf-hub:`, with a revision behind `@` if it is to stay the same, or by the network's name with the repository laid
-over what the name stands for:
+By `hf-hub:`, with a revision behind `@` if it is to stay the same, or by a network's name; an overlay puts a repository
+in the place of the weights that the name stands for (`file` are those that come with the package):
 
     python - <<'EOF'
         import petra_zoo
         import timm
         import torch
         model = timm.create_model("hf-hub:{REPO}@main", pretrained=True).eval()
-        by_name = timm.create_model("petra_revnet_tiny", pretrained=True, num_classes=10,
-                                    pretrained_cfg_overlay={{"hf_hub_id": "{REPO}"}}).eval()
+        overlay = {{"hf_hub_id": "{REPO}", "file": None}}
+        by_name = timm.create_model("petra_revnet_tiny", pretrained=True, pretrained_cfg_overlay=overlay).eval()
         images = torch.randn(2, *model.pretrained_cfg["input_size"])
         print(model.pretrained_cfg["label_names"], torch.equal(model(images), by_name(images)))
         EOF
 
 `petra-zoo list --pretrained` names the weights that a name alone loads, `petra-zoo info NAME.TAG` says where they come
-from.
+from:
+
+    petra-zoo info petra_revnet_tiny.digits
+    petra-zoo evaluate petra_revnet_tiny.digits --dataset digits
 
 ## Fine-tune
 A published checkpoint is where a recipe starts:
