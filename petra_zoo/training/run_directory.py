@@ -70,11 +70,14 @@ class RunDirectory:
             UserError: the disk is full or not writable; what was saved before is still there.
         """
         model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors' condition
+        words: dict[str, Any] = {"pretrained_cfg": {"tag": None}}  # else the tag of other weights: the architecture's
+        if len(class_names) == model.num_classes:
+            words["label_names"] = class_names
         with self._writing("model.safetensors"), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
             save_for_hf(
                 model,
                 new,
-                model_config={"label_names": class_names} if len(class_names) == model.num_classes else None,
+                model_config=words,
                 safe_serialization=True,
                 data_config=data_config,
             )

@@ -58,6 +58,7 @@ def test_timm_loads_the_run_with_the_same_logits(tmp_path: Path) -> None:
     config = json.loads((result.path / "config.json").read_text())
     assert config["architecture"] == "petra_revnet_tiny"
     assert config["pretrained_cfg"]["input_size"] == [3, 8, 8]
+    assert config["pretrained_cfg"]["tag"] is None, "not the tag of the weights that the architecture comes with"
     assert len(config["label_names"]) == 4
     again = evaluate_checkpoint(str(result.path), "synthetic:4x8")
     assert again.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
