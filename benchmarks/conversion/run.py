@@ -43,7 +43,7 @@ SEEDS = (0, 1, 2)
 TOLERANCE = 1e-4
 DATA: dict[str, dict[str, Any]] = {
     "digits": {"size": 8, "epochs": 12, "hflip": 0.0},
-    "shapes": {"size": 16, "epochs": 3, "hflip": 0.5},
+    "shapes": {"size": 16, "epochs": 15, "hflip": 0.5},
 }
 COUPLINGS: tuple[Any, ...] = ("auto", 1 / 8, 1 / 2, 1.0)
 MIB = 2**20

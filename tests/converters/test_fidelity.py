@@ -11,25 +11,18 @@ from tests.converters.networks import calibration, images, labelled, source, tra
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "top1", "agreement", "lost"),
-    [
-        ("digits", 5, 90, 98, (1, 2)),
-        # Half of what it predicts is wrong, and close to another class: agreement is lower there.
-        pytest.param("shapes", 4, 40, 90, (2, 4), marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
-    ],
+    ("name", "epochs"), [("digits", 5), pytest.param("shapes", 15, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
-def test_a_converted_network_predicts_what_its_source_predicts(
-    name: str, epochs: int, top1: float, agreement: float, lost: tuple[float, float]
-) -> None:
+def test_a_converted_network_predicts_what_its_source_predicts(name: str, epochs: int) -> None:
     network = trained(name, epochs)
     found = {}
     for coupling in ("auto", 1.0):
         model = convert(network, coupling=coupling, purpose="petra", calibration=calibration(name))
         found[coupling] = compare(network, model, labelled(name, "val"))
-    assert found["auto"].source_top1 > top1
-    assert found["auto"].agreement >= agreement
-    assert found["auto"].converted_top1 >= found["auto"].source_top1 - lost[0]
-    assert found[1.0].converted_top1 >= found[1.0].source_top1 - lost[1]
+    assert found["auto"].source_top1 > {"digits": 90, "shapes": 80}[name]
+    assert found["auto"].agreement >= 98
+    assert found["auto"].converted_top1 >= found["auto"].source_top1 - 1
+    assert found[1.0].converted_top1 >= found[1.0].source_top1 - 2
     assert found["auto"].logit_error < found[1.0].logit_error
     assert all(run.g > 0 and run.error <= 1e-4 for run in found["auto"].runs if run.blocks)
 

@@ -43,7 +43,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def finetune(networks: tuple[Path, Path], pictures: Path, output: Path, *settings: str) -> tuple[list[float], float]:
     """Couplings of the network that the recipe leaves, and its last training loss."""
     source, converted = networks
-    names = [f"model=local-dir:{converted}", f"kd_model_name=local-dir:{source}", f"output={output}"]
+    names = ["model=petra_revnet18", f"pretrained={converted}", f"kd_model_name={source}", f"output={output}"]
     done = petra_zoo("train", "finetune/convert", *names, f"data_dir={pictures}", *SETTINGS, *settings)
     assert done.returncode == 0, done.stderr
     model = timm.create_model(f"local-dir:{output}", pretrained=True)
@@ -82,7 +82,7 @@ def test_what_cannot_be_is_one_line(
     settings: list[str], message: str, networks: tuple[Path, Path], pictures: Path, tmp_path: Path
 ) -> None:
     source, converted = networks
-    names = [f"model=local-dir:{converted}", f"kd_model_name=local-dir:{source}", f"output={tmp_path / 'run'}"]
+    names = ["model=petra_revnet18", f"pretrained={converted}", f"kd_model_name={source}", f"output={tmp_path / 'run'}"]
     done = petra_zoo("train", "finetune/convert", *names, f"data_dir={pictures}", *SETTINGS, "stages=2", *settings)
     assert done.returncode == 2
     assert message in done.stderr
