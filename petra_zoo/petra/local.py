@@ -66,8 +66,9 @@ class LocalStage(Stage):
     def __init__(self, *args: Any, widths: Sequence[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sends_gradients = False
+        self.goes_backward = self.last or any(self.parameters)
         self.auxiliary: AuxiliaryHead | None = None
-        if self.last:
+        if self.last or not self.goes_backward:
             return
         like = next(p for unit in self.units for p in unit.parameters())
         with torch.random.fork_rng([]):  # the same head whichever process builds it, and whatever was drawn before
@@ -81,13 +82,13 @@ class LocalStage(Stage):
         named = () if self.auxiliary is None else self.auxiliary.named_parameters()
         return {id(p): f"auxiliary.{self.index}.{name}" for name, p in named}
 
-    @property
-    def keeps_received(self) -> bool:
+    def _keeps_input(self, i: int) -> bool:
         return False
 
     def forward(self, up: Up) -> Up:
-        """Forward, local loss and its gradients; the graph does not outlive the call."""
-        assert self.auxiliary is not None
+        """Forward, local loss and its gradients; the graph does not outlive the call. A frozen stage learns nothing."""
+        if self.auxiliary is None:
+            return super().forward(up)
         outputs = self._run(up)
         with torch.enable_grad(), self.surroundings(len(self.units), up.micro_batch, outputs[0].device):
             logits = self.auxiliary(*outputs)

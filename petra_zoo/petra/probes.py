@@ -56,8 +56,6 @@ class Probe:
         self._batches: dict[int, Up] = {}
         self._inputs: dict[tuple[int, int], Streams] = {}
         self._measured: Counter[int] = Counter()  # stages, by micro-batch
-        # Below the first unit that trains nothing goes backward.
-        self._backwards = sum(s.first_unit + len(s.units) > s.settings.first_trainable for s in self.stages)
 
     def saw_batch(self, up: Up) -> None:
         if up.micro_batch % self.every == 0:
@@ -73,7 +71,7 @@ class Probe:
         if batch is None or received is None:
             return
         self._measured[micro_batch] += 1
-        if self._measured[micro_batch] == self._backwards:
+        if self._measured[micro_batch] == sum(stage.goes_backward for stage in self.stages):
             del self._batches[micro_batch], self._measured[micro_batch]
         # Without the auxiliary head's, which the network's loss has no gradient for.
         parameters = [p for group in stage.parameters[: len(stage.units)] for p in group]

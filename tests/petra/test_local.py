@@ -137,6 +137,22 @@ def test_building_heads_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_frozen_stage_has_no_head_and_keeps_nothing() -> None:
+    model: Any = make_model()
+    for frozen in (model.conv1, model.bn1, model.layer2):
+        frozen.requires_grad_(False)
+    pipeline = make_local(model, UNITS)
+    with pipeline.probe() as probe:
+        run(pipeline, batches(3))
+    trains = [any(p.requires_grad for unit in stage.units for p in unit.parameters()) for stage in pipeline.stages]
+    assert len(heads(pipeline)) == sum(trains[:-1])
+    assert trains.count(False) == 4
+    assert not any(fifo for stage in pipeline.stages for fifo in stage.fifos)
+    assert len(probe.measurements) == 3 * trains.count(True)
+    assert not probe._batches
+    assert not probe._inputs
+
+
 def test_optimizers_get_the_heads_by_name_and_decay_their_weights_alone() -> None:
     model = make_model()
     recipe = load_recipe(DIGITS, ["method=local", "weight_decay=0.1"])
