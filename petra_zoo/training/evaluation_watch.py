@@ -61,6 +61,6 @@ class Watched:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an operation failed because there was no memory for its result; torch says so in two ways."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether an operation failed because there was no memory for its result; torch says so in several ways."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "could not create a primitive")  # oneDNN
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
