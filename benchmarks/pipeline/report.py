@@ -32,9 +32,9 @@ def _comparison(result: dict[str, Any]) -> str:
         f"one thread each, one interleaved run of {blocks} rounds with {s['updates']} updates of every contender, "
         "optimizer step included. The number of blocks was chosen so that whole units can be divided evenly both in "
         "halves and in PETRA's ratio of 3 to 4. m: micro-batches per update (k for ours). Capacity: two plain "
-        "backpropagations at once that do not know each other. Split: units of each process, by the contender's own cost. "
-        "Ratios are medians of ratios within a round. Live MiB: peak in each process, parameters and images apart; in parentheses "
-        "what petra-zoo plan predicts.",
+        "backpropagations at once that do not know each other. Split: units of each process, by the contender's own "
+        "cost. Ratios are medians of ratios within a round. Live MiB: peak in each process, parameters and images "
+        "apart; in parentheses what petra-zoo plan predicts.",
         "",
         "| contender | split | images/s best | median | over backprop | of capacity (best) | MiB, rank 0 | rank 1 |",
         "|---|---|---|---|---|---|---|---|",
