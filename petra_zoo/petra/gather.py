@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from petra_zoo.petra.process_links import wait_for
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import Unit
 
@@ -24,7 +26,9 @@ def keep_only(units: Sequence[Unit], own: Collection[int], device: torch.device)
         unit.to(device if i in own else "meta")
 
 
-def whole_model(model: Any, partition: Sequence[range], owners: Sequence[range], world: World) -> Any:
+def whole_model(
+    model: Any, partition: Sequence[range], owners: Sequence[range], world: World, timeout: float = 60.0
+) -> Any:
     """A complete copy of a model whose stages are spread over ranks, on the CPU.
 
     Args:
@@ -32,6 +36,10 @@ def whole_model(model: Any, partition: Sequence[range], owners: Sequence[range],
         partition: units of each stage.
         owners: stages of each rank.
         world: this rank's place.
+        timeout: seconds that one tensor may take.
+
+    Raises:
+        LinkError: a tensor did not arrive.
 
     Returns:
         The copy on the last rank, None on the others. Its modes are the model's.
@@ -42,7 +50,7 @@ def whole_model(model: Any, partition: Sequence[range], owners: Sequence[range],
     units = model.units()
     rank_of_unit = [rank for rank, stages in enumerate(owners) for j in stages for _ in partition[j]]
     rank_of = {id(x): rank_of_unit[i] for i, unit in enumerate(units) for x in _tensors(unit)}
-    found = {}
+    found, limit = {}, timedelta(seconds=timeout)
     for name, x in state.items():  # every rank has the same names in the same order
         rank = rank_of.get(id(x), world.size - 1)
         if rank == world.rank:
@@ -50,10 +58,12 @@ def whole_model(model: Any, partition: Sequence[range], owners: Sequence[range],
         if rank == world.size - 1:
             continue
         if rank == world.rank:
-            dist.send(found[name], world.peers[-1], world.up, TAG)
+            work = dist.isend(found[name], world.peers[-1], world.up, TAG)
+            wait_for(work, limit, f"rank {world.peers[-1]} did not take {name} from rank {world.peers[rank]}")
         elif world.last:
             found[name] = torch.empty(x.shape, dtype=x.dtype)
-            dist.recv(found[name], world.peers[rank], world.up, TAG)
+            work = dist.irecv(found[name], world.peers[rank], world.up, TAG)
+            wait_for(work, limit, f"rank {world.peers[-1]} waits for {name} from rank {world.peers[rank]}")
     if not world.last:
         return None
     whole = copy.deepcopy(model).to_empty(device="cpu")

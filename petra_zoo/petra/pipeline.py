@@ -195,7 +195,8 @@ class Pipeline:
     def _make_links(self, wire: Wire, tag: int = 0) -> Links:
         if self.world.size == 1:
             return Links(wire)
-        return ProcessLinks(wire, self.world, self.owners[self.world.rank], self.timeout, tag)
+        running = tag == EVALUATION_TAG and self.fed > 0
+        return ProcessLinks(wire, self.world, self.owners[self.world.rank], self.timeout, tag, running)
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -384,7 +385,7 @@ class Pipeline:
         Every rank calls it.
         """
         model = model or self.model
-        return whole_model(model, self.partition, self.owners, self.world)
+        return whole_model(model, self.partition, self.owners, self.world, self.timeout)
 
     @contextmanager
     def probe(self, every: int = 1) -> Iterator[Probe]:

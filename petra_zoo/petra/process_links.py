@@ -35,9 +35,12 @@ class ProcessLinks(Links):
         owned: its stages.
         timeout: how long a message may take once the first tick is over, in seconds.
         tag: keeps these messages apart from those of other `ProcessLinks` (of an evaluation).
+        running: whether the first tick is over: the timeout holds from the first message on.
     """
 
-    def __init__(self, wire: Wire, world: World, owned: range, timeout: float, tag: int = 0) -> None:
+    def __init__(
+        self, wire: Wire, world: World, owned: range, timeout: float, tag: int = 0, running: bool = False
+    ) -> None:
         super().__init__(wire)
         self.world, self.owned = world, owned
         below, above = world.rank - 1, world.rank + 1
@@ -45,6 +48,9 @@ class ProcessLinks(Links):
         self._from_above = _Inlet(world, above, "down", owned[-1], timeout, tag) if not world.last else None
         self._to_above = _Outlet(world, above, "up", owned[-1] + 1, timeout, tag) if not world.last else None
         self._to_below = _Outlet(world, below, "down", owned[0] - 1, timeout, tag) if not world.first else None
+        for end in (self._from_below, self._from_above, self._to_above, self._to_below):
+            if end:
+                end.running = running
 
     def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
         self.finish()  # before the buffers that were sent from are received into
@@ -154,13 +160,21 @@ class _End:
         Raises:
             LinkError: it did not end in time, or the other rank has gone.
         """
-        try:
-            work.wait(self.timeout if self.running else max(self.timeout, START_TIMEOUT))
-        except RuntimeError as error:
-            reason = str(error)
-            late = "imed out" in reason
-            what = f"nothing within {self.timeout.total_seconds():g} s" if late else "that rank has gone"
-            raise LinkError(f"{self}: {what} ({reason.strip().splitlines()[0][:160]})") from error
+        wait_for(work, self.timeout if self.running else max(self.timeout, START_TIMEOUT), self)
+
+
+def wait_for(work: Any, timeout: timedelta, what: object) -> None:
+    """Waits for a send or a receive.
+
+    Raises:
+        LinkError: it did not end in time, or the other rank has gone; says what it was.
+    """
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        reason = str(error)
+        how = f"nothing within {timeout.total_seconds():g} s" if "imed out" in reason else "that rank has gone"
+        raise LinkError(f"{what}: {how} ({reason.strip().splitlines()[0][:160]})") from error
 
 
 class _Outlet(_End):

@@ -156,13 +156,15 @@ def test_killing_a_worker_ends_all_others(victim: int, tmp_path: Path) -> None:
 
 
 @needs_proc
+@pytest.mark.slow  # a stopped process does not hear that it is to end: the launcher kills it after 30 seconds
 def test_a_stage_that_hangs_is_named_with_the_message_that_is_missing(tmp_path: Path) -> None:
     with start_three("link_timeout=4", f"output={tmp_path / 'run'}") as launcher:
         workers = workers_of(launcher.pid)
         os.kill(workers[1], signal.SIGSTOP)
         said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1
-    assert re.search(
-        r"rank (0|2): stage \d \(rank \d\) .* the (up|down) message of tick \d+ (from|of).*: nothing within 4 s", said
+    # Usually a message of a tick; while the model is put together for saving, one of its tensors.
+    assert re.search(r"rank (0|2): .*(stage \d \(rank \d\)|rank 2) .* (rank 1|rank 0).*: nothing within 4 s", said), (
+        said
     )
     assert gone(workers.values())
