@@ -48,12 +48,16 @@ class ProcessLinks(Links):
         self._from_above = _Inlet(world, above, "down", owned[-1], timeout, tag) if not world.last else None
         self._to_above = _Outlet(world, above, "up", owned[-1] + 1, timeout, tag) if not world.last else None
         self._to_below = _Outlet(world, below, "down", owned[0] - 1, timeout, tag) if not world.first else None
-        for end in (self._from_below, self._from_above, self._to_above, self._to_below):
-            if end:
-                end.running = running
+        ends = (self._from_below, self._from_above, self._to_above, self._to_below)
+        self._ends = [end for end in ends if end]
+        for end in self._ends:
+            end.running = running
 
     def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
         self.finish()  # before the buffers that were sent from are received into
+        if any(end.running for end in self._ends):  # the other ranks have begun as well
+            for end in self._ends:
+                end.running = True
         if self._from_below and self.owned[0] in ups:
             self._from_below.post(tick)
         if self._from_above and self.owned[-1] in downs:
