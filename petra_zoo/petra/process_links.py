@@ -158,6 +158,17 @@ class _End:
         """Layouts of the tensors that a message has."""
         return [layout for layout in self.layouts or [] if layout]
 
+    def begin(self, operation: Any, x: Tensor, part: int) -> Any:
+        """Begins a send or a receive.
+
+        Raises:
+            LinkError: the other rank has gone.
+        """
+        try:
+            return operation(x, self.address, self.group, self.tag + part)
+        except RuntimeError as error:
+            raise LinkError(f"{self}: that rank has gone ({str(error).strip().splitlines()[0][:160]})") from error
+
     def wait(self, work: Any) -> None:
         """Waits for a send or a receive.
 
@@ -230,7 +241,7 @@ class _Outlet(_End):
         self._flying.clear()
 
     def _isend(self, x: Tensor, part: int) -> None:
-        self._flying.append((dist.isend(x, self.address, self.group, tag=self.tag + part), x))
+        self._flying.append((self.begin(dist.isend, x, part), x))
 
 
 @dataclass
@@ -303,4 +314,4 @@ class _Inlet(_End):
         return x.to(layout.dtype)
 
     def _irecv(self, x: Tensor, part: int) -> Any:
-        return dist.irecv(x, self.address, self.group, tag=self.tag + part)
+        return self.begin(dist.irecv, x, part)
