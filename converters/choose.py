@@ -19,7 +19,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer, PetraRevNet
 from petra_zoo.models.branch_scaling import scale_branches
 from petra_zoo.models.petra_revnet import LAYERS
-from petra_zoo.reversible import CoupledUnit, Streams, frozen_statistics
+from petra_zoo.reversible import CoupledUnit, Streams, untouched
 
 from .statistics import batch_statistics
 
@@ -86,7 +86,7 @@ def couple_layers(
     inputs = _stem(model, images)
     for name, wanted in zip(LAYERS, coupling, strict=True):
         layer: CoupledLayer = getattr(model, name)
-        blocks = len(layer) - layer.first_reversible
+        blocks = len(layer.in_run())
         layer, run = _choose(name, layer, inputs, candidates(wanted, blocks, purpose), tolerance)
         setattr(model, name, layer)
         runs.append(run)
@@ -120,7 +120,7 @@ def measure(model: PetraRevNet, images: Tensor) -> list[Run]:
     for name in LAYERS:
         layer: CoupledLayer = getattr(model, name)
         error = _Trial(layer, inputs).error(layer.anchor_every)
-        runs.append(Run(name, len(layer) - layer.first_reversible, layer.g(), layer.anchor_every, error))
+        runs.append(Run(name, len(layer.in_run()), layer.g(), layer.anchor_every, error))
         inputs = _behind(name, layer, inputs)
     return runs
 
@@ -128,7 +128,7 @@ def measure(model: PetraRevNet, images: Tensor) -> list[Run]:
 def _choose(
     name: str, layer: CoupledLayer, inputs: list[Tensor], couplings: Sequence[float], tolerance: float
 ) -> tuple[CoupledLayer, Run]:
-    blocks = len(layer) - layer.first_reversible
+    blocks = len(layer.in_run())
     for g in couplings:
         coupled = copy.deepcopy(layer)
         coupled.set_coupling(g)
@@ -143,7 +143,7 @@ def _choose(
 
 
 def _anchor(name: str, layer: CoupledLayer, trial: _Trial, tolerance: float) -> Run:
-    blocks = len(layer) - layer.first_reversible
+    blocks = len(layer.in_run())
     for anchor_every in (0, *reversed(range(1, blocks))):
         error = trial.error(anchor_every, tolerance)
         if error <= tolerance:
@@ -158,14 +158,14 @@ class _Trial:
     def __init__(self, layer: CoupledLayer, inputs: list[Tensor]) -> None:
         self._layer = layer
         self._forwards: list[tuple[bool, list[Streams]]] = []
-        units = layer.units("layer", lambda h: h)
+        units, _ = layer.units("layer", lambda h: h)
         self._units = [unit for unit in units if isinstance(unit, CoupledUnit) and unit.reversible]
         if not self._units:
             return
         for training, h in enumerate(inputs):
             streams: Streams = (layer.enter(h),)
             states = [streams]
-            with batch_statistics(layer, bool(training)), frozen_statistics(layer), torch.no_grad():
+            with batch_statistics(layer, bool(training)), untouched(layer), torch.no_grad():
                 for unit in units:
                     streams = unit(*streams)
                     states.append(streams)
@@ -202,7 +202,7 @@ def _stem(model: PetraRevNet, images: Tensor) -> list[Tensor]:
     modules = torch.nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
     inputs = []
     for training in (False, True)[: min(2, len(images))]:
-        with batch_statistics(modules, training), frozen_statistics(modules), torch.no_grad():
+        with batch_statistics(modules, training), untouched(modules), torch.no_grad():
             inputs.append(modules(images.to(like.device, like.dtype)))
     return inputs
 
@@ -210,7 +210,7 @@ def _stem(model: PetraRevNet, images: Tensor) -> list[Tensor]:
 def _behind(name: str, layer: CoupledLayer, inputs: list[Tensor]) -> list[Tensor]:
     outputs = []
     for training, h in enumerate(inputs):
-        with batch_statistics(layer, bool(training)), frozen_statistics(layer), torch.no_grad():
+        with batch_statistics(layer, bool(training)), untouched(layer), torch.no_grad():
             outputs.append(layer(h))
         if not torch.isfinite(outputs[-1]).all():
             raise UserError(

@@ -10,8 +10,6 @@ is 1.3 to 2.5 times as large (1.0 to 1.5 times after batch-norm statistics are e
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import EcaModule, GroupNorm, SEModule
 from torch import nn
@@ -34,8 +32,9 @@ def branch_scales(layer: CoupledLayer, g: float) -> dict[str, float]:
     """
     factor = 1.0 + g
     scales: dict[str, float] = {}
-    for i in range(layer.first_reversible, len(layer)):
-        block: Any = layer[i]
+    for i, block, _, in_run, _ in layer.positions():
+        if not in_run:
+            continue
         name = "bn3" if hasattr(block, "bn3") else "bn2"
         norm, gate = getattr(block, name), block.se
         if type(norm) not in _NORMS or norm.weight is None or norm.bias is None:

@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
-from timm.models import register_notrace_function
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.reversible import (
+    COUPLING_STEPS,
     CoupledUnit,
     FunctionUnit,
     Streams,
     Unit,
     advance,
     as_stream,
+    as_weights,
     backpropagate,
+    check_range,
     couple,
     merge,
+    nearest_coupling,
+    readable,
     snap,
 )
 
-# Both look at a tensor's type or values: torch.fx must not trace into them.
-register_notrace_function(as_stream)
-register_notrace_function(snap)
-
-COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
+# They look at a tensor's type or values: torch.fx must not trace into them.
+torch.fx.wrap("as_stream")
+torch.fx.wrap("check_range")
+torch.fx.wrap("snap")
 
 
 class CoupledBasicBlock(BasicBlock):
-    """timm's BasicBlock as a coupled block: takes an activation h, gives the sum before the activation behind it."""
+    """timm's BasicBlock as a coupled block.
+
+    Called with an activation alone it is timm's block. In a run with a coupling it gives the sum *before* the
+    activation behind it, the stream b'.
+    """
 
     def branch(self, h: Tensor) -> Tensor:
         """F(h): everything before the addition."""
-        x = self.act1(self.drop_block(self.bn1(self.conv1(h.to(self.conv1.weight.dtype)))))
+        x = self.act1(self.drop_block(self.bn1(self.conv1(h))))
         if self.aa is not None:
             x = self.aa(x)
         x = self.bn2(self.conv2(x))
@@ -50,27 +59,42 @@ class CoupledBasicBlock(BasicBlock):
         """The activation behind the block."""
         return self.act2(b)
 
-    def shortcut(self, h: Tensor) -> Tensor:
-        """What is added to the branch where the block changes resolution or width."""
+    def step(self, x: Tensor, g: float = 0.0, grid: float = 0.0) -> Tensor:
+        """(1 - g) * shortcut(x) + F(x), as a stream, from the activation x."""
+        if torch.jit.is_scripting():
+            h = x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
+        else:
+            h = as_weights(x, self)
+        shortcut = x
         if self.downsample is not None:
-            return self.downsample(h.to(self.conv1.weight.dtype))
-        return h
+            shortcut = self.downsample(h)
+        step = advance(as_stream(shortcut), self.branch(h), g)
+        return snap(step, grid) if grid > 0.0 else step
 
     def forward(self, x: Tensor, a: Optional[Tensor] = None, g: float = 0.0, grid: float = 0.0) -> Tensor:  # noqa: UP045
-        """b' from the activation x and, inside a run, the stream a (TorchScript: hence Optional)."""
-        f = self.branch(x)
-        step = advance(as_stream(self.shortcut(x), self.conv1.weight), f, 0.0 if a is None else g)
-        if grid > 0.0:
-            step = snap(step, grid)
-        return step if a is None else couple(step, a, g)
+        """The block's output as a stream.
+
+        Args:
+            x: the activation h [B, C, H, W].
+            a: inside a run behind its first block, the stream a (TorchScript: hence Optional).
+            g: the coupling of the block's run. At 0 the output is the activation that timm's block gives; above, b'.
+            grid: > 0 for exact inversion.
+        """
+        if a is None:
+            b = self.step(x, 0.0, grid)
+        else:
+            b = couple(self.step(x, g, grid), a, g)
+            if grid > 0.0 and not torch.jit.is_scripting():
+                check_range(b, grid)
+        return self.activate(b) if is_zero(g) else b
 
 
 class CoupledBottleneck(Bottleneck):
-    """timm's Bottleneck as a coupled block: takes an activation h, gives the sum before the activation behind it."""
+    """timm's Bottleneck as a coupled block; see `CoupledBasicBlock`."""
 
     def branch(self, h: Tensor) -> Tensor:
         """F(h): everything before the addition."""
-        x = self.act1(self.bn1(self.conv1(h.to(self.conv1.weight.dtype))))
+        x = self.act1(self.bn1(self.conv1(h)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         if self.aa is not None:
             x = self.aa(x)
@@ -85,8 +109,13 @@ class CoupledBottleneck(Bottleneck):
         """The activation behind the block."""
         return self.act3(b)
 
-    shortcut = CoupledBasicBlock.shortcut
+    step = CoupledBasicBlock.step
     forward = CoupledBasicBlock.forward
+
+
+def is_zero(g: float) -> bool:
+    """Whether g is 0 for certain: a coupling that cannot be read may be anything."""
+    return not isinstance(g, Tensor) and g == 0.0
 
 
 CoupledBlock = CoupledBasicBlock | CoupledBottleneck
@@ -117,12 +146,24 @@ def couple_block(block: nn.Module) -> nn.Module:
     return block
 
 
+class Position(NamedTuple):
+    """A block's part in its layer."""
+
+    name: str
+    block: Any
+    coupled: bool  # takes and gives streams; any other module (Identity, a block of one's own) takes and gives h
+    in_run: bool  # has an inverse where g > 0; a coupled block that is not in a run opens the layer
+    run_index: int  # 0: starts its run
+
+
 class CoupledLayer(nn.Sequential):
     """A ResNet layer whose blocks, behind the down-sampling one, form a run of coupled blocks.
 
     Takes and gives activations [B, C, H, W], like timm's layers: the run starts and ends inside. In train mode it
     stores no activations inside the run (see `memory`). The coupling is a buffer, in the state dict as ``coupling``;
-    a state dict without one is a plain ResNet's and sets it to 0.
+    a state dict without one is a plain ResNet's and sets it to 0. Blocks may be removed, replaced, appended and sliced
+    like those of timm's layers: what is no coupled block (`couple_block` makes one) counts as a unit without an
+    inverse, and ends the run before it.
 
     Args:
         blocks: timm BasicBlocks or Bottlenecks; they are turned into their coupled form in place.
@@ -136,8 +177,6 @@ class CoupledLayer(nn.Sequential):
 
         def __getattr__(self, name: str) -> Any: ...
 
-        def __getitem__(self, idx: Any) -> Any: ...
-
         def __iter__(self) -> Iterator[CoupledBlock]: ...
 
     def __init__(
@@ -149,109 +188,196 @@ class CoupledLayer(nn.Sequential):
         grid: float = 0.0,
     ) -> None:
         super().__init__(*(couple_block(block) for block in blocks))
-        starts = behind_stem and self[0].downsample is None and _idempotent(self[0].activate)
-        self.first_reversible = 0 if starts else 1
-        self.last = len(self) - 1
+        # Whether block 0 is in the run (TorchScript: an attribute).
+        self.starts = behind_stem and self[0].downsample is None and _idempotent(self[0].activate)
         self.anchor_every = anchor_every
         self.grid = grid
         self.memory: Memory = "reversible"
         self.asked_for = coupling
-        weight = self[0].conv1.weight
-        value = check_coupling(1.0 if coupling is None else coupling)
-        self.register_buffer("coupling", torch.full((), value, device=weight.device, dtype=weight.dtype))
-        self._g, self._read = value, (self.coupling, self.coupling._version)
+        self._read: Any = None  # a weak reference to the buffer that `_g` was read from, and its version
+        self._g = check_coupling(1.0 if coupling is None else coupling)
+        weight = next(self.parameters())
+        self.register_buffer("coupling", torch.full((), self._g, device=weight.device, dtype=weight.dtype))
+
+    # -- the coupling ---------------------------------------------------------------------------------------------
 
     @torch.jit.unused
     def g(self) -> float:
-        """The coupling as a number, read back from the buffer only when the buffer has changed."""
+        """The coupling as a number, read back from the buffer only when the buffer has changed.
+
+        Raises:
+            ValueError: the buffer's value is not between 0 and 1.
+        """
         buffer = self.coupling
-        if (
-            not isinstance(buffer, Tensor) or buffer.is_meta or torch.compiler.is_compiling()
-        ):  # traced: a torch.fx.Proxy
+        if buffer.is_meta:
             return self._g
-        version = -1 if buffer.is_inference() else buffer._version
-        if buffer is not self._read[0] or version != self._read[1]:
-            self._g, self._read = check_coupling(float(buffer)), (buffer, version)
+        known = self._read
+        if known is None or buffer.is_inference() or known[0]() is not buffer or known[1] != buffer._version:
+            self._g = nearest_coupling(float(buffer))
+            self._read = None if buffer.is_inference() else (weakref.ref(buffer), buffer._version)
         return self._g
 
+    @torch.jit.unused
+    def _coupling_now(self) -> Any:
+        """g as a number where it can be read, else as a tensor.
+
+        A compiled, traced or exported network reads the buffer each time it runs; torch.func's transforms put tensors
+        in the buffer's place that have no single value.
+        """
+        buffer = self.coupling
+        if readable(buffer) or buffer.is_meta:
+            return self.g()
+        g = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+        return torch.round(g * COUPLING_STEPS) / COUPLING_STEPS
+
+    @torch.jit.unused
     def set_coupling(self, g: float) -> None:
         """Sets g, a multiple of 1/256 in [0, 1]."""
         with torch.no_grad():
             self.coupling.fill_(check_coupling(g))
 
+    @torch.jit.unused
+    def reset_coupling(self) -> None:
+        """Sets g as a newly built layer has it."""
+        self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if not self.coupling.is_meta:
+            self.g()  # on the meta device it could not be read any more
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_read": None}
+
+    def __getitem__(self, idx: Any) -> Any:
+        """A block, or a slice as a layer that shares blocks and coupling with this one."""
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        part: CoupledLayer = copy.copy(self)  # shares the dict of buffers: its coupling stays this layer's
+        part._modules = dict(list(self._modules.items())[idx])
+        part.starts = self.starts and len(part) > 0 and part[0] is self[0]
+        return part
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
     def forward(self, h: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            g = float(self.coupling)
+            g = float(torch.round(self.coupling.float() * 256.0)) / 256.0
         else:
             if saves_memory(self, h):
                 return self._forward_units(h)
-            g = self.g()
-        a: Optional[Tensor] = None  # noqa: UP045 - TorchScript
-        b = h
+            g = self._coupling_now()
+        return self._forward_plainly(h, g)
+
+    def _forward_plainly(self, h: Tensor, g: float) -> Tensor:
+        """The blocks one after the other, as ordinary operations; the one copy of the loop that TorchScript has."""
+        dtype = h.dtype
+        b = as_stream(h)
+        if self.grid > 0.0 and self.starts:
+            b = snap(b, self.grid)
+        h = b
+        a: Optional[Tensor] = None  # noqa: UP045 - TorchScript; inside a run, the stream a and act(a)
+        h_before: Optional[Tensor] = None  # noqa: UP045
         for i, block in enumerate(self):
-            if i == 0:  # the same as `enter`, which TorchScript cannot call here
-                b = as_stream(h, block.conv1.weight)
-                if self.grid > 0.0 and self.first_reversible == 0:
-                    b = snap(b, self.grid)
+            if hasattr(block, "branch"):
+                in_run = block.downsample is None and (i > 0 or self.starts)
+                if not in_run and h_before is not None:
+                    h = merge(h, h_before, g)
+                    a = None
+                    h_before = None
+                out = block(h, a, g, self.grid)
+                if is_zero(g):
+                    b = out
+                    h = out
+                else:
+                    if in_run:
+                        a = b
+                        h_before = h
+                    b = out
+                    h = block.activate(b)
+            else:
+                if h_before is not None:
+                    h = merge(h, h_before, g)
+                    a = None
+                    h_before = None
+                if torch.jit.is_scripting():
+                    b = as_stream(block(h.to(dtype)))
+                else:
+                    b = as_stream(block(as_weights(h, block)))
                 h = b
-            entering = b
-            b = block(h, a, g, self.grid)
-            if g > 0.0 and i >= self.first_reversible:
-                a = entering
-            h = block.activate(b)
-            if i == self.last:
-                if a is not None:
-                    h = merge(h, block.activate(a), g)
-                h = h.to(block.conv1.weight.dtype)
-        return h
+        if h_before is not None:
+            h = merge(h, h_before, g)
+        if torch.jit.is_scripting():
+            return h.to(dtype)
+        else:
+            return as_weights(h, self)
 
     @torch.jit.unused
     def _forward_units(self, h: Tensor) -> Tensor:
-        units = [*self.units("layer", lambda h: h), FunctionUnit("merge", lambda *streams: (self.merge(streams),), {})]
+        units, leave = self.units("layer", _same)
+        units.append(FunctionUnit("merge", lambda *streams: (leave(*streams),), {}))
         return backpropagate(units, (self.enter(h),), reconstruct=self.memory == "reversible")[0]
 
     @torch.jit.unused
     def enter(self, h: Tensor) -> Tensor:
         """The stream b that an activation becomes in front of the layer."""
-        b = as_stream(h, self[0].conv1.weight)
-        return snap(b, self.grid) if self.grid > 0.0 and self.first_reversible == 0 else b
+        b = as_stream(h)
+        return snap(b, self.grid) if self.grid > 0.0 and self.starts else b
+
+    # -- units ----------------------------------------------------------------------------------------------------
 
     @torch.jit.unused
-    def merge(self, streams: Streams) -> Tensor:
-        """The activation [B, C, H, W] that the layer hands on, from the streams behind its last block."""
-        last = self[self.last]
-        h = last.activate(streams[0])
-        if len(streams) == 2:
-            h = merge(h, last.activate(streams[1]), self.g())
-        return h.to(last.conv1.weight.dtype)
+    def positions(self) -> list[Position]:
+        """The blocks' parts, as the layer stands now."""
+        found: list[Position] = []
+        run_index = -1
+        for i, (name, block) in enumerate(self._modules.items()):
+            coupled = hasattr(block, "branch")
+            in_run = coupled and block.downsample is None and (i > 0 or self.starts)
+            run_index = run_index + 1 if in_run else -1
+            found.append(Position(name, block, coupled, in_run, max(0, run_index)))
+        return found
 
     @torch.jit.unused
-    def units(self, name: str, enter: Callable[..., Tensor]) -> list[Unit]:
+    def in_run(self) -> list[int]:
+        """Indices of the blocks that have an inverse where g > 0."""
+        return [i for i, position in enumerate(self.positions()) if position.in_run]
+
+    @torch.jit.unused
+    def units(self, name: str, enter: Callable[..., Tensor]) -> tuple[list[Unit], Callable[..., Tensor]]:
         """The layer's blocks as units.
 
         Args:
             name: the layer's name in its model.
             enter: what the first unit applies to the streams it gets (the merge of the layer before).
+
+        Returns:
+            The units, and what turns the last one's streams into the activation [B, C, H, W] that the layer hands on.
         """
         units: list[Unit] = []
-        for i, block in enumerate(self):
-            if i < self.first_reversible:
-                units.append(FunctionUnit(f"{name}.{i}", _opening(block, enter, self.grid), {"block": block}))
-                continue
-            run_index = i - self.first_reversible
-            units.append(
-                CoupledUnit(
-                    f"{name}.{i}",
+        before = enter  # from the streams in front of a block to its h
+        for key, block, coupled, in_run, run_index in self.positions():
+            unit = f"{name}.{key}"
+            if in_run:
+                coupled_unit = CoupledUnit(
+                    unit,
                     block,
                     branch=block.branch,
-                    activate=enter if i == 0 else self[i - 1].activate,
+                    activate=before.behind if isinstance(before, _Merge) and run_index > 0 else before,
                     coupling=self.g,
                     starts=run_index == 0,
                     anchor=self.anchor_every > 0 and run_index > 0 and run_index % self.anchor_every == 0,
                     grid=self.grid,
                 )
-            )
-        return units
+                units.append(coupled_unit)
+                before = _Merge(block.activate, coupled_unit.activate, self.g)
+            elif coupled:
+                units.append(FunctionUnit(unit, _opening(block, before, self.grid), {"block": block}))
+                before = block.activate
+            else:
+                units.append(FunctionUnit(unit, _foreign(block, before), {"block": block}))
+                before = _same
+        return units, lambda *streams: as_weights(before(*streams), self)
 
     def _load_from_state_dict(
         self,
@@ -265,10 +391,20 @@ class CoupledLayer(nn.Sequential):
     ) -> None:
         key = prefix + "coupling"
         if key not in state_dict and any(name.startswith(prefix) for name in state_dict):
-            state_dict[key] = torch.zeros_like(self.coupling)  # a plain ResNet's layer: the ResNet's function
-        if self.asked_for is not None and key in state_dict and float(state_dict[key]) != self.asked_for:
+            # A plain ResNet's layer: the ResNet's function. On the weights' device: with assign=True it stays there.
+            like = next(value for name, value in state_dict.items() if name.startswith(prefix))
+            state_dict[key] = torch.zeros((), device=like.device, dtype=self.coupling.dtype)
+        g = None
+        if key in state_dict and not state_dict[key].is_meta:
+            try:  # an average of state dicts: off by a rounding error, or between two couplings
+                g = nearest_coupling(float(state_dict[key]))
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
+                return
+            state_dict[key] = torch.full_like(state_dict[key], g)
+        if self.asked_for is not None and g is not None and g != self.asked_for:
             error_msgs.append(
-                f"{key} is {float(state_dict[key]):g} in the checkpoint (0: a plain ResNet), but the model was built "
+                f"{key} is {g:g} in the checkpoint (0: a plain ResNet), but the model was built "
                 f"with coupling={self.asked_for:g}: leave coupling out, or convert the checkpoint"
             )
             return
@@ -288,8 +424,40 @@ def check_coupling(g: float) -> float:
     return float(g)
 
 
-def _opening(block: nn.Module, enter: Callable[..., Tensor], grid: float) -> Callable[..., Streams]:
-    return lambda *streams: (block(enter(*streams), None, 0.0, grid),)
+def _opening(block: Any, enter: Callable[..., Tensor], grid: float) -> Callable[..., Streams]:
+    return lambda *streams: (block.step(enter(*streams), 0.0, grid),)
+
+
+def _foreign(block: nn.Module, enter: Callable[..., Tensor]) -> Callable[..., Streams]:
+    def function(*streams: Tensor) -> Streams:
+        h = enter(*streams)
+        # A block that writes into its argument must not write into a stream.
+        return (as_stream(block(as_weights(h.clone() if h is streams[0] else h, block))),)
+
+    return function
+
+
+def _same(*streams: Tensor) -> Tensor:
+    return streams[0]
+
+
+class _Merge:
+    """The end of a run: from the streams behind a block of it to the activation h.
+
+    Args:
+        behind: the activation behind the block.
+        in_front: the one in front of it, which made h of the stream that is now a.
+        coupling: reads g.
+    """
+
+    def __init__(
+        self, behind: Callable[[Tensor], Tensor], in_front: Callable[..., Tensor], coupling: Callable[[], float]
+    ) -> None:
+        self.behind, self.in_front, self.coupling = behind, in_front, coupling
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        h = self.behind(streams[0])
+        return h if len(streams) == 1 else merge(h, self.in_front(streams[1]), self.coupling())
 
 
 def _idempotent(activate: Callable[[Tensor], Tensor]) -> bool:

@@ -83,7 +83,7 @@ def create_meta(name: str) -> Any:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
     model: Any = timm.create_model(name, device="meta")
     if tag and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):  # a ResNet's, coupled while they load
-        coupling = [run_coupling(len(layer) - layer.first_reversible) for layer in model.coupled_layers()]
+        coupling = [run_coupling(len(layer.in_run())) for layer in model.coupled_layers()]
         model = timm.create_model(name, device="meta", coupling=coupling)
         couple_weights({}, model)  # sets the anchors
     return model

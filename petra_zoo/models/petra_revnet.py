@@ -7,7 +7,7 @@ timm's weights of the ResNet and couples them while they load (`resnet_weights.p
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,13 @@ class PetraRevNet(MemoryModes, ResNet):
         for layer, g in zip(self.coupled_layers(), values, strict=False):
             layer.set_coupling(g)
 
+    @torch.jit.ignore
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """timm's initialisation; couplings become those of a newly built model."""
+        super().init_weights(*args, **kwargs)
+        for layer in self.coupled_layers():
+            layer.reset_coupling()
+
     def units(self) -> list[Unit]:
         """Stem, blocks and head, in the order in which they run.
 
@@ -131,20 +138,23 @@ class PetraRevNet(MemoryModes, ResNet):
         """
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
         units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
-        enter = _same
+        leave: Callable[..., Tensor] = _same  # from the streams behind a layer to the activation it hands on
         for name in LAYERS:
             layer = getattr(self, name)
             if isinstance(layer, CoupledLayer):
-                units += layer.units(name, enter)
-                enter = _merge_of(layer)
+                of_layer, leave = layer.units(name, leave)
+                units += of_layer
+            elif not isinstance(layer, nn.Identity):  # somebody's own: a unit without an inverse
+                units.append(FunctionUnit(name, _whole(layer, leave), {name: layer}))
+                leave = _same
         head = {"global_pool": self.global_pool, "fc": self.fc}
-        units.append(FunctionUnit("head", lambda *streams: (self.forward_head(enter(*streams)),), head))
+        units.append(FunctionUnit("head", lambda *streams: (self.forward_head(leave(*streams)),), head))
         return units
 
     def _stem(self, x: Tensor) -> Streams:
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        layers = self.coupled_layers()
-        return (layers[0].enter(x),) if layers else (x,)
+        layer = self.layer1
+        return (layer.enter(x),) if isinstance(layer, CoupledLayer) else (x,)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
@@ -161,8 +171,12 @@ def _same(*streams: Tensor) -> Tensor:
     return streams[0]
 
 
-def _merge_of(layer: CoupledLayer) -> Any:
-    return lambda *streams: layer.merge(streams)
+def _whole(layer: nn.Module, enter: Callable[..., Tensor]) -> Callable[..., Streams]:
+    def function(*streams: Tensor) -> Streams:
+        h = enter(*streams)
+        return (layer(h.clone() if h is streams[0] else h),)  # it may write into its argument, not into a stream
+
+    return function
 
 
 def _one_per_layer(value: Any, name: str) -> list[Any]:

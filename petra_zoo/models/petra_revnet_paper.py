@@ -17,11 +17,21 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from petra_zoo.models.memory_modes import MemoryModes, saves_memory
-from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit, as_stream, backpropagate
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit, as_stream, as_weights, backpropagate
 
 __all__ = ["PetraPaperRevNet"]
 
 WIDTHS = (64, 128, 256, 512)
+
+torch.fx.wrap("as_stream")  # it looks at a tensor's type: torch.fx must not trace into it
+
+
+def _in_weights_type(self: Any, x: Tensor) -> Tensor:
+    """x in the type of the module's weights: a method of the modules below."""
+    if torch.jit.is_scripting():
+        return x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
+    else:
+        return as_weights(x, self)
 
 
 class PaperBasicBlock(nn.Module):
@@ -38,8 +48,10 @@ class PaperBasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, **dd)
 
     def branch(self, b: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(b.to(self.conv1.weight.dtype))))
+        x = F.relu(self.bn1(self.conv1(self.in_weights_type(b))))
         return F.relu(self.bn2(self.conv2(x)))
+
+    in_weights_type = _in_weights_type
 
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return self.branch(b) + a, b
@@ -60,11 +72,12 @@ class PaperBasicDown(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, **dd)
         self.downsample = _projection(width_in, width, stride, dd)
 
+    in_weights_type = _in_weights_type
+
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = self.conv1.weight.dtype
-        h = F.relu(self.bn1(self.conv1(b.to(dtype))))
-        out = F.relu(self.bn2(self.conv2(h))) + self.downsample(a.to(dtype))
-        return as_stream(out, self.conv1.weight), as_stream(h, self.conv1.weight)
+        h = F.relu(self.bn1(self.conv1(self.in_weights_type(b))))
+        out = F.relu(self.bn2(self.conv2(h))) + self.downsample(self.in_weights_type(a))
+        return as_stream(out), as_stream(h)
 
 
 class PaperBottleneck(nn.Module):
@@ -81,9 +94,11 @@ class PaperBottleneck(nn.Module):
         _bottleneck_branch(self, width, width // self.expansion, width, 1, {"device": device, "dtype": dtype})
 
     def branch(self, b: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(b.to(self.conv1.weight.dtype))))
+        x = F.relu(self.bn1(self.conv1(self.in_weights_type(b))))
         x = F.relu(self.bn2(self.conv2(x)))
         return F.relu(self.bn3(self.conv3(x)))
+
+    in_weights_type = _in_weights_type
 
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return self.branch(b) + a, b
@@ -103,13 +118,14 @@ class PaperBottleneckDown(nn.Module):
         self.downsample = _projection(width_in, width, stride, dd)
         self.downsample_b = _projection(width_in, width, stride, dd)
 
+    in_weights_type = _in_weights_type
+
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = self.conv1.weight.dtype
-        b, a = b.to(dtype), a.to(dtype)
+        b, a = self.in_weights_type(b), self.in_weights_type(a)
         x = F.relu(self.bn1(self.conv1(b)))
         x = F.relu(self.bn2(self.conv2(x)))
         out = F.relu(self.bn3(self.conv3(x))) + self.downsample(a)
-        return as_stream(out, self.conv1.weight), as_stream(self.downsample_b(b), self.conv1.weight)
+        return as_stream(out), as_stream(self.downsample_b(b))
 
 
 def _projection(width_in: int, width: int, stride: int, dd: dict[str, Any]) -> nn.Sequential:
@@ -322,12 +338,14 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
     def _stem(self, x: Tensor) -> Streams:
         return self._split(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
 
+    in_weights_type = _in_weights_type
+
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        b, a = as_stream(x, self.conv1.weight).chunk(2, dim=1)
+        b, a = as_stream(x).chunk(2, dim=1)
         return b, a
 
     def _join(self, b: Tensor, a: Tensor) -> Tensor:
-        return torch.cat([b, a], dim=1).to(self.conv1.weight.dtype)
+        return self.in_weights_type(torch.cat([b, a], dim=1))
 
 
 def _identity(x: Tensor) -> Tensor:

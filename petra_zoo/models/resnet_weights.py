@@ -75,7 +75,7 @@ def couple_weights(weights: dict[str, Tensor], model: PetraRevNet, *, anchor: bo
     anchors = []
     for name in layers:
         layer: Any = model.get_submodule(name)
-        blocks = len(layer) - layer.first_reversible
+        blocks = len(layer.in_run())
         g = run_coupling(blocks) if layer.asked_for is None else layer.asked_for
         coupled[f"{name}.coupling"] = torch.tensor(g)
         for key, factor in (branch_scales(layer, g) if g > 0.0 else {}).items():

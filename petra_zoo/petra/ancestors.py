@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.stage import Stage, leaves
-from petra_zoo.reversible import Streams, frozen_statistics
+from petra_zoo.reversible import Streams
 
 
 class BufferedStage(Stage):
@@ -40,7 +40,7 @@ class BufferedStage(Stage):
         inputs = leaves(kept, needs_gradient=self.sends_gradients)
         with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
-                stack.enter_context(frozen_statistics(unit))
+                stack.enter_context(unit.untouched())
             outputs = self.evaluate(inputs, down.micro_batch)
         gradients, found = self._vector_jacobian(outputs, down.gradients, inputs)
         return self._finish_backward(down.micro_batch, kept, gradients, found)
@@ -137,6 +137,6 @@ class GraphStage(Stage):
         self.graphs = deque()
         with ExitStack() as stack:  # the forward that built these graphs has updated the statistics already
             for unit in self.units:
-                stack.enter_context(frozen_statistics(unit))
+                stack.enter_context(unit.untouched())
             for micro_batch, inputs, index in state["graphs"]:
                 self.graphs.append(self._build(micro_batch, tuple(x.clone() for x in inputs), versions[index]))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from petra_zoo.petra.messages import Up
 from petra_zoo.petra.stage import Stage
-from petra_zoo.reversible import Streams, Unit, frozen_statistics
+from petra_zoo.reversible import Streams, Unit
 from petra_zoo.reversible.unit import gradients_of
 
 
@@ -100,7 +100,7 @@ class Probe:
         streams = batch.streams
         with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
-                stack.enter_context(frozen_statistics(unit))
+                stack.enter_context(unit.untouched())
             for stage in self.stages:
                 streams = stage.evaluate(streams, batch.micro_batch)
         logits = streams[0]

@@ -1,13 +1,25 @@
 """The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
 
 from petra_zoo.reversible.backprop import backpropagate, segments
-from petra_zoo.reversible.coupling import advance, as_stream, couple, merge, snap, uncouple
+from petra_zoo.reversible.coupling import (
+    COUPLING_STEPS,
+    advance,
+    as_stream,
+    check_range,
+    couple,
+    merge,
+    nearest_coupling,
+    readable,
+    snap,
+    uncouple,
+)
 from petra_zoo.reversible.memory import LiveBytes
 from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
-from petra_zoo.reversible.statistics import frozen_statistics
-from petra_zoo.reversible.unit import CoupledUnit, FunctionUnit, Reversal, Streams, Unit
+from petra_zoo.reversible.state import untouched
+from petra_zoo.reversible.unit import CoupledUnit, FunctionUnit, Reversal, Streams, Unit, as_weights
 
 __all__ = [
+    "COUPLING_STEPS",
     "CoupledUnit",
     "FunctionUnit",
     "LiveBytes",
@@ -16,13 +28,17 @@ __all__ = [
     "Unit",
     "advance",
     "as_stream",
+    "as_weights",
     "backpropagate",
+    "check_range",
     "couple",
-    "frozen_statistics",
     "has_hooks",
     "merge",
+    "nearest_coupling",
     "needs_plain_path",
+    "readable",
     "segments",
     "snap",
     "uncouple",
+    "untouched",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from petra_zoo.reversible.replay import Replay
+from petra_zoo.reversible.state import Held
 from petra_zoo.reversible.unit import Streams, Unit
 
 
@@ -47,19 +48,22 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
         The last unit's output.
     """
     for segment in segments(units, reconstruct):
-        parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in segment]
+        held = [Held(unit.state) for unit in segment]
+        parameters = [h.trainable() for h in held]
         flat = [p for group in parameters for p in group]
         reverse = reconstruct and segment[0].reversible
-        streams = _Segment.apply(segment, [len(group) for group in parameters], reverse, len(streams), *streams, *flat)
+        streams = _Segment.apply(
+            segment, held, [len(group) for group in parameters], reverse, len(streams), *streams, *flat
+        )
     return streams
 
 
 class _Segment(torch.autograd.Function):
-    """One segment. Its tensor inputs are the streams, then the parameters of the units in order."""
+    """One segment. Its tensor inputs are the streams, then what wants gradients of the units, in their order."""
 
     @staticmethod
     def forward(
-        ctx: Any, units: list[Unit], parameter_counts: list[int], reverse: bool, width: int, *tensors: Tensor
+        ctx: Any, units: list[Unit], held: list[Held], counts: list[int], reverse: bool, width: int, *tensors: Tensor
     ) -> Streams:
         streams, parameters = tensors[:width], tensors[width:]
         device = streams[0].device
@@ -70,14 +74,14 @@ class _Segment(torch.autograd.Function):
             if not reverse or (i > 0 and unit.anchor):
                 ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
                 kept.extend(streams)
-            with Replay.recording(unit, device) as replay:
+            with Replay.recording(held[i], device) as replay:
                 streams = unit(*streams)
             ctx.replays.append(replay)
         if reverse:
             kept.extend(streams)
-        ctx.units, ctx.parameter_counts, ctx.reverse, ctx.width = units, parameter_counts, reverse, width
-        # Not through save_for_backward: the primitives need the parameters themselves, not what a hook unpacks.
-        ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
+        ctx.units, ctx.counts, ctx.reverse, ctx.width = units, counts, reverse, width
+        # Not through save_for_backward: the primitives need the very objects, not what a hook unpacks.
+        ctx.parameters = parameters
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return streams
@@ -89,28 +93,30 @@ class _Segment(torch.autograd.Function):
                 "reversible backpropagation cannot be differentiated twice: "
                 "drop create_graph=True, or call model.set_memory('plain') first"
             )
-        if ctx.versions != [p._version for p in ctx.parameters]:
-            raise RuntimeError(
-                "a parameter was modified in place between forward and backward: the recomputation would see other "
-                "weights than the forward did; call backward() before optimizer.step()"
-            )
+        for replay in ctx.replays:
+            if (name := replay.held.modified()) is not None:
+                raise RuntimeError(
+                    f"a parameter or buffer ({name}) was modified in place between forward and "
+                    "backward: the recomputation would see other values than the forward did; call backward() before "
+                    "optimizer.step()"
+                )
         kept, parameters = ctx.saved_tensors, list(ctx.parameters)
         streams: Streams = kept[-2:] if ctx.reverse else ()
         parameter_gradients: list[Tensor | None] = []
         for i in reversed(range(len(ctx.units))):
             unit: Any = ctx.units[i]
-            count = ctx.parameter_counts[i]
+            count = ctx.counts[i]
             own = parameters[len(parameters) - count :]
             del parameters[len(parameters) - count :]
-            with ctx.replays[i](unit):
+            with ctx.replays[i]():
                 if ctx.reverse:
                     reversal = unit.reverse(streams, gradients, own)
                 else:
                     inputs = kept[ctx.anchors[i]]
-                    needs_input = any(ctx.needs_input_grad[4 : 4 + ctx.width])
+                    needs_input = any(ctx.needs_input_grad[5 : 5 + ctx.width])
                     reversal = unit.recompute(inputs, gradients, own, needs_input)
             streams, gradients = reversal.inputs, reversal.input_gradients
             if i in ctx.anchors:
                 streams = kept[ctx.anchors[i]]
             parameter_gradients[:0] = reversal.parameter_gradients
-        return None, None, None, None, *gradients, *parameter_gradients
+        return None, None, None, None, None, *gradients, *parameter_gradients

@@ -1,7 +1,7 @@
 """What a second evaluation of a unit must replay so that it computes what the first one did.
 
-A recomputation in the backward pass has to see the same generator states (dropout, stochastic depth), the same
-autocast settings and the same train or eval mode, and it must not update batch-norm running statistics again.
+A recomputation in the backward pass has to see the same tensors in the unit's modules (`state.py`), the same generator
+states (dropout, stochastic depth), the same autocast settings and the same train or eval mode.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.reversible.state import Held
 from petra_zoo.reversible.statistics import RememberStatistics, Statistics, UseStatistics
 
 
@@ -37,6 +38,7 @@ def set_generator_states(states: dict[str, Tensor]) -> None:
 class Replay:
     """The surroundings of one evaluation of a unit, to be recreated for a later one."""
 
+    held: Held
     modes: list[bool]
     autocast: list[tuple[str, torch.dtype, bool]]
     generators: dict[str, Tensor]
@@ -44,26 +46,34 @@ class Replay:
 
     @classmethod
     @contextmanager
-    def recording(cls, module: nn.Module, device: torch.device) -> Iterator[Replay]:
-        """Around the first evaluation."""
+    def recording(cls, held: Held, device: torch.device) -> Iterator[Replay]:
+        """Around the first evaluation.
+
+        Args:
+            held: what the unit holds, taken before the evaluation.
+            device: of its streams.
+        """
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
         generators = generator_states(device)
         with RememberStatistics() as remembered:
             replay = cls(
-                [m.training for m in module.modules()],
+                held,
+                [m.training for m in held.state.modules],
                 [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds],
                 generators,
                 remembered.statistics,
             )
             yield replay
+        held.evaluated()
         now = generator_states(device)
         if all(torch.equal(state, now[name]) for name, state in generators.items()):
             replay.generators = {}  # the unit drew no random number
 
     @contextmanager
-    def __call__(self, module: nn.Module) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         """Inside, the unit computes what it computed then; outside, nothing has changed."""
         with ExitStack() as stack:
+            stack.enter_context(self.held.state.holding(self.held.tensors))
             stack.enter_context(UseStatistics(self.statistics))
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
@@ -72,7 +82,7 @@ class Replay:
                 outside = {name: generator_states(torch.device(name))[name] for name in self.generators}
                 stack.callback(set_generator_states, outside)
                 set_generator_states(self.generators)
-            modules = list(module.modules())
+            modules = self.held.state.modules
             outside_modes = [m.training for m in modules]
             if outside_modes != self.modes:
                 stack.callback(_set_modes, modules, outside_modes)

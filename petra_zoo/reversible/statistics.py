@@ -1,41 +1,22 @@
 """Batch-norm statistics in a second evaluation of a unit.
 
-Running statistics belong to the first evaluation: a recomputation touches no buffer (`frozen_statistics`). Where it
-recomputes with the same parameters, the batch statistics are known as well: the forward remembers mean and inverse
-standard deviation, a few numbers per channel, and the recomputation only applies them. On the CPU that gives the same
-bits at an eighth of the cost of a train-mode batch norm, which is what reversible backpropagation pays most for after
-the convolutions.
+A recomputation with the same parameters knows the batch statistics: the forward remembers mean and inverse standard
+deviation, a few numbers per channel, and the recomputation only applies them. On the CPU that gives the same bits at an
+eighth of the cost of a train-mode batch norm, which is what reversible backpropagation pays most for after the
+convolutions. (Running statistics belong to the first evaluation: `state.py`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Statistics = list[tuple[Tensor, Tensor]]  # mean and inverse standard deviation of each batch norm, in order of calls
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalisation layers in train mode use batch statistics and touch no buffer.
-
-    The layer's own switch `track_running_stats` does exactly this for every batch norm of torch and timm,
-    SyncBatchNorm included, and leaves layers in eval mode (running statistics) as they are.
-    """
-    frozen: list[Any] = [m for m in module.modules() if m.training and getattr(m, "track_running_stats", False)]
-    for m in frozen:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in frozen:
-            m.track_running_stats = True
 
 
 class RememberStatistics(TorchFunctionMode):

@@ -6,14 +6,15 @@ A unit takes streams and gives streams; the stem takes images, the head gives lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible.coupling import advance, couple, snap, uncouple
-from petra_zoo.reversible.statistics import frozen_statistics
+from petra_zoo.reversible.coupling import advance, check_range, couple, snap, uncouple
+from petra_zoo.reversible.state import ModuleState
 
 Streams = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
@@ -39,6 +40,18 @@ class Unit(nn.Module):
         super().__init__()
         self.name = name
         self.anchor = anchor
+        self._state: ModuleState | None = None
+
+    @property
+    def state(self) -> ModuleState:
+        """Where the unit's modules keep tensors; found at the first use and then known."""
+        if self._state is None:
+            self._state = ModuleState(self)
+        return self._state
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Inside, evaluating the unit changes no buffer (batch norms in train mode use batch statistics)."""
+        return self.state.untouched()
 
     @property
     def reversible(self) -> bool:
@@ -52,7 +65,7 @@ class Unit(nn.Module):
         self,
         inputs: Streams,
         output_gradients: Gradients,
-        parameters: list[nn.Parameter],
+        parameters: Sequence[Tensor],
         needs_input_gradient: bool = True,
     ) -> Reversal:
         """Backwards through the unit from its *input*: one more evaluation, statistics untouched.
@@ -64,7 +77,7 @@ class Unit(nn.Module):
             needs_input_gradient: False for the stem, whose input is data.
         """
         leaves = tuple(x.detach().requires_grad_(needs_input_gradient and x.is_floating_point()) for x in inputs)
-        with torch.enable_grad(), frozen_statistics(self):
+        with torch.enable_grad(), self.untouched():
             outputs = self(*leaves)
         wanted = [x for x in leaves if x.requires_grad]
         gradients = gradients_of(outputs, output_gradients, [*wanted, *parameters])
@@ -141,14 +154,16 @@ class CoupledUnit(Unit):
             b_out = self._step(b, 0.0)
         else:
             b_out = couple(self._step(b, g), streams[1], g)
+            if self.grid:
+                check_range(b_out, self.grid)
         return (b_out, b) if g > 0.0 else (b_out,)
 
     def _step(self, b: Tensor, g: float) -> Tensor:
         h = self.activate(b)
-        step = advance(h, self.branch(h), g)
+        step = advance(h, self.branch(as_weights(h, self.block)), g)
         return snap(step, self.grid) if self.grid else step
 
-    def reverse(self, outputs: Streams, output_gradients: Gradients, parameters: list[nn.Parameter]) -> Reversal:
+    def reverse(self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor]) -> Reversal:
         """Backwards through the block from its *output*, with a single evaluation of F.
 
         The primitive of reversible backpropagation and of PETRA: F's graph is built once, its value inverts the
@@ -163,7 +178,7 @@ class CoupledUnit(Unit):
         b_out, a_out = outputs
         d_b_out, d_a_out = output_gradients
         b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
-        with torch.enable_grad(), frozen_statistics(self):
+        with torch.enable_grad(), self.untouched():
             step = self._step(b, 0.0 if self.starts else g)
         d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
         if d_a_out is not None:
@@ -175,7 +190,13 @@ class CoupledUnit(Unit):
         return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
 
 
-def gradients_of(outputs: Streams, output_gradients: Gradients, wanted: list[Tensor]) -> Gradients:
+def as_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """x in the type of a module's weights, whatever wraps them; as it is where there are none."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return x if weight is None else x.to(weight.dtype)
+
+
+def gradients_of(outputs: Streams, output_gradients: Gradients, wanted: Sequence[Tensor]) -> Gradients:
     """The vector-Jacobian product of outputs with respect to the wanted tensors; None counts as zero, both ways."""
     pairs = [(y, d) for y, d in zip(outputs, output_gradients, strict=True) if d is not None and y.requires_grad]
     if not pairs or not wanted:

@@ -61,9 +61,9 @@ class CouplingSchedule:
                     f"coupling_epochs={epochs}: the network is built with coupling={layer.asked_for:g}, which would "
                     "contradict what is saved: leave coupling out of model_kwargs, or set coupling_epochs=0"
                 )
-            if layer.g() == 0.0 and len(layer) - layer.first_reversible > SHORT_RUN:
+            if layer.g() == 0.0 and len(layer.in_run()) > SHORT_RUN:
                 raise UserError(
-                    f"coupling_epochs={epochs}: layer{i + 1} has {len(layer) - layer.first_reversible} reversible "
+                    f"coupling_epochs={epochs}: layer{i + 1} has {len(layer.in_run())} reversible "
                     "blocks and coupling 0; a first step away from 0 could not be inverted over so many: convert the "
                     "network with --for petra, or set coupling_epochs=0"
                 )
@@ -82,7 +82,7 @@ class CouplingSchedule:
         for model in models:
             for start, layer in zip(self.starts, model.coupled_layers(), strict=True):
                 g = self.coupling(start, epoch)
-                if g != layer.g() and len(layer) > layer.first_reversible:
+                if g != layer.g() and layer.in_run():
                     move_coupling(layer, g)
 
 

@@ -7,6 +7,7 @@ import torch
 from petra_zoo.converters import compare, convert
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.branch_scaling import branch_scales
 from tests.converters.networks import calibration, images, labelled, source, trained
 
 
@@ -31,9 +32,10 @@ def test_scaling_the_branch_that_starts_a_run_is_closer_to_the_source(monkeypatc
     from petra_zoo.converters import choose
 
     def all_but_the_start(layer, g, scale=choose.scale_branches) -> None:  # type: ignore[no-untyped-def]
-        layer.first_reversible += 1
         scale(layer, g)
-        layer.first_reversible -= 1
+        for key, factor in branch_scales(layer, g).items():
+            if layer.in_run() and key.startswith(f"{layer.in_run()[0]}."):
+                layer.get_parameter(key).data.div_(factor)
 
     network = trained("digits", 5)
     scaled = compare(network, convert(network, coupling=0.25), labelled("digits", "val"))

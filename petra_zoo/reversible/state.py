@@ -1,0 +1,153 @@
+"""What the modules of a unit hold, so that a second evaluation sees what the first one saw and leaves no trace.
+
+Two things may differ between a unit's forward and its recomputation. Other tensors may stand in the module
+(`torch.func.functional_call` puts its own there for the length of a call), and buffers may have moved on: batch-norm
+statistics, the vectors of a spectral norm, counters. Which buffers can move is known from the modules' types when the
+state is built:
+
+* the batch norms of torch and timm: in train mode they use batch statistics and only *update* the running ones. Their
+  own switch, `track_running_stats`, keeps them from it, and nothing is copied;
+* modules without buffers: nothing;
+* all others: a copy from before the evaluation, for as long as the evaluation turns out to have changed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_KNOWN = ("torch.nn.modules.", "timm.layers.")  # batch norms whose forward is known to heed track_running_stats
+_SWITCHED = ("running_mean", "running_var", "num_batches_tracked")
+
+Slot = tuple[Any, str]  # a module's _parameters or _buffers, and a name in it
+
+
+class ModuleState:
+    """The places where a module and its sub-modules keep tensors; built once, as long as no sub-module is replaced.
+
+    Args:
+        module: a unit, or any other module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        named = dict(module.named_modules())
+        self.modules = list(named.values())
+        self.norms: list[Any] = [m for m in self.modules if _updates_by_a_switch(m)]
+        parameters = [(path, m, m._parameters, name) for path, m in named.items() for name in m._parameters]
+        buffers = [(path, m, m._buffers, name) for path, m in named.items() for name in m._buffers]
+        self.slots: list[Slot] = [(tensors, name) for _, _, tensors, name in [*parameters, *buffers]]
+        self.names = [f"{path}.{name}".lstrip(".") for path, _, _, name in [*parameters, *buffers]]
+        # By index of slot: parameters, the norms' statistics, and buffers that only a copy can keep.
+        self.parameters = range(len(parameters))
+        self.statistics: dict[int, nn.Module] = {}
+        self.others: list[int] = []
+        for i, (_, m, _, name) in enumerate(buffers, start=len(parameters)):
+            if name in _SWITCHED and _updates_by_a_switch(m):
+                self.statistics[i] = m
+            else:
+                self.others.append(i)
+
+    def tensors(self) -> list[Tensor | None]:
+        """What stands in the slots now: the objects themselves."""
+        return [tensors.get(name) for tensors, name in self.slots]
+
+    def used_statistics(self) -> list[int]:
+        """Slots of the statistics that an evaluation reads now instead of updating them: norms in eval mode.
+
+        The counter `num_batches_tracked` among them tells of updates: torch's kernel does not count as a modification
+        of the running mean and variance.
+        """
+        return [i for i, norm in self.statistics.items() if not norm.training]
+
+    @contextmanager
+    def holding(self, tensors: Sequence[Tensor | None]) -> Iterator[None]:
+        """Inside, the given tensors stand in the slots; outside, what stood there before."""
+        now = self.tensors()
+        changed = [i for i, (mine, given) in enumerate(zip(now, tensors, strict=True)) if mine is not given]
+        for i in changed:
+            self._put(i, tensors[i])
+        try:
+            yield
+        finally:
+            for i in changed:
+                self._put(i, now[i])
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Inside, evaluations use batch statistics where they would anyway, and no buffer is changed by them."""
+        norms = [m for m in self.norms if m.training and m.track_running_stats]
+        for m in norms:
+            m.track_running_stats = False
+        before = {i: x for i in self.others if (x := self.slots[i][0].get(self.slots[i][1])) is not None}
+        for i, x in before.items():
+            self._put(i, x.clone())
+        try:
+            yield
+        finally:
+            for i, x in before.items():
+                self._put(i, x)
+            for m in norms:
+                m.track_running_stats = True
+
+    def _put(self, i: int, x: Tensor | None) -> None:
+        tensors, name = self.slots[i]
+        tensors[name] = x
+
+
+class Held:
+    """The tensors that one evaluation of a module saw.
+
+    Args:
+        state: the module's.
+    """
+
+    def __init__(self, state: ModuleState) -> None:
+        self.state = state
+        self.tensors = state.tensors()
+        self._before = {i: x.detach().clone() for i in state.others if (x := self.tensors[i]) is not None}
+        watched = [*state.parameters, *state.used_statistics(), *state.others]
+        self._versions = {i: version_of(x) for i in watched if (x := self.tensors[i]) is not None}
+
+    def evaluated(self) -> None:
+        """To be called behind the evaluation: buffers that it changed are held as they were before it."""
+        now = self.state.tensors()
+        for i, copy in self._before.items():
+            x = self.tensors[i]
+            if now[i] is not x or version_of(x) != self._versions[i]:
+                self.tensors[i] = copy
+                self._versions[i] = version_of(copy)
+        self._before.clear()
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors that want gradients, each once."""
+        return list({id(x): x for x in self.tensors if x is not None and x.requires_grad}.values())
+
+    def modified(self) -> str | None:
+        """The name of a tensor that was modified in place since, if there is one."""
+        for i, version in self._versions.items():
+            if version_of(self.tensors[i]) != version:
+                return self.state.names[i]
+        return None
+
+
+def version_of(x: Tensor | None) -> int:
+    """How often a tensor was modified in place; -1 where nobody counts (inference mode)."""
+    return -1 if x is None or x.is_inference() else x._version
+
+
+@contextmanager
+def untouched(*modules: nn.Module) -> Iterator[None]:
+    """Inside, evaluating the modules changes none of their buffers; see `ModuleState.untouched`."""
+    if not modules:
+        yield
+        return
+    with ModuleState(nn.ModuleList(modules)).untouched():
+        yield
+
+
+def _updates_by_a_switch(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and type(module).forward.__module__.startswith(_KNOWN)
