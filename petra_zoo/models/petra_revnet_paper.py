@@ -26,15 +26,21 @@ WIDTHS = (64, 128, 256, 512)
 torch.fx.wrap("as_stream")  # it looks at a tensor's type: torch.fx must not trace into it
 
 
-def _in_weights_type(self: Any, x: Tensor) -> Tensor:
-    """x in the type of the module's weights: a method of the modules below."""
-    if torch.jit.is_scripting():
-        return x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
-    else:
-        return as_weights(x, self)
+class _Typed(nn.Module):
+    """A module whose weights have a type."""
+
+    if TYPE_CHECKING:
+        conv1: nn.Conv2d
+
+    def in_weights_type(self, x: Tensor) -> Tensor:
+        """x in the type of the module's weights."""
+        if torch.jit.is_scripting():
+            return x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
+        else:
+            return as_weights(x, self)
 
 
-class PaperBasicBlock(nn.Module):
+class PaperBasicBlock(_Typed):
     """(b, a) -> (a + F(b), b) with F = conv3x3, BN, ReLU, conv3x3, BN, ReLU. Shapes [B, width, H, W]."""
 
     expansion = 1
@@ -51,13 +57,11 @@ class PaperBasicBlock(nn.Module):
         x = F.relu(self.bn1(self.conv1(self.in_weights_type(b))))
         return F.relu(self.bn2(self.conv2(x)))
 
-    in_weights_type = _in_weights_type
-
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return self.branch(b) + a, b
 
 
-class PaperBasicDown(nn.Module):
+class PaperBasicDown(_Typed):
     """Halves the resolution; F's first convolution doubles as the projection of the stream b.
 
     With h = ReLU(BN(conv3x3(b))): (b, a) -> (ReLU(BN(conv3x3(h))) + BN(conv1x1(a)), h).
@@ -72,15 +76,13 @@ class PaperBasicDown(nn.Module):
         self.bn2 = nn.BatchNorm2d(width, **dd)
         self.downsample = _projection(width_in, width, stride, dd)
 
-    in_weights_type = _in_weights_type
-
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         h = F.relu(self.bn1(self.conv1(self.in_weights_type(b))))
         out = F.relu(self.bn2(self.conv2(h))) + self.downsample(self.in_weights_type(a))
         return as_stream(out), as_stream(h)
 
 
-class PaperBottleneck(nn.Module):
+class PaperBottleneck(_Typed):
     """(b, a) -> (a + F(b), b) with F = conv1x1, BN, ReLU, conv3x3, BN, ReLU, conv1x1, BN, ReLU."""
 
     expansion = 4
@@ -98,13 +100,11 @@ class PaperBottleneck(nn.Module):
         x = F.relu(self.bn2(self.conv2(x)))
         return F.relu(self.bn3(self.conv3(x)))
 
-    in_weights_type = _in_weights_type
-
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         return self.branch(b) + a, b
 
 
-class PaperBottleneckDown(nn.Module):
+class PaperBottleneckDown(_Typed):
     """Changes resolution or width: (b, a) -> (F(b) + BN(conv1x1(a)), BN(conv1x1(b))); two projections."""
 
     if TYPE_CHECKING:  # modules and buffers, which torch types as Tensor | Module
@@ -117,8 +117,6 @@ class PaperBottleneckDown(nn.Module):
         _bottleneck_branch(self, width_in, width // PaperBottleneck.expansion, width, stride, dd)
         self.downsample = _projection(width_in, width, stride, dd)
         self.downsample_b = _projection(width_in, width, stride, dd)
-
-    in_weights_type = _in_weights_type
 
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         b, a = self.in_weights_type(b), self.in_weights_type(a)
@@ -153,7 +151,7 @@ class TwoStreamLayer(nn.Sequential):
         return b, a
 
 
-class PetraPaperRevNet(MemoryModes, nn.Module):
+class PetraPaperRevNet(MemoryModes, _Typed):
     """A RevNet as in the PETRA paper.
 
     Args:
@@ -337,8 +335,6 @@ class PetraPaperRevNet(MemoryModes, nn.Module):
     @torch.jit.unused
     def _stem(self, x: Tensor) -> Streams:
         return self._split(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
-
-    in_weights_type = _in_weights_type
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         b, a = as_stream(x).chunk(2, dim=1)

@@ -40,7 +40,7 @@ def test_more_reversible_blocks_need_no_more_memory() -> None:
     )
     assert deep.reversible == pytest.approx(shallow.reversible, rel=0.01)
     assert deep.plain > 1.5 * shallow.plain
-    assert shallow.plain > shallow.checkpointed > 0
+    assert deep.plain > 1.4 * deep.checkpointed > 0
 
 
 def test_the_model_stays_as_it_is() -> None:
