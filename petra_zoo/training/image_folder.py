@@ -3,7 +3,6 @@
 import logging
 import os
 from collections import Counter
-from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageFile
@@ -27,15 +26,15 @@ _SYSTEM_FOLDERS = frozenset(
 _logger = logging.getLogger(__name__)
 
 
-@cache
 def image_endings() -> frozenset[str]:
-    """Endings of the files that Pillow decodes here, such as ".jpg", plugins like pillow-heif's included once imported.
+    """Endings of the files that Pillow decodes here, such as ".jpg"; of plugins like pillow-heif's once registered.
 
     Formats that Pillow only recognises (stubs without a handler), films and printed pages are none.
     """
     Image.init()
 
     def decodes(kind: str) -> bool:
+        kind = {"MPO": "JPEG"}.get(kind, kind)  # several pictures in one JPEG file, which the plugin for JPEG opens
         factory = Image.OPEN[kind][0] if kind in Image.OPEN else None
         stub = isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
         return factory is not None and not stub and Image.MIME.get(kind, "image/").startswith("image/")
@@ -53,12 +52,13 @@ def find_images(folder: Path) -> tuple[list[str], Counter[str]]:
 
     Hidden and system files and folders are passed over and not counted.
     """
+    endings = image_endings()
     images: list[str] = []
     ignored: Counter[str] = Counter()
     for root, files in sorted(_walk(folder)):
         for name in sorted(files):
             ending = os.path.splitext(name)[1].lower()
-            if ending in image_endings():
+            if ending in endings:
                 images.append(os.path.join(root, name))
             else:
                 ignored[ending or "no ending"] += 1

@@ -18,7 +18,9 @@ def opened(folder: Path, split: str = "train") -> ImageDataset:
     return open_dataset("folder", split, data_dir=folder)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ending", [".jfif", ".gif", ".avif", ".JPEG", ".webp", ".tif", ".bmp", ".ppm", ".tga", ".jp2"])
+@pytest.mark.parametrize(
+    "ending", [".jfif", ".gif", ".avif", ".JPEG", ".webp", ".tif", ".bmp", ".ppm", ".tga", ".jp2", ".mpo"]
+)
 @pytest.mark.parametrize("name", ["folder", "timm/any"])
 def test_a_class_may_have_any_format_that_pillow_decodes(tmp_path: Path, ending: str, name: str) -> None:
     write(tmp_path / "train" / "bee" / "0.png")
