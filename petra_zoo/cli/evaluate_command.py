@@ -27,9 +27,12 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: the GPU where there is one.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="bfloat16 autocast.")] = False,
     on_bad_image: Annotated[
-        Literal["fail", "skip"], typer.Option(help="Stop at an unreadable image, or put the next one in its place.")
+        Literal["fail", "skip"], typer.Option(help="Stop at an unreadable image, or leave it out.")
     ] = "fail",
     compared: Annotated[bool, typer.Option("--compare", help="Compare two models: agreement, McNemar's test.")] = False,
+    use_train_size: Annotated[
+        bool, typer.Option("--use-train-size", help="Ignore a checkpoint's test_input_size and test_crop_pct.")
+    ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept; default: HF_HUB_CACHE.")] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write timm's results CSV, and the peak memory.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -49,6 +52,8 @@ def evaluate(
         amp=amp,
         on_bad_image=on_bad_image,
         retry=retry,
+        use_train_size=use_train_size,
+        fingerprints=compared,
         cache_dir=cache_dir,
     ):
         reports.append(report)
@@ -67,13 +72,14 @@ def evaluate(
 
 def _show(report: Report) -> None:
     result = report.evaluation
-    typer.echo(f"{report.model} on {report.dataset}: {result.images} images")
+    of_all = f" of {result.images + report.bad_images}" if report.bad_images else ""
+    typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images")
     typer.echo(f"  top-1  {result.top1:.2f} %")
     typer.echo(f"  top-5  {result.top5:.2f} %")
     typer.echo(f"  loss   {result.loss:.4f}")
     typer.echo(f"  memory {report.peak_memory / 2**20:.1f} MiB with a batch size of {report.batch_size}")
     if report.bad_images:
-        typer.echo(f"  {report.bad_images} unreadable images skipped")
+        typer.echo(f"  {report.bad_images} unreadable images left out")
     for row in result.worst_classes(report.class_names):
         taken = f", taken for {row['taken_for']} {row['times']} times"
         typer.echo(f"  worst  {row['class']}: {row['accuracy']:.1f} % of {row['images']}{taken}")

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.build import choose_device
 from petra_zoo.training.checkpoint_evaluation import load_model
-from petra_zoo.training.image_dataset import UNREADABLE
+from petra_zoo.training.decoding import explain_bad_image, read_rgb
+from petra_zoo.training.labels import shown_names
+from petra_zoo.training.loader import check_channels
 
 BATCH = 32
 
@@ -53,20 +55,25 @@ def predict_images(
         device: ``cpu`` or ``cuda``; None: the GPU where there is one.
 
     Raises:
-        UserError: the model cannot be had or has no classifier, or an image cannot be read (named in the message).
+        UserError: the model cannot be had, has no classifier or takes neither grey nor RGB images, or an image cannot
+            be read (named in the message).
     """
     where = choose_device(device)
     model = load_model(source, where)
     if model.num_classes < 1:
         raise UserError(f"{source} has no classifier: fine-tune it first, or use it for its features through timm")
     config = resolve_model_data_config(model)
+    try:
+        check_channels(config["input_size"], config["mean"], config["std"])
+    except UserError as error:
+        raise UserError(f"{source} cannot be fed with image files: {error}") from error
     transform = create_transform(**config, is_training=False)
-    mode = "RGB" if config["input_size"][0] == 3 else "L"
-    names = label_names(model)
+    grey = config["input_size"][0] == 1
+    names = shown_names(model)
     found = []
     for start in range(0, len(images), BATCH):
         paths = images[start : start + BATCH]
-        batch = torch.stack([transform(_read(path, mode)) for path in paths]).to(where)
+        batch = torch.stack([transform(_read(path, grey)) for path in paths]).to(where)
         with torch.inference_mode():
             probabilities = model(batch).float().softmax(1)
         for path, guesses in zip(paths, _best(probabilities, topk, names), strict=True):
@@ -74,26 +81,14 @@ def predict_images(
     return found
 
 
-def label_names(model: Any) -> list[str]:
-    """One name per class: those that came with the checkpoint, ImageNet's where the number of classes is one of its
-    subsets', else numbers."""
-    names = model.pretrained_cfg.get("label_names")
-    described = model.pretrained_cfg.get("label_descriptions") or {}
-    if names and len(names) == model.num_classes:
-        listed = [names.get(i, names.get(str(i))) for i in range(len(names))] if isinstance(names, dict) else names
-        return [str(described.get(name, name)) for name in listed]
-    if subset := infer_imagenet_subset(model):
-        return [str(name) for name in ImageNetInfo(subset).label_descriptions()]
-    return [f"class {i}" for i in range(model.num_classes)]
-
-
-def _read(path: Path, mode: str) -> Image.Image:
+def _read(path: Path, grey: bool) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except UNREADABLE as error:
-        reason = (getattr(error, "strerror", None) or " ".join(str(error).split())) or type(error).__name__
-        raise UserError(f"{path} cannot be read as an image: {reason}") from error
+        image = read_rgb(path)
+    except MemoryError:  # which says nothing of the image
+        raise
+    except Exception as error:  # Pillow's plugins report damaged files with almost any
+        raise UserError(f"{path} cannot be read as an image: {explain_bad_image(error)}") from error
+    return image.convert("L") if grey else image
 
 
 def _best(probabilities: Tensor, topk: int, names: list[str]) -> Iterator[list[Guess]]:

@@ -13,6 +13,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop
 
+from petra_zoo.training.auto_augment import mend_posterize
 from petra_zoo.training.settings import Augmentation
 
 Transform = Callable[[Image.Image], Tensor]
@@ -26,6 +27,7 @@ def build_transform(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     native_size: int | None = None,
+    crop_mode: str | None = None,
 ) -> Transform:
     """Builds timm's transform from an RGB image to a normalised float32 tensor [C, H, W].
 
@@ -37,6 +39,7 @@ def build_transform(
         std: Likewise.
         native_size: Height and width of all images, where they agree; such images are not resized for an input of
             the same size.
+        crop_mode: How validation crops, in timm's words; its default where None.
     """
     _, height, width = input_size
     crop_pct = settings.crop_pct
@@ -48,7 +51,7 @@ def build_transform(
     pad = settings.train_crop_mode == "pad"
     create = partial(create_transform, input_size, interpolation=interpolation, mean=mean, std=std)
     if not train or settings.no_aug:
-        return create(is_training=train, no_aug=train, crop_pct=crop_pct)
+        return create(is_training=train, no_aug=train, crop_pct=crop_pct, crop_mode=crop_mode)
     crop_and_flip, colour, to_tensor = create(
         is_training=True,
         separate=True,
@@ -62,6 +65,8 @@ def build_transform(
         re_prob=settings.reprob,
         re_mode=settings.remode,
     )
+    for transform in colour.transforms:
+        mend_posterize(transform)
     if pad:
         # timm has no such crop; in its list the crop always comes first.
         resize = ResizeKeepRatio((height, width), interpolation=interpolation)

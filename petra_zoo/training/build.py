@@ -20,7 +20,9 @@ from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
 from petra_zoo.petra.stage import Loss
 from petra_zoo.training.datasets import ImageDataset, open_dataset
 from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
+from petra_zoo.training.head import arrange_head
 from petra_zoo.training.hub_errors import explain, first_line
+from petra_zoo.training.labels import number_like
 from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.recipe import Recipe
 
@@ -57,6 +59,7 @@ def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, Ima
         )
         for split in ("train", "val")
     )
+    number_like(val, train, f"the training split of {recipe.dataset}", "its validation split")
     if recipe.num_classes is not None and recipe.num_classes < train.num_classes:
         raise UserError(
             f"num_classes={recipe.num_classes}, but data set {recipe.dataset} has labels 0 to {train.num_classes - 1}: "
@@ -114,6 +117,8 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None
         **kwargs,
     )
     check_architecture(recipe, model)
+    if recipe.pretrained and train.named:
+        arrange_head(model, train.class_names)
     check_image_size(model, recipe.model, image_size(recipe, train, model))
     freeze(recipe, model)
     return model.to(device or choose_device(recipe.device), memory_format=memory_format(recipe))
@@ -165,7 +170,9 @@ def build_loaders(
             shards=world.replicas,
             **common,
         ),
-        create_loader(val, batch_size=recipe.validation_batch_size or recipe.batch_size, train=False, **common),
+        create_loader(
+            val, batch_size=recipe.validation_batch_size or recipe.batch_size, train=False, leave_out=True, **common
+        ),
     )
 
 

@@ -17,7 +17,8 @@ from petra_zoo.training.build import check_image_size, choose_device, create_mod
 from petra_zoo.training.datasets import BadImagePolicy, ImageDataset, open_dataset
 from petra_zoo.training.evaluation import Evaluation, evaluate
 from petra_zoo.training.evaluation_watch import Watched, is_out_of_memory
-from petra_zoo.training.loader import create_loader
+from petra_zoo.training.labels import all_named, classes_of, names_of, shown_names
+from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.provenance import now, sha256
 from petra_zoo.training.recipe import load_recipe
 from petra_zoo.training.settings import Augmentation
@@ -35,8 +36,10 @@ class Report:
         batch_size: with which it went through; smaller than asked for after a retry.
         peak_memory: bytes of weights, images and activations at once, for that batch size: what CUDA allocated at most,
             or, on the CPU, the live tensors of the first batch.
-        predictions: the best class of every image, in the data set's order [images].
-        labels: of the images.
+        class_names: of the model's classes, which predictions and labels count.
+        predictions: the best class of every image that counted, in the data set's order [images].
+        labels: of these images.
+        fingerprints: of these images as they were decoded; none where they were not asked for.
         weights_sha256: of model.safetensors where the source is a directory.
     """
 
@@ -51,6 +54,7 @@ class Report:
     peak_memory: int
     predictions: Tensor
     labels: Tensor
+    fingerprints: list[bytes]
     weights_sha256: str | None
     date: str
 
@@ -130,44 +134,40 @@ def evaluate_checkpoint(
     amp: bool = False,
     on_bad_image: BadImagePolicy = "fail",
     retry: bool = False,
+    use_train_size: bool = False,
+    fingerprints: bool = False,
     cache_dir: Path | None = None,
 ) -> Report:
     """Accuracy of a checkpoint on the validation split of a data set; without one, on what the run was trained on.
 
+    Labels are matched by name where checkpoint and data have names (`petra_zoo.training.labels`). Data with a part of
+    the checkpoint's classes is evaluated without telling the model which part: it may answer with any class it knows.
+
     Args:
         source: see `load_model`.
+        on_bad_image: `skip` leaves out what cannot be read; `fail` raises.
         retry: where memory runs out, start again with half the batch size.
+        use_train_size: like timm's option, go by the checkpoint's `input_size` and `crop_pct` even where it has a
+            `test_input_size` or `test_crop_pct`.
+        fingerprints: keep what `compare` needs of every image.
         cache_dir: where what comes from the Hub is kept; default: HF_HUB_CACHE.
 
     Raises:
         UserError: model or data cannot be had, do not fit each other, or need more memory than there is.
     """
     resolve_source(source)
+    split_name = None
     if dataset is None:
-        dataset, data_dir = _trained_on(source, data_dir)
-    data = open_dataset(dataset, "val", data_dir=data_dir)
+        dataset, data_dir, split_name = _trained_on(source, data_dir)
+    data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name)
     where = choose_device(device)
     model = load_model(source, where, cache_dir)
-    if model.num_classes < data.num_classes:
-        raise UserError(
-            f"{source} tells {model.num_classes} classes apart, data set {dataset} has {data.num_classes}: "
-            "fine-tune the model on it first"
-        )
-    config = resolve_model_data_config(model)
+    class_names = _number_as_the_model(data, model, source, f"data set {dataset}")
+    config = resolve_model_data_config(model, use_test_size=not use_train_size)
     check_image_size(model, source, config["input_size"][-1])
     batch_size = min(batch_size, len(data))
     while True:
-        loader = create_loader(
-            data,
-            batch_size=batch_size,
-            train=False,
-            input_size=config["input_size"],
-            mean=config["mean"],
-            std=config["std"],
-            augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
-            workers=workers,
-            on_bad_image=on_bad_image,
-        )
+        loader = _load(data, config, batch_size, workers=workers, on_bad_image=on_bad_image, fingerprints=fingerprints)
         watched = Watched(model, where, amp)
         try:
             result = evaluate(watched.predict, watched.labelled(loader), model.num_classes, where)
@@ -182,18 +182,22 @@ def evaluate_checkpoint(
             del watched, loader  # what they hold is what is missing
         torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
     weights = Path(source) / "model.safetensors"
+    labels = torch.cat(watched.labels)
+    counted = labels >= 0
+    decoded = zip(loader.fingerprints, counted.tolist(), strict=True) if fingerprints else ()
     return Report(
         model=source,
         dataset=dataset,
         evaluation=result,
         parameters=sum(p.numel() for p in model.parameters()),
         config=config,
-        class_names=_class_names(data, model.num_classes),
+        class_names=class_names,
         bad_images=len(data.bad_images),
         batch_size=batch_size,
         peak_memory=watched.peak_memory(),
-        predictions=torch.cat(watched.predictions),
-        labels=torch.cat(watched.labels),
+        predictions=torch.cat(watched.predictions)[counted],
+        labels=labels[counted],
+        fingerprints=[fingerprint for fingerprint, counts in decoded if counts],
         weights_sha256=sha256(weights) if weights.is_file() else None,
         date=now(),
     )
@@ -237,13 +241,41 @@ def write_results(path: Path, reports: list[Report]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None]:
+def _load(data: ImageDataset, config: dict[str, Any], batch_size: int, **options: Any) -> ImageLoader:
+    """Batches as a checkpoint's preprocessing wants them; see `create_loader` for the options."""
+    return create_loader(
+        data,
+        batch_size=batch_size,
+        train=False,
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
+        crop_mode=config["crop_mode"],
+        leave_out=True,
+        **options,
+    )
+
+
+def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, str | None]:
     recipe_file = Path(source) / "recipe.yaml"
     if not recipe_file.is_file():
         raise UserError(f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ...")
     recipe = load_recipe(str(recipe_file))
-    return recipe.dataset, data_dir or recipe.data_dir
+    return recipe.dataset, data_dir or recipe.data_dir, recipe.val_split
 
 
-def _class_names(data: ImageDataset, count: int) -> list[str]:
-    return [*data.class_names, *(f"class {i}" for i in range(len(data.class_names), count))]
+def _number_as_the_model(data: ImageDataset, model: Any, source: str, name: str) -> list[str]:
+    """Numbers the data's classes as the model does, by their names; gives the names of the model's classes."""
+    shown = shown_names(model)
+    classes = classes_of(model, source, data.class_names, data.named, name)
+    if classes is not None:
+        data.number_as(classes, shown)
+    elif model.num_classes < data.num_classes:
+        raise UserError(
+            f"{source} tells {model.num_classes} classes apart, {name} has {data.num_classes}: "
+            "fine-tune the model on it first"
+        )
+    elif names_of(model) is None:
+        return all_named(data.class_names, model.num_classes)
+    return shown

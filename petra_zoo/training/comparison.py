@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from petra_zoo.errors import UserError
 from petra_zoo.training.checkpoint_evaluation import Report
+from petra_zoo.training.labels import positions
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,42 @@ class Comparison:
 def compare(first: Report, second: Report) -> Comparison:
     """Compares two evaluations on the same images.
 
+    Images are the same where their pixels are, wherever they lie; classes, where their names are. Both reports need
+    fingerprints: `evaluate_checkpoint(..., fingerprints=True)`.
+
     Raises:
-        UserError: they are of different data sets, or not of the same images in the same order.
+        UserError: they are not of the same images with the same labels, in the same order.
+        ValueError: a report has no fingerprints.
     """
-    if first.dataset != second.dataset or not first.labels.equal(second.labels):
-        raise UserError(f"{first.model} and {second.model} were not evaluated on the same images: name one --dataset")
-    first_right, second_right = (report.predictions == report.labels for report in (first, second))
+    if not (first.fingerprints and second.fingerprints):
+        raise ValueError("to be compared, both models have to be evaluated with fingerprints=True")
+    to_first = _classes_of_first(first, second)
+    predictions, labels = to_first[second.predictions], to_first[second.labels]
+    models = f"{first.model} and {second.model}"
+    if first.fingerprints != second.fingerprints:
+        differ = sum(one != other for one, other in zip(first.fingerprints, second.fingerprints, strict=False))
+        counts = f"{len(first.fingerprints)} and {len(second.fingerprints)} images, of which {differ} differ"
+        raise UserError(f"{models} were not evaluated on the same images ({counts}): name one --dataset and --data-dir")
+    if not first.labels.equal(labels):
+        raise UserError(f"{models} were evaluated on the same images, but with other labels: name one --dataset")
+    first_right, second_right = first.predictions == first.labels, predictions == labels
     only_first, only_second = int((first_right & ~second_right).sum()), int((second_right & ~first_right).sum())
     return Comparison(
         first=first.model,
         second=second.model,
         images=len(first.labels),
-        agreement=100.0 * float((first.predictions == second.predictions).double().mean()),
+        agreement=100.0 * float((first.predictions == predictions).double().mean()),
         only_first_right=only_first,
         only_second_right=only_second,
         p_value=mcnemar(only_first, only_second),
     )
+
+
+def _classes_of_first(first: Report, second: Report) -> Tensor:
+    """The first model's class for each of the second's [classes]; beyond the first's, for those that it lacks."""
+    beyond = itertools.count(len(first.class_names))
+    places = positions(second.class_names, first.class_names)
+    return torch.tensor([next(beyond) if place is None else place for place in places])
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -6,13 +6,8 @@ from pathlib import Path
 
 from petra_zoo.training.drawn_datasets import ShapesDataset, SyntheticDataset
 from petra_zoo.training.image_dataset import BadImagePolicy, DataError, ImageDataset, Split
-from petra_zoo.training.stored_datasets import (
-    FolderDataset,
-    TimmDataset,
-    open_cifar,
-    open_digits,
-    open_imagenet32,
-)
+from petra_zoo.training.image_folder import FolderDataset
+from petra_zoo.training.stored_datasets import TimmDataset, open_cifar, open_digits, open_imagenet32
 
 __all__ = ["DATASETS", "BadImagePolicy", "DataError", "ImageDataset", "Split", "open_dataset"]
 

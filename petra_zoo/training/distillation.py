@@ -7,6 +7,7 @@ its logits travel to the last stage in one tensor with the labels, and the task 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.checkpoint_evaluation import load_model
+from petra_zoo.training.image_dataset import ImageDataset
+from petra_zoo.training.labels import all_named, classes_of
 from petra_zoo.training.settings import Recipe
 
 Channels = tuple[float, ...]
@@ -33,6 +36,7 @@ class Distillation:
         std: likewise.
         temperature: of both softmaxes.
         task_loss_weight: of the cross-entropy with the labels.
+        classes: the teacher's class for each of the student's, where they are numbered in another way.
         distill_loss_weight: of the divergence from the teacher; None, with a task weight: 1 - `task_loss_weight`. Both
             None: 1 and 1, as in timm.
 
@@ -55,11 +59,13 @@ class Distillation:
         temperature: float = 4.0,
         task_loss_weight: float | None = None,
         distill_loss_weight: float | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         self.num_classes = num_classes
+        self.classes: Tensor | None = None
         self.teacher: DistillationTeacher | None = None
         if teacher is not None:
-            self._take(teacher, mean, std)
+            self._take(teacher, mean, std, classes)
         self.task = LogitDistillationTask(
             _Columns(0, num_classes),
             _Columns(num_classes, 2 * num_classes),
@@ -71,8 +77,8 @@ class Distillation:
             verbose=False,
         )
 
-    def _take(self, teacher: Any, mean: Channels, std: Channels) -> None:
-        if teacher.num_classes != self.num_classes:
+    def _take(self, teacher: Any, mean: Channels, std: Channels, classes: Sequence[int] | None) -> None:
+        if classes is None and teacher.num_classes != self.num_classes:
             raise UserError(
                 f"the teacher tells {teacher.num_classes} classes apart, the network {self.num_classes}: distil from "
                 "the network it was converted from, or fine-tune that one on this data first"
@@ -81,6 +87,7 @@ class Distillation:
             raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {len(mean)}")
         device = next(teacher.parameters()).device
         self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
+        self.classes = None if classes is None else torch.tensor(classes, device=device)
         self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
 
     @torch.no_grad()
@@ -94,6 +101,8 @@ class Distillation:
         soft = labels if labels.ndim == 2 else F.one_hot(labels, self.num_classes)
         assert self.teacher is not None
         logits = self.teacher(self.teacher.normalize_input(images, self.mean, self.std))
+        if self.classes is not None:
+            logits = logits[:, self.classes]
         return torch.cat((soft.to(logits.dtype), logits), dim=1)
 
     def own(self, labels: Tensor) -> Tensor:
@@ -109,7 +118,12 @@ class Distillation:
 
 
 def build_distillation(
-    recipe: Recipe, num_classes: int, config: dict[str, Any], device: torch.device, feeds: bool = True
+    recipe: Recipe,
+    num_classes: int,
+    config: dict[str, Any],
+    device: torch.device,
+    data: ImageDataset,
+    feeds: bool = True,
 ) -> Distillation | None:
     """The recipe's teacher and loss; None where it names no teacher.
 
@@ -118,6 +132,7 @@ def build_distillation(
         num_classes: the student's.
         config: the student's preprocessing (`build.data_config`).
         device: where the images are fed.
+        data: what the student is trained on; its classes are looked up among the teacher's by name.
         feeds: whether this process feeds images, and so needs the teacher.
 
     Raises:
@@ -125,14 +140,22 @@ def build_distillation(
     """
     if recipe.kd_model_name is None:
         return None
+    teacher = load_model(recipe.kd_model_name, device) if feeds else None
+    classes = None
+    if teacher is not None:
+        names = all_named(data.class_names, num_classes)
+        classes = classes_of(
+            teacher, f"the teacher {recipe.kd_model_name}", names, data.named, f"data set {recipe.dataset}"
+        )
     return Distillation(
-        load_model(recipe.kd_model_name, device) if feeds else None,
+        teacher,
         num_classes=num_classes,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         temperature=recipe.kd_temperature,
         task_loss_weight=recipe.task_loss_weight,
         distill_loss_weight=recipe.distill_loss_weight,
+        classes=classes,
     )
 
 

@@ -60,7 +60,7 @@ class ShapesDataset(ImageDataset):
         return self._length
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        label = index % self.num_classes
+        label = index % self._stored_classes
         rng = np.random.default_rng((*self._key, index))
         return _draw(rng, *_SHAPES[self.class_names[label]]), label
 
@@ -115,7 +115,7 @@ class SyntheticDataset(ImageDataset):
 
     def __init__(self, split: Split, seed: int = 0, *, num_classes: int = 10, image_size: int = 32) -> None:
         names = [f"class {label}" for label in range(num_classes)]
-        super().__init__(names, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.29, 0.29, 0.29))
+        super().__init__(names, named=False, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.29, 0.29, 0.29))
         self._shape = (image_size, image_size, 3)
         self._key = (seed, _SPLIT_NUMBER[split])
 
@@ -124,4 +124,4 @@ class SyntheticDataset(ImageDataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         rng = np.random.default_rng((*self._key, index))
-        return Image.fromarray(rng.integers(0, 256, self._shape, dtype=np.uint8)), index % self.num_classes
+        return Image.fromarray(rng.integers(0, 256, self._shape, dtype=np.uint8)), index % self._stored_classes

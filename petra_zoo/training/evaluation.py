@@ -19,7 +19,7 @@ class Evaluation:
         top1: share of images whose label is the best guess, in percent.
         top5: share whose label is among the best five, in percent.
         loss: mean cross-entropy.
-        images: how many images were seen.
+        images: how many images counted.
         confusion: [classes, classes] counts; row: label, column: prediction.
     """
 
@@ -63,7 +63,7 @@ def evaluate(
 
     Args:
         predict: images [B, C, H, W] -> logits [B, num_classes], in eval mode.
-        batches: images and labels [B].
+        batches: images and labels [B]; a label below 0 leaves its image out.
         num_classes: number of logits.
         device: where the model is.
         memory_format: layout of the images.
@@ -76,12 +76,13 @@ def evaluate(
 
 
 def score(pairs: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Evaluation:
-    """Compares logits [B, num_classes] with labels [B], batch by batch."""
+    """Compares logits [B, num_classes] with labels [B], batch by batch; images without a label (< 0) are left out."""
     correct1 = correct5 = images_seen = 0
     loss = 0.0
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
     for logits, labels in pairs:
-        logits, labels = logits.float().cpu(), labels.cpu()
+        labels = labels.cpu()
+        logits, labels = logits.float().cpu()[labels >= 0], labels[labels >= 0]
         best = logits.topk(min(5, num_classes), dim=1).indices
         hits = best == labels[:, None]
         correct1 += int(hits[:, 0].sum())

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.errors import UserError
+from petra_zoo.training.labels import names_of, positions
 from petra_zoo.training.settings import Recipe
 
 BACKBONE = "backbone"
@@ -95,10 +96,12 @@ def start_lines(recipe: Recipe, model: Any, class_names: list[str]) -> Iterator[
     if recipe.pretrained:
         before, now = model.pretrained_cfg["num_classes"], model.num_classes
         name = recipe.pretrained if isinstance(recipe.pretrained, str) else f"{recipe.model}'s pretrained weights"
-        labels = model.pretrained_cfg.get("label_names")
+        labels = names_of(model)
         if before != now:
             head = f"head replaced: {before} classes become {now}"
-        elif labels and len(class_names) == now and list(map(str, labels)) != class_names:
+        elif labels is None:
+            head = f"head kept: {now} classes, matched by number, as the checkpoint does not name them"
+        elif len(class_names) == now and None in positions(class_names, labels):
             head = f"head kept: {now} classes too, but under other names"
         else:
             head = f"head kept: {now} classes"

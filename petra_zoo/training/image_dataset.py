@@ -1,7 +1,6 @@
 """What every data set here is: indexed RGB images with integer labels, and what happens when an image is broken."""
 
 import logging
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset
 
 from petra_zoo.errors import UserError
+from petra_zoo.training.decoding import explain_bad_image, to_rgb
 
 BadImagePolicy = Literal["fail", "skip"]
 Split = Literal["train", "val"]
 
 _logger = logging.getLogger(__name__)
-
-# Pillow's decoders report damaged files with any of these, depending on the format and on where the damage is.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class DataError(UserError):
@@ -46,6 +43,7 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
     Attributes:
         num_classes: Labels lie in 0..num_classes-1.
         class_names: One name per class.
+        named: Whether these are names; False where they are the numbers, written out.
         image_size: Height and width in pixels where all images are square and of one size, else None.
         mean: Suggested normalisation, one value per RGB channel, for images scaled to 0..1.
         std: Likewise.
@@ -56,12 +54,15 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
         self,
         class_names: Sequence[str],
         *,
+        named: bool = True,
         image_size: int | None = None,
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
     ) -> None:
         self.class_names = list(class_names)
-        self.num_classes = len(self.class_names)
+        self.num_classes = self._stored_classes = len(self.class_names)
+        self.named = named
+        self._numbers: list[int] | None = None
         self.image_size = image_size
         self.mean = mean
         self.std = std
@@ -87,6 +88,28 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
         image, label, _ = self.load(index, "fail")
         return image, label
 
+    def number_as(self, numbers: Sequence[int], class_names: Sequence[str]) -> None:
+        """Numbers the classes anew: what was class c so far is class `numbers[c]` of `class_names`."""
+        self._numbers = list(numbers) if self._numbers is None else [numbers[number] for number in self._numbers]
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+
+    def try_load(self, index: int) -> tuple[Image.Image, int] | BadImage:
+        """Gives sample `index` as an RGB image and its label, or says why the image cannot be decoded.
+
+        Raises:
+            DataError: The label is out of range.
+        """
+        try:
+            image, label = self.read(index)
+            image = to_rgb(image)
+        except MemoryError:  # which says nothing of the image
+            raise
+        except Exception as error:  # Pillow's plugins report damaged files with almost any
+            return BadImage(index, self.source(index), explain_bad_image(error))
+        self._check_label(index, label)
+        return image, label if self._numbers is None else self._numbers[label]
+
     def load(self, index: int, on_bad_image: BadImagePolicy) -> tuple[Image.Image, int, list[BadImage]]:
         """Gives a sample, or with `on_bad_image='skip'` the next readable one, and the bad images passed on the way.
 
@@ -95,18 +118,12 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
         """
         bad: list[BadImage] = []
         for step in range(len(self)):
-            at = (index + step) % len(self)
-            try:
-                image, label = self.read(at)
-                image = image.convert("RGB")
-            except UNREADABLE as error:
-                bad.append(BadImage(at, self.source(at), " ".join(str(error).split()) or type(error).__name__))
-                if on_bad_image == "fail":
-                    hint = "replace the file, or set on_bad_image=skip"
-                    raise DataError(f"{bad[-1]}; {hint}") from error
-                continue
-            self._check_label(at, label)
-            return image, label, bad
+            found = self.try_load((index + step) % len(self))
+            if not isinstance(found, BadImage):
+                return *found, bad
+            if on_bad_image == "fail":
+                raise DataError(f"{found}; replace the file, or set on_bad_image=skip")
+            bad.append(found)
         raise DataError(f"none of the {len(self)} images can be read; the first: {bad[0]}")
 
     def note_bad(self, bad: Sequence[BadImage]) -> None:
@@ -122,13 +139,13 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
         Raises:
             DataError: A label is not in 0..num_classes-1; names the first such sample.
         """
-        wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
+        wrong = np.flatnonzero((labels < 0) | (labels >= self._stored_classes))
         if len(wrong):
             self._check_label(int(wrong[0]), int(labels[wrong[0]]))
 
     def _check_label(self, index: int, label: int) -> None:
-        if not 0 <= label < self.num_classes:
+        if not 0 <= label < self._stored_classes:
             raise DataError(
                 f"{self.source(index)} (index {index}) has label {label}; "
-                f"expected 0..{self.num_classes - 1} for {self.num_classes} classes"
+                f"expected 0..{self._stored_classes - 1} for {self._stored_classes} classes"
             )

@@ -1,11 +1,13 @@
 """Batches of augmented images, every one of them a function of (seed, epoch, index) alone."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +16,9 @@ from petra_zoo.errors import UserError
 from petra_zoo.training.augmentation import Transform, build_transform, seeded_generators
 from petra_zoo.training.image_dataset import BadImage, BadImagePolicy, DataError, ImageDataset
 from petra_zoo.training.settings import Augmentation
+
+# The label of an image that could not be read in an evaluation: torch's losses pass over it, and so does `score`.
+LEFT_OUT = -100
 
 # One number per purpose, so that no two draws share a seed.
 _SHUFFLE, _SAMPLE, _MIX = range(3)
@@ -31,12 +36,14 @@ class _Sample(NamedTuple):
     image: Tensor
     label: int
     bad: list[BadImage]
+    fingerprint: bytes = b""
 
 
 class _Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     bad: list[BadImage]
+    fingerprints: list[bytes]
 
 
 @dataclass
@@ -73,22 +80,51 @@ class _Samples(Dataset[_Sample | DataError]):
     """
 
     def __init__(
-        self, source: ImageDataset, transform: Transform, *, grey: bool, on_bad_image: BadImagePolicy, seed: int | None
+        self,
+        source: ImageDataset,
+        transform: Transform,
+        *,
+        size: tuple[int, int, int],
+        on_bad_image: BadImagePolicy,
+        leave_out: bool,
+        fingerprints: bool,
+        seed: int | None,
+        policy: str | None,
     ) -> None:
-        self._source, self._transform, self._grey, self._on_bad_image = source, transform, grey, on_bad_image
-        self._seed = seed
+        self._source, self._transform, self._size, self._on_bad_image = source, transform, size, on_bad_image
+        self._leave_out, self._fingerprints, self._seed, self._policy = leave_out, fingerprints, seed, policy
 
     def __getitem__(self, place: _Place) -> _Sample | DataError:
         try:
-            image, label, bad = self._source.load(place.index, self._on_bad_image)
+            if self._leave_out and self._on_bad_image == "skip":
+                found = self._source.try_load(place.index)
+                if isinstance(found, BadImage):  # batches keep their size, in every process
+                    return _Sample(torch.zeros(self._size), LEFT_OUT, [found])
+                bad: list[BadImage] = []
+                image, label = found
+            else:
+                image, label, bad = self._source.load(place.index, self._on_bad_image)
         except DataError as error:
             return error
-        if self._grey:
+        fingerprint = _fingerprint(image) if self._fingerprints else b""
+        if self._size[0] == 1:
             image = image.convert("L")
+        try:
+            return _Sample(self._transformed(image, place), label, bad, fingerprint)
+        except Exception as error:  # third parties' code, on whatever images there are
+            with_policy = f" with aa={self._policy}" if self._policy else ""
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return DataError(f"{self._source.source(place.index)}: its transformation{with_policy} fails ({reason})")
+
+    def _transformed(self, image: Image.Image, place: _Place) -> Tensor:
         if self._seed is None:
-            return _Sample(self._transform(image), label, bad)
+            return self._transform(image)
         with seeded_generators(_SAMPLE, self._seed, place.epoch, place.index):
-            return _Sample(self._transform(image), label, bad)
+            return self._transform(image)
+
+
+def _fingerprint(image: Image.Image) -> bytes:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
@@ -98,11 +134,20 @@ def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
             return sample
         good.append(sample)
     labels = torch.tensor([sample.label for sample in good])
-    return _Batch(torch.stack([sample.image for sample in good]), labels, [bad for one in good for bad in one.bad])
+    return _Batch(
+        torch.stack([sample.image for sample in good]),
+        labels,
+        [bad for one in good for bad in one.bad],
+        [sample.fingerprint for sample in good],
+    )
 
 
 class ImageLoader:
-    """Iterates over batches of one epoch; see `create_loader`."""
+    """Iterates over batches of one epoch; see `create_loader`.
+
+    Attributes:
+        fingerprints: of the decoded images that the latest iteration has given, in its order, where they are asked for.
+    """
 
     def __init__(
         self,
@@ -115,6 +160,7 @@ class ImageLoader:
         pin_memory: bool,
     ) -> None:
         self.dataset = dataset
+        self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixing = mixing
         self._mixup: Mixup | None = None
@@ -152,12 +198,14 @@ class ImageLoader:
 
         Yields:
             Images, float32 [B, C, H, W], and labels: int64 [B], or float32 [B, classes] where training mixes images or
-            smooths labels.
+            smooths labels. `LEFT_OUT` labels a blank.
 
         Raises:
-            DataError: An image is bad and the policy is 'fail', or a label is out of range.
+            DataError: An image is bad and the policy is 'fail', none can be read, a label is out of range, or a
+                transformation fails.
         """
         self._batches.start = batch_index
+        self.fingerprints = []
         epoch = self._batches.epoch
         for at, batch in enumerate(self._loader, start=batch_index):
             if isinstance(batch, DataError):
@@ -165,6 +213,10 @@ class ImageLoader:
                 # garbage collector reaches take 5 seconds each to stop.
                 raise DataError(str(batch))
             self.dataset.note_bad(batch.bad)
+            if len(self.dataset.bad_images) == len(self.dataset):
+                first = next(iter(self.dataset.bad_images.values()))
+                raise DataError(f"none of the {len(self.dataset)} images can be read; the first: {first}")
+            self.fingerprints += batch.fingerprints
             yield self._mix(batch.images, batch.labels, epoch, at)
 
     def _mix(self, images: Tensor, labels: Tensor, epoch: int, batch_index: int) -> tuple[Tensor, Tensor]:
@@ -180,6 +232,20 @@ class ImageLoader:
         return images, smoothed
 
 
+def check_channels(input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Checks that images, which are grey or in colour, can be made into what a network takes.
+
+    Raises:
+        UserError: It takes neither 1 nor 3 channels, or there is not one `mean` and `std` value for each.
+    """
+    channels = input_size[0]
+    if channels not in (1, 3) or len(mean) != channels or len(std) != channels:
+        raise UserError(
+            f"input_size={tuple(input_size)} with {len(mean)} mean and {len(std)} std values; expected 1 or 3 channels "
+            "and one value for each"
+        )
+
+
 def create_loader(
     dataset: ImageDataset,
     *,
@@ -192,10 +258,13 @@ def create_loader(
     seed: int = 0,
     workers: int = 0,
     on_bad_image: BadImagePolicy = "fail",
+    leave_out: bool = False,
     drop_last: bool = False,
     shard: int = 0,
     shards: int = 1,
     pin_memory: bool = False,
+    crop_mode: str | None = None,
+    fingerprints: bool = False,
 ) -> ImageLoader:
     """Makes an iterable of batches over a data set.
 
@@ -213,31 +282,44 @@ def create_loader(
         seed: The run's seed, not negative.
         workers: Processes that read and augment; they stay alive between epochs. 0 for this process.
         on_bad_image: `skip` puts the next readable sample in the place of an undecodable one; `fail` raises.
+        leave_out: Let `skip` put a blank with the label `LEFT_OUT` there instead, so that no sample counts twice.
         drop_last: Leave out the last batch where it is smaller.
         shard: Which of `shards` replicas this is: of the epoch's batches it takes every `shards`-th.
         shards: How many replicas share the epoch's batches; what does not divide is left out.
         pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
+        crop_mode: How validation crops: timm's `center`, `squash` or `border`; timm's default where None.
+        fingerprints: Whether to keep a fingerprint of every decoded image.
 
     Raises:
         UserError: `mean` or `std` does not fit `input_size`, or there is not even one batch.
     """
     augmentation = augmentation or Augmentation()
-    channels = input_size[0]
-    if channels not in (1, 3) or len(mean) != channels or len(std) != channels:
-        raise UserError(
-            f"input_size={input_size} with {len(mean)} mean and {len(std)} std values; expected 1 or 3 channels "
-            "and one value for each"
-        )
+    check_channels(input_size, mean, std)
     batches = _Batches(
         len(dataset), batch_size, shuffle=train, seed=seed, drop_last=drop_last, shard=shard, shards=shards
     )
     if not len(batches):
         raise UserError(f"batch_size={batch_size} is more than the {len(dataset)} images; expected at most that many")
     transform = build_transform(
-        augmentation, train=train, input_size=input_size, mean=mean, std=std, native_size=dataset.image_size
+        augmentation,
+        train=train,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+        native_size=dataset.image_size,
+        crop_mode=crop_mode,
     )
     random = train and not augmentation.no_aug
-    samples = _Samples(dataset, transform, grey=channels == 1, on_bad_image=on_bad_image, seed=seed if random else None)
+    samples = _Samples(
+        dataset,
+        transform,
+        size=input_size,
+        on_bad_image=on_bad_image,
+        leave_out=leave_out,
+        fingerprints=fingerprints,
+        seed=seed if random else None,
+        policy=augmentation.aa if random else None,
+    )
     mixes = random and (augmentation.mixup or augmentation.cutmix or augmentation.smoothing)
     return ImageLoader(
         dataset, samples, batches, mixing=augmentation if mixes else None, workers=workers, pin_memory=pin_memory

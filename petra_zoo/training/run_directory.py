@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from petra_zoo.errors import UserError
+from petra_zoo.training.labels import all_named
 from petra_zoo.training.recipe import Recipe, save_recipe
 
 
@@ -70,9 +71,9 @@ class RunDirectory:
             UserError: the disk is full or not writable; what was saved before is still there.
         """
         model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors' condition
-        words: dict[str, Any] = {"pretrained_cfg": {"tag": None}}  # else the tag of other weights: the architecture's
-        if len(class_names) == model.num_classes:
-            words["label_names"] = class_names
+        # Else the tag, and the sizes to test at, of other weights: the architecture's.
+        others = {"tag": None, "test_input_size": None, "test_crop_pct": None}
+        words = {"pretrained_cfg": others, "label_names": all_named(class_names, model.num_classes)}
         with self._writing("model.safetensors"), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
             save_for_hf(
                 model,

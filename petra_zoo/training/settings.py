@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from timm.optim import list_optimizers
 
+from petra_zoo.training.auto_augment import check_policy
 from petra_zoo.training.image_dataset import BadImagePolicy
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -58,6 +59,13 @@ class Augmentation(BaseModel):
     mixup_prob: Probability = 1.0
     mixup_switch_prob: Probability = 0.5
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("aa")
+    @classmethod
+    def _policy_is_timms(cls, aa: str | None) -> str | None:
+        if aa:
+            check_policy(aa)
+        return aa
 
 
 class Recipe(Augmentation):

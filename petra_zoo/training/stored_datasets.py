@@ -1,4 +1,4 @@
-"""Data sets that lie on disk or come with a package: digits, CIFAR, ImageNet-32, image folders, and timm's own."""
+"""Data sets that lie on disk or come with a package: digits, CIFAR, ImageNet-32, and timm's own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.utils.misc import natural_key
+from timm.data.readers import set_img_extensions
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from petra_zoo.training.decoding import read_rgb
 from petra_zoo.training.image_dataset import DataError, ImageDataset, Split
+from petra_zoo.training.image_folder import image_endings
 
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 IMAGENET32_TRAIN = [f"train_data_batch_{number}.npz" for number in range(1, 11)]
 IMAGENET32_VAL = ["val_data.npz"]
-
-_VAL_FOLDERS = ("val", "validation", "valid", "test")
-_FOLDER_LAYOUT = "expected DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or validation, valid, test)"
 
 
 class ArrayDataset(ImageDataset):
@@ -31,10 +29,11 @@ class ArrayDataset(ImageDataset):
         labels: npt.NDArray[np.integer],
         class_names: Sequence[str],
         *,
+        named: bool = True,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
     ) -> None:
-        super().__init__(class_names, image_size=images.shape[1], mean=mean, std=std)
+        super().__init__(class_names, named=named, image_size=images.shape[1], mean=mean, std=std)
         self._images = images
         self._labels = labels
         self.check_labels(labels)
@@ -99,55 +98,17 @@ def open_imagenet32(split: Split, data_dir: Path) -> ArrayDataset:
         np.concatenate(images),
         np.concatenate(labels),
         [f"class {label}" for label in range(1, 1001)],
+        named=False,  # its labels are not in the order of ImageNet's synsets
         mean=(0.4811, 0.4575, 0.4079),
         std=(0.2604, 0.2532, 0.2682),
     )
-
-
-class FolderDataset(ImageDataset):
-    """An image folder in ImageNet's layout; classes are numbered in timm's order (natural sort of folder names).
-
-    The training folder gives the classes of both splits, so that a class without validation images shifts no label.
-    """
-
-    def __init__(self, split: Split, data_dir: Path) -> None:
-        if not data_dir.is_dir():
-            raise DataError(f"data folder {data_dir} does not exist; {_FOLDER_LAYOUT}")
-        candidates = ["train"] if split == "train" else _VAL_FOLDERS
-        folder = next((data_dir / name for name in candidates if (data_dir / name).is_dir()), None)
-        if folder is None:
-            raise DataError(f"data folder {data_dir} has no '{candidates[0]}' folder; {_FOLDER_LAYOUT}")
-        train = data_dir / "train"
-        names = _class_folders(train if train.is_dir() else folder)
-        if unknown := sorted(set(_class_folders(folder)) - set(names)):
-            raise DataError(f"{folder / unknown[0]} is a class that {train} does not have; class folders must agree")
-        numbers = {name: label for label, name in enumerate(names)}
-        self._samples = make_dataset(folder, numbers, IMG_EXTENSIONS, allow_empty=True) if numbers else []
-        if not self._samples:
-            raise DataError(f"data folder {folder} holds no images; {_FOLDER_LAYOUT}")
-        super().__init__(names)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self._samples[index]
-        with Image.open(file) as image:
-            return image.convert("RGB"), label
-
-    def source(self, index: int) -> str:
-        return self._samples[index][0]
-
-
-def _class_folders(folder: Path) -> list[str]:
-    names = (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return sorted(names, key=natural_key)
 
 
 class TimmDataset(ImageDataset):
     """A data set timm opens by a prefixed name, such as `torch/mnist` or `hfds/user/name`."""
 
     def __init__(self, name: str, split_name: str, data_dir: Path | None, *, download: bool) -> None:
+        set_img_extensions(sorted(image_endings()))  # else its folders lose what is neither PNG nor JPEG without a word
         try:
             root = None if data_dir is None else str(data_dir)
             source: Any = create_dataset(name, root=root, split=split_name, download=download)
@@ -161,6 +122,8 @@ class TimmDataset(ImageDataset):
         numbers = getattr(self._reader or source, "class_to_idx", None)
         if not numbers:
             raise DataError(f"data set '{name}' does not name its classes; expected a classification data set")
+        if hasattr(source, "loader"):  # torchvision's image folders
+            source.loader = read_rgb
         super().__init__(sorted(numbers, key=numbers.__getitem__))
 
     def __len__(self) -> int:
@@ -170,8 +133,8 @@ class TimmDataset(ImageDataset):
         if self._reader is None:
             return self._source[index]
         stream, label = self._reader[index]
-        with stream, Image.open(stream) as image:
-            return image.convert("RGB"), label
+        with stream:
+            return read_rgb(stream), label
 
     def source(self, index: int) -> str:
         if self._reader is not None:

@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, name: str, reporter: Reporter, world: World) -> Run:
 
     def start() -> tuple[Pipeline, RunDirectory | None, CouplingSchedule | None, Distillation | None]:
         schedule = start_schedule(recipe, model)
-        distillation = build_distillation(recipe, model.num_classes, config, world.device, feeds=world.first)
+        distillation = build_distillation(recipe, model.num_classes, config, world.device, train_data, world.first)
         loss = distillation.loss if distillation else F.cross_entropy
         pipeline = build_pipeline(recipe, model, len(loaders[0]), config, world, profile, loss)
         directory = RunDirectory(recipe, name) if world.reports else None

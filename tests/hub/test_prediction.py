@@ -10,9 +10,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from petra_zoo.errors import UserError
-from petra_zoo.hub.prediction import BATCH, label_names, predict_images
+from petra_zoo.hub.prediction import BATCH, predict_images
 from petra_zoo.training.datasets import open_dataset
+from petra_zoo.training.labels import shown_names
 from tests.hub.saved_models import save
+from tests.training.image_files import damage
 
 LABELS = ["ant", "bee", "cat", "dog"]
 
@@ -91,13 +93,7 @@ def test_a_model_without_classifier_is_refused(tmp_path: Path) -> None:
 
 def test_classes_without_names_are_numbered(tmp_path: Path) -> None:
     model = save(tmp_path / "model")
-    assert label_names(model) == ["class 0", "class 1", "class 2", "class 3"]
-
-
-def test_a_thousand_classes_without_names_are_imagenets() -> None:
-    names = label_names(timm.create_model("petra_revnet_tiny", num_classes=1000, device="meta"))
-    assert len(names) == 1000
-    assert names[0].startswith("tench")
+    assert shown_names(model) == ["class 0", "class 1", "class 2", "class 3"]
 
 
 def test_the_bundled_network_reads_digits(tmp_path: Path) -> None:
@@ -112,7 +108,38 @@ def test_the_bundled_network_reads_digits(tmp_path: Path) -> None:
     assert sum(guess == label for guess, label in zip(found, labels, strict=True)) >= 18
 
 
-def test_descriptions_are_preferred_to_names() -> None:
-    model = timm.create_model("petra_revnet_tiny", num_classes=2, device="meta")
-    model.pretrained_cfg |= {"label_names": {"0": "n01", "1": "n02"}, "label_descriptions": {"n01": "ant"}}
-    assert label_names(model) == ["ant", "n02"]
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_model_for_other_channels_is_refused_in_one_line(tmp_path: Path, channels: int) -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=4, in_chans=channels)
+    config = {"input_size": (channels, 8, 8), "mean": (0.5,) * channels, "std": (0.5,) * channels}
+    timm.models.save_for_hf(model, str(tmp_path / "model"), safe_serialization=True, data_config=config)
+    with pytest.raises(UserError, match=rf"input_size=\({channels}, 8, 8\) .* expected 1 or 3 channels") as caught:
+        predict_images(str(tmp_path / "model"), [image(tmp_path / "a.png")], device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_is_turned_upright_and_scaled_as_in_training(tmp_path: Path) -> None:
+    """The four files show the same picture: upright, turned, in 16 bits and as floats."""
+    save(tmp_path / "model", LABELS)
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    turned = Image.fromarray(np.rot90(grey))
+    exif = turned.getexif()
+    exif[0x112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(grey).save(tmp_path / "upright.png")
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "float.tiff")
+    files = [tmp_path / name for name in ("upright.png", "turned.png", "deep.png", "float.tiff")]
+    first, *others = predict_images(str(tmp_path / "model"), files, device="cpu")
+    for other in others:
+        assert [guess.probability for guess in other.guesses] == pytest.approx(
+            [guess.probability for guess in first.guesses], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("damaged", ["a.avif", "a.dds"])
+def test_a_damaged_image_is_one_line_whatever_pillow_raises(tmp_path: Path, damaged: str) -> None:
+    save(tmp_path / "model", LABELS)
+    with pytest.raises(UserError, match=rf"{damaged} cannot be read as an image") as caught:
+        predict_images(str(tmp_path / "model"), [damage(image(tmp_path / damaged))], device="cpu")
+    assert "\n" not in str(caught.value)

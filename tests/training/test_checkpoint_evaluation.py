@@ -6,16 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from petra_zoo.errors import UserError
 from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint, evaluate_checkpoints
 from petra_zoo.training.comparison import compare, mcnemar
+from petra_zoo.training.datasets import open_dataset
 from petra_zoo.training.evaluation_watch import is_out_of_memory
+from petra_zoo.training.loader import create_loader
+from petra_zoo.training.recipe import make_recipe
+from petra_zoo.training.run_directory import RunDirectory
+from petra_zoo.training.settings import Augmentation
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import untrained
 
@@ -62,7 +69,7 @@ def test_a_model_that_is_missing_is_known_before_the_first_is_evaluated(two: lis
 
 
 def test_a_model_agrees_with_itself(two: list[str]) -> None:
-    report = evaluate_checkpoint(two[0], DATA)
+    report = evaluate_checkpoint(two[0], DATA, fingerprints=True)
     found = compare(report, report)
     assert (found.agreement, found.only_first_right, found.only_second_right, found.p_value) == (100.0, 0, 0, 1.0)
 
@@ -81,9 +88,81 @@ def test_comparing_needs_two_models_and_the_same_images(two: list[str]) -> None:
     done = petra_zoo("evaluate", two[0], "--dataset", DATA, "--compare")
     assert done.returncode == 2
     assert "--compare takes two models" in done.stderr
-    reports = [evaluate_checkpoint(two[0], data, batch_size=512) for data in (DATA, "synthetic:3x8")]
+    reports = [
+        evaluate_checkpoint(two[0], data, batch_size=512, fingerprints=True)
+        for data in (DATA, "synthetic:3x8", "synthetic:4x9")
+    ]
+    with pytest.raises(UserError, match="on the same images, but with other labels"):
+        compare(*reports[:2])
     with pytest.raises(UserError, match="not evaluated on the same images"):
-        compare(*reports)
+        compare(reports[0], reports[2])
+
+
+def test_a_bad_image_is_left_out_and_counts_nowhere(two: list[str], tmp_path: Path) -> None:
+    for number in range(9):
+        folder = tmp_path / "val" / "abcd"[number % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    arguments = ("--dataset", "folder", "--data-dir", tmp_path, "--on-bad-image", "skip", "--batch-size", 4)
+    (tmp_path / "val" / "a" / "0.png").write_bytes(b"no image")
+    done = petra_zoo("evaluate", two[0], *arguments)
+    assert "8 of 9 images" in done.stdout
+    assert "1 unreadable images left out" in done.stdout
+    skipped = json.loads(petra_zoo("evaluate", two[0], *arguments, "--json").stdout)
+    (tmp_path / "val" / "a" / "0.png").unlink()
+    without = json.loads(petra_zoo("evaluate", two[0], *arguments, "--json").stdout)
+    assert (skipped["images"], skipped["bad_images"]) == (8, 1)
+    for key in ("top1", "top5", "loss"):
+        assert skipped[key] == pytest.approx(without[key], rel=1e-5), key
+    assert skipped["worst_classes"] == without["worst_classes"]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [((), ("16", "1.0")), (("--use-train-size",), ("8", "0.8"))])
+def test_a_checkpoints_test_size_is_used_as_timms_validation_does(
+    tmp_path: Path, arguments: tuple[str, ...], expected: tuple[str, str]
+) -> None:
+    data_config = {"input_size": (3, 8, 8), "crop_pct": 0.8, "test_input_size": (3, 16, 16), "test_crop_pct": 1.0}
+    model = timm.create_model("petra_revnet_tiny", num_classes=4)
+    timm.models.save_for_hf(model, str(tmp_path / "m"), safe_serialization=True, data_config=data_config)
+    results = tmp_path / "r.csv"
+    done = petra_zoo("evaluate", tmp_path / "m", "--dataset", DATA, "--results-file", results, *arguments)
+    assert done.returncode == 0, done.stderr
+    with results.open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["img_size"], row["crop_pct"]) == expected
+
+
+def test_a_run_is_not_tested_at_the_size_of_the_weights_it_started_from(tmp_path: Path) -> None:
+    recipe = make_recipe({"model": "petra_revnet_tiny", "dataset": DATA, "output": str(tmp_path / "run")})
+    model = timm.create_model("petra_revnet_tiny", num_classes=4)
+    model.pretrained_cfg |= {"test_input_size": (3, 16, 16), "test_crop_pct": 1.0}
+    config = {"input_size": (3, 8, 8), "crop_pct": 0.8, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    RunDirectory(recipe, "run").save_model(model, config, list("abcd"))
+    report = evaluate_checkpoint(str(tmp_path / "run"), DATA, batch_size=512)
+    assert (report.config["input_size"], report.config["crop_pct"]) == ((3, 8, 8), 0.8)
+
+
+def test_images_are_cropped_as_the_checkpoints_config_says(tmp_path: Path) -> None:
+    """`squash` shows the whole of an oblong image, `center` its middle."""
+    oblong = np.zeros((8, 24, 3), dtype=np.uint8)
+    oblong[:, 8:16] = 255
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    Image.fromarray(oblong).save(tmp_path / "val" / "a" / "0.png")
+    seen = []
+    for crop_mode in ("center", "squash"):
+        loader = create_loader(
+            open_dataset("folder", "val", data_dir=tmp_path), batch_size=1, train=False, input_size=(3, 8, 8),
+            mean=(0.0,) * 3, std=(1.0,) * 3, augmentation=Augmentation(crop_pct=1.0), crop_mode=crop_mode,
+        )  # fmt: skip
+        seen.append(float(next(iter(loader))[0].mean()))
+    assert seen == pytest.approx([1.0, 1 / 3], abs=0.02)
+
+
+def test_without_fingerprints_nothing_is_compared(two: list[str]) -> None:
+    report = evaluate_checkpoint(two[0], DATA, batch_size=512)
+    with pytest.raises(ValueError, match="fingerprints=True"):
+        compare(report, report)
 
 
 def test_mcnemar_by_hand() -> None:

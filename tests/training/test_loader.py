@@ -13,8 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from petra_zoo.errors import UserError
+from petra_zoo.petra import World
+from petra_zoo.training.build import build_loaders, open_data
 from petra_zoo.training.datasets import DataError, ImageDataset, open_dataset
-from petra_zoo.training.loader import ImageLoader, create_loader
+from petra_zoo.training.loader import LEFT_OUT, ImageLoader, create_loader
+from petra_zoo.training.recipe import make_recipe
 from petra_zoo.training.settings import Augmentation
 
 HEAVY = Augmentation(aa="rand-m9-mstd0.5", reprob=0.5, remode="pixel", hflip=0.5)
@@ -201,9 +204,10 @@ def damaged(tmp_path: Path) -> ImageDataset:
     return open_dataset("folder", "train", data_dir=tmp_path)
 
 
-def load_damaged(dataset: ImageDataset, workers: int, policy: str) -> ImageLoader:
+def load_damaged(dataset: ImageDataset, workers: int, policy: str, leave_out: bool = False) -> ImageLoader:
     return create_loader(
-        dataset, batch_size=4, train=False, input_size=(3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3, workers=workers,
+        dataset, batch_size=4, train=False, leave_out=leave_out,
+        input_size=(3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3, workers=workers,
         on_bad_image=policy, augmentation=Augmentation(crop_pct=1.0),
     )  # fmt: skip
 
@@ -224,6 +228,18 @@ def test_a_skipped_image_is_replaced_named_once_and_counted(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_left_out_is_a_blank_without_label_in_a_batch_of_the_same_size(
+    damaged: ImageDataset, workers: int
+) -> None:
+    batches = list(load_damaged(damaged, workers, "skip", leave_out=True))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [0, 0, LEFT_OUT, 0, 1, 1, 1, 1]
+    images = torch.cat([images for images, _ in batches])
+    assert not images[2].any()
+    assert not torch.equal(images[2], images[3])
+    assert list(damaged.bad_images) == [2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_fails_in_one_line_that_names_it(damaged: ImageDataset, workers: int) -> None:
     with pytest.raises(DataError, match=r"2\.png cannot be read .*on_bad_image=skip$") as caught:
         list(load_damaged(damaged, workers, "fail"))
@@ -236,5 +252,21 @@ def test_nothing_readable_is_an_error_even_when_skipping(tmp_path: Path) -> None
     folder.mkdir(parents=True)
     (folder / "a.png").write_bytes(b"")
     dataset = open_dataset("folder", "train", data_dir=tmp_path)
-    with pytest.raises(DataError, match="none of the 1 images can be read"):
-        list(load_damaged(dataset, 0, "skip"))
+    for leave_out in (False, True):
+        with pytest.raises(DataError, match="none of the 1 images can be read"):
+            list(load_damaged(dataset, 0, "skip", leave_out))
+
+
+def test_a_runs_validation_leaves_bad_images_out_and_its_training_replaces_them(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder = tmp_path / split / "only"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / "2.png").write_bytes(b"not an image")
+    settings = {"model": "petra_revnet_tiny", "dataset": "folder", "data_dir": str(tmp_path), "img_size": 8}
+    recipe = make_recipe({**settings, "batch_size": 4, "workers": 0, "on_bad_image": "skip"})
+    config = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    train, val = build_loaders(recipe, *open_data(recipe), config, World(device=torch.device("cpu")))
+    assert next(iter(train))[1].tolist() == [0, 0, 0, 0]
+    assert next(iter(val))[1].tolist() == [0, 0, LEFT_OUT, 0]

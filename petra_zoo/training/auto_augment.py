@@ -1,0 +1,63 @@
+"""timm's auto-augmentation policies: refused early where timm does not know them, and mended where they fail."""
+
+import re
+from typing import Any
+
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+_EXAMPLES = "expected one of timm's, such as rand-m9-mstd0.5-inc1, original-mstd0.5, v0, 3a or augmix-m5-w4-d2"
+# timm passes over a section without a number, and takes any other name of a transform set for its default.
+_SECTION = re.compile(r"[a-z]+\d.*")
+_TRANSFORM_SETS = ("tweights", "t3a", "t3aw")
+
+
+def check_policy(policy: str) -> None:
+    """Checks that timm builds what `policy` says, all of it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    name, *sections = policy.split("-")
+    ignored = [
+        section
+        for section in sections
+        if not (section in _TRANSFORM_SETS if name == "rand" and section[:1] == "t" else _SECTION.fullmatch(section))
+    ]
+    if ignored:
+        raise ValueError(f"timm knows no section {ignored[0]!r} of an auto-augmentation policy; {_EXAMPLES}")
+    try:
+        # As timm's transforms_imagenet_train tells them apart.
+        if policy.startswith("rand"):
+            transform: Any = rand_augment_transform(policy)
+        elif policy.startswith("augmix"):
+            transform = augment_and_mix_transform(policy)
+        else:
+            transform = auto_augment_transform(policy)
+    except (AssertionError, ValueError) as error:  # timm's words for an unknown key, and Python's for a wrong number
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"timm knows no such auto-augmentation policy{reason and f' ({reason})'}; {_EXAMPLES}"
+        ) from error
+    weighted = getattr(transform, "choice_weights", None) is not None
+    if weighted and transform.num_layers > len(transform.ops):
+        raise ValueError(f"n{transform.num_layers} operations per image out of {len(transform.ops)}, each at most once")
+
+
+def mend_posterize(transform: Any) -> None:
+    """Lets the operations in one of timm's auto-augmentation transforms keep no bit at all, in place.
+
+    timm's levels go down to that, and below where `mmax` is above 10: the image becomes black, as older versions of
+    Pillow made it. Newer ones raise.
+    """
+    found = getattr(transform, "ops", None) or [op for steps in getattr(transform, "policy", ()) for op in steps]
+    for op in found:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    if bits_to_keep < 1:
+        return image.point([0] * 256 * len(image.getbands()))
+    return auto_augment.posterize(image, bits_to_keep, **kwargs)
