@@ -5,7 +5,12 @@ Importing the package registers every `petra_*` model with timm.
 
 from importlib.metadata import version
 
-from petra_zoo import models
+from petra_zoo.interruption import is_command_line, say_interruptions
+
+if is_command_line():
+    say_interruptions()
+
+from petra_zoo import models  # noqa: E402 - what takes seconds comes after the above
 
 __all__ = ["models"]
 __version__ = version("petra-zoo")

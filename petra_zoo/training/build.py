@@ -28,16 +28,26 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The recipe's device, or the GPU where there is one.
+    """The device of that name, or the GPU where there is one.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: there is no such device, here or anywhere.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch sees no CUDA device here; use device=cpu")
-    return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu", *([found.type] if found else [])]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name}: there is no such device; expected {' or '.join(known)}") from error
+    if device.type not in known:
+        kind = "CUDA" if device.type == "cuda" else device.type
+        raise UserError(f"device={name}: torch sees no {kind} device here; use device={known[-1]}")
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise UserError(f"device={name}: there are {count} such devices here, from {device.type}:0 on")
+    return device
 
 
 def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
