@@ -10,7 +10,7 @@ from petra_zoo.interruption import is_command_line, say_interruptions
 if is_command_line():
     say_interruptions()
 
-from petra_zoo import models  # noqa: E402 - what takes seconds comes after the above
+from petra_zoo import models
 
 __all__ = ["models"]
 __version__ = version("petra-zoo")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from petra_zoo.errors import UserError
 
-
 _HOME = re.compile(r"(^|=|local-dir:)(~[^/]*)(?=/)")
 
 

@@ -240,13 +240,63 @@ def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch
     return make
 
 
+def learning_rates(recipe: Recipe, batches_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of the schedule after so many updates, before `layer_decay` scales it layer by layer."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    schedule = scheduler_factory(recipe, batches_per_epoch)(optimizer)
+
+    def rate(updates: int) -> float:
+        if schedule is not None and updates > 0:
+            schedule.step_update(updates)
+        return float(optimizer.param_groups[0]["lr"])
+
+    return rate
+
+
+def autocast_type(recipe: Recipe) -> torch.dtype | None:
+    """What autocast computes in; None without it."""
+    found: torch.dtype | None = getattr(torch, recipe.amp_dtype) if recipe.amp else None
+    return found
+
+
+def check_feed(recipe: Recipe, loader: ImageLoader, model: Any, config: dict[str, Any]) -> None:
+    """Refuses micro-batches that the data does not fill, too few for an update, or too small for the network.
+
+    Raises:
+        UserError: says which setting to change, and to what.
+    """
+    batches, images = len(loader), len(loader.dataset)
+    if recipe.batch_size > images:  # the learning rate and its schedule would go by images that there are not
+        raise UserError(
+            f"batch_size={recipe.batch_size} is more than the {images} training images; expected at most that"
+        )
+    if recipe.accumulation_steps > batches:
+        raise UserError(
+            f"accumulation_steps={recipe.accumulation_steps} is more than the {batches} micro-batches of an epoch: no "
+            f"update would be made in it; expected {batches} or less, or a smaller batch_size"
+        )
+    if min(recipe.batch_size, images) > 1:  # a last micro-batch of one is left out
+        return
+    on_meta = copy.deepcopy(model).to("meta").train()
+    try:
+        with torch.no_grad():
+            on_meta(torch.empty(1, *config["input_size"], device="meta"))
+    except ValueError as error:
+        raise UserError(
+            f"batch_size=1: a norm of {recipe.model} sees one value per channel at this image size and cannot tell "
+            "their variance; expected batch_size=2 or more, larger images, or freeze_bn=true"
+        ) from error
+
+
 def find_profile(recipe: Recipe, model: Any, config: dict[str, Any], world: World) -> Profile | None:
-    """The measured costs that the partition goes by: read, or measured on rank 0 for all; None where it counts.
+    """The measured costs that the partition goes by: read or measured on one rank; None on the others, or to count.
 
     Raises:
         UserError: the file is not a profile, or is another model's.
     """
     units = len(model.units())
+    if world.rank > 0 or world.replica > 0:  # all go by one: see `share_profile`
+        return None
     if recipe.profile is not None:
         profile = Profile.load(recipe.profile)
         if len(profile.units) != units:
@@ -257,12 +307,13 @@ def find_profile(recipe: Recipe, model: Any, config: dict[str, Any], world: Worl
     given = recipe.split is not None or recipe.stages in (1, units)
     if recipe.balance == "operations" or given or (recipe.balance == "auto" and world.size == 1):
         return None
-    found = None
-    if world.first and world.replica == 0:
-        measured = copy.deepcopy(model).to(world.device)
-        autocast = torch.bfloat16 if recipe.amp else None
-        found = measure(measured, recipe.batch_size, config["input_size"], autocast=autocast)
-    return next(profile for profile in world.gather(found) if profile is not None)
+    measured = copy.deepcopy(model).to(world.device)
+    return measure(measured, recipe.batch_size, config["input_size"], autocast=autocast_type(recipe))
+
+
+def share_profile(found: Profile | None, world: World) -> Profile | None:
+    """The profile that one rank found, in every process: all of them must cut the model alike."""
+    return next((profile for profile in world.gather(found) if profile is not None), None)
 
 
 def build_pipeline(
@@ -289,7 +340,7 @@ def build_pipeline(
             optimizer=optimizer_factory(recipe, model),
             scheduler=scheduler_factory(recipe, batches_per_epoch),
             loss=loss,
-            autocast=torch.bfloat16 if recipe.amp else None,
+            autocast=autocast_type(recipe),
             clip_grad=recipe.clip_grad,
             last_stage=recipe.last_stage,
             seed=recipe.seed,
