@@ -7,7 +7,7 @@ are understood, 1.2's and 1.1's.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -27,11 +27,6 @@ _NUMBERS = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIMESTAMP)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
@@ -41,6 +36,10 @@ class _Dumper(yaml.SafeDumper):
     """Puts text into quotes that is a number to YAML 1.1 or to 1.2."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIMESTAMP)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _tag, _pattern, _first in _NUMBERS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(_tag, _pattern, list(_first))
