@@ -35,6 +35,7 @@ from petra_zoo.petra.partition import (
     owners,
     partition,
 )
+from petra_zoo.petra.pipeline_state import restore, state_of
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import ProcessLinks
 from petra_zoo.petra.profile import Profile
@@ -433,19 +434,7 @@ class Pipeline:
             RuntimeError: the stages are spread over processes.
         """
         self._require_one_process("state_dict()", "whole_model() gathers the weights")
-        return {
-            "method": self.method,
-            "partition": [len(owned) for owned in self.partition],
-            "tick": self.clock.tick,
-            "feeds": dict(self.clock.fed),
-            "fed": self.fed,
-            "model": self.model.state_dict(),
-            "ups": {j: [(m.micro_batch, m.streams, m.labels) for m in queue] for j, queue in self.links.ups.items()},
-            "downs": {
-                j: [(m.micro_batch, m.streams, m.gradients) for m in queue] for j, queue in self.links.downs.items()
-            },
-            "stages": [stage.state_dict() for stage in self.stages],
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, the model included.
@@ -455,20 +444,5 @@ class Pipeline:
             RuntimeError: the stages are spread over processes.
         """
         self._require_one_process("load_state_dict()", "load the model's weights before the pipeline is made")
-        for key, mine in (("method", self.method), ("partition", [len(owned) for owned in self.partition])):
-            if state[key] != mine:
-                raise ValueError(f"the state is of a pipeline with {key}={state[key]}, this one has {key}={mine}")
-        self.clock.tick, self.clock.fed, self.fed = state["tick"], dict(state["feeds"]), state["fed"]
-        self.model.load_state_dict(state["model"])
-        self.links = Links(self.wire)
-        for j, queue in state["ups"].items():
-            self.links.ups[j].extend(Up(n, _copies(x), y.clone()) for n, x, y in queue)
-        for j, queue in state["downs"].items():
-            self.links.downs[j].extend(Down(n, _copies(x), _copies(d)) for n, x, d in queue)
         with self._own_generators():
-            for stage, stage_state in zip(self.stages, state["stages"], strict=True):
-                stage.load_state_dict(stage_state)
-
-
-def _copies(tensors: Any) -> Any:
-    return tuple(None if x is None else x.clone() for x in tensors)
+            restore(self, state)

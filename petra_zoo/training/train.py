@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -268,6 +269,9 @@ class Run:
 
         Returns:
             The evaluation, on the rank that reports.
+
+        Raises:
+            Failure: the model or its loss is not finite; it is not saved.
         """
         model = self.ema.module if self.ema else self.model
         average_statistics(model, self.world)
@@ -286,11 +290,16 @@ class Run:
         if not self.directory:
             return None
         seconds = time.perf_counter() - started
-        self.directory.save_model(whole, self.config, self.train_data.class_names)
         if epoch is not None:
             self.directory.log(
                 event="validation", epoch=epoch, top1=result.top1, top5=result.top5, loss=result.loss, seconds=seconds
             )
+        if not math.isfinite(result.loss):
+            raise Failure(
+                f"the validation loss is {result.loss}: the model is not saved, {self.directory.what_is_kept()}"
+            )
+        self.directory.save_model(whole, self.config, self.train_data.class_names)
+        if epoch is not None:
             row = {"epoch": epoch, "train_loss": train_loss, "eval_loss": result.loss}
             rate = self.learning_rate()
             self.directory.summarize({**row, "eval_top1": result.top1, "eval_top5": result.top5, "lr": rate})

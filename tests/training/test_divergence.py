@@ -14,7 +14,7 @@ from petra_zoo.petra import Pipeline
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.recipe import Recipe, save_recipe
 from petra_zoo.training.run_directory import RunDirectory
-from petra_zoo.training.train import train
+from petra_zoo.training.train import Run, train
 from tests.cli.test_main import petra_zoo
 from tests.training.test_feed import write_images
 from tests.training.test_train import QUICK
@@ -78,6 +78,26 @@ def test_a_model_that_is_not_finite_is_never_saved_over_a_good_one(tmp_path: Pat
     with pytest.raises(Failure, match=f"{wrong} is not finite: the model is not saved, the one in .* is kept"):
         directory.save_model(model, {}, [])
     assert (directory.path / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_that_predicts_no_numbers_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are finite, but so large that evaluation overflows: the first sign of some divergences."""
+    real = Run.run_epoch
+
+    def run_epoch(self: Run, epoch: int, epochs: int) -> Any:
+        meter = real(self, epoch, epochs)
+        if epoch == 1:
+            self.model.fc.weight.data.fill_(3e38)
+        return meter
+
+    monkeypatch.setattr(Run, "run_epoch", run_epoch)
+    with pytest.raises(
+        Failure, match=r"the validation loss is (nan|inf): the model is not saved, the one in .* is kept"
+    ):
+        train(small(tmp_path, epochs=3, lr=1e-6), reporter=Reporter(quiet=True))
+    assert load_file(tmp_path / "run" / "model.safetensors")["fc.weight"].abs().max() < 10
+    (_, last) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2:]
+    assert json.loads(last, parse_constant=refuse)["loss"] is None
 
 
 def test_the_command_line_says_it_in_one_line_and_exits_with_1(tmp_path: Path) -> None:
