@@ -275,7 +275,8 @@ def check_feed(recipe: Recipe, loader: ImageLoader, model: Any, config: dict[str
             f"accumulation_steps={recipe.accumulation_steps} is more than the {batches} micro-batches of an epoch: no "
             f"update would be made in it; expected {batches} or less, or a smaller batch_size"
         )
-    if min(recipe.batch_size, images) > 1:  # a last micro-batch of one is left out
+    shared = recipe.sync_bn and recipe.data_parallel > 1  # norms see all replicas' images
+    if shared or min(recipe.batch_size, images) > 1:  # a last micro-batch of one is left out
         return
     on_meta = copy.deepcopy(model).to("meta").train()
     try:
