@@ -43,6 +43,8 @@ from petra_zoo.training.recipe import Recipe
 from petra_zoo.training.run_directory import RunDirectory
 from petra_zoo.training.synchronized_norms import synchronize_statistics
 
+ADVICE = "lower the learning rate, set clip_grad, or look for bad images"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -197,7 +199,7 @@ class Run:
         kept = self.directory.what_is_kept() if self.directory else "what was saved before is kept"
         return Failure(
             f"training stopped in epoch {epoch + 1}, tick {self.pipeline.tick}: {error}{also}; no model is saved, "
-            f"{kept}: lower the learning rate, set clip_grad, or look for bad images"
+            f"{kept}: {ADVICE}"
         )
 
     def run_epoch(self, epoch: int, epochs: int) -> Meter:
@@ -295,9 +297,8 @@ class Run:
                 event="validation", epoch=epoch, top1=result.top1, top5=result.top5, loss=result.loss, seconds=seconds
             )
         if not math.isfinite(result.loss):
-            raise Failure(
-                f"the validation loss is {result.loss}: the model is not saved, {self.directory.what_is_kept()}"
-            )
+            kept = self.directory.what_is_kept()
+            raise Failure(f"the validation loss is {result.loss}: the model is not saved, {kept}: {ADVICE}")
         self.directory.save_model(whole, self.config, self.train_data.class_names)
         if epoch is not None:
             row = {"epoch": epoch, "train_loss": train_loss, "eval_loss": result.loss}
