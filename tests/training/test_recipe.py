@@ -1,10 +1,12 @@
 """Recipes: what can be said, what is refused and how, and that what is saved comes back."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import petra_zoo
 from petra_zoo.errors import UserError
 from petra_zoo.training.recipe import Recipe, list_recipes, load_recipe, make_recipe, save_recipe
 
@@ -200,3 +202,11 @@ def test_a_saved_recipe_comes_back_equal_with_the_network_first(tmp_path: Path) 
 def test_every_setting_has_a_default_but_model_and_dataset() -> None:
     required = [name for name, field in Recipe.model_fields.items() if field.is_required()]
     assert required == ["model", "dataset"]
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    package = Path(petra_zoo.__file__).parent
+    read = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "settings.py")
+    settings = (package / "training" / "settings.py").read_text()
+    for name in Recipe.model_fields:
+        assert re.search(rf"\.{name}\b", read) or f"self.{name}" in settings, name
