@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.activation_memory import StepBytes
+from petra_zoo.strict_json import to_json
 
 from .report import Fidelity
 
@@ -132,7 +132,7 @@ def write_report(report: Report, path: Path) -> list[Path]:
 
 
 def _write_json(report: Report, path: Path) -> None:
-    path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(report.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _write_markdown(report: Report, path: Path) -> None:

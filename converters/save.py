@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.files import apply_umask, check_free
 from petra_zoo.models import PetraRevNet
 
 from .checks import name_of
@@ -27,8 +28,7 @@ def check_output(output: Path) -> None:
     Raises:
         UserError: there is a file, or a directory with something in it.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"{output} exists already: choose another --output, or move it away")
+    check_free(output, "--output")
 
 
 def save_converted(model: PetraRevNet, output: Path) -> None:
@@ -60,6 +60,7 @@ def save_for_timm(model: nn.Module, output: Path) -> None:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as holder:
             new = Path(holder) / "model"
             save_for_hf(saved, str(new), safe_serialization=True)
+            apply_umask(new / "model.safetensors")
             loaded: Any = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
             with torch.no_grad():
                 if not torch.equal(loaded(images), saved(images)):

@@ -5,6 +5,11 @@ Importing the package registers every `petra_*` model with timm.
 
 from importlib.metadata import version
 
+from petra_zoo.interruption import is_command_line, say_interruptions
+
+if is_command_line():
+    say_interruptions()
+
 from petra_zoo import models
 
 __all__ = ["models"]

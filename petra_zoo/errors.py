@@ -1,4 +1,4 @@
-"""The error that means: the user asked for something that cannot be done."""
+"""The errors that the command line says in one line, without a traceback."""
 
 
 class UserError(Exception):
@@ -6,4 +6,12 @@ class UserError(Exception):
 
     The message is one line: what was wrong, what was expected, and the nearest fix. The command line prints it without
     a traceback and exits with code 2.
+    """
+
+
+class Failure(Exception):
+    """What was asked for could be begun, but not be ended: training has diverged.
+
+    The message is one line: what happened, what is left, and what to try. The command line prints it without a
+    traceback and exits with code 1.
     """

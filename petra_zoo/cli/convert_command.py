@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +10,7 @@ import typer
 from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
 from petra_zoo.errors import UserError
 from petra_zoo.hub import push as publish
+from petra_zoo.strict_json import to_json
 
 
 def convert(
@@ -52,7 +52,7 @@ def convert(
     if to_resnet:
         name = convert_back(source, output)
         typer.echo(
-            json.dumps({"source": source, "output": str(output), "architecture": name})
+            to_json({"source": source, "output": str(output), "architecture": name})
             if as_json
             else f"saved {output}: {name}"
         )
@@ -72,7 +72,7 @@ def convert(
     )
     pushed = publish(output, push) if push else None
     if as_json:
-        typer.echo(json.dumps({**done.as_dict(), **({"pushed": pushed.as_dict()} if pushed else {})}))
+        typer.echo(to_json({**done.as_dict(), **({"pushed": pushed.as_dict()} if pushed else {})}))
         return
     typer.echo(f"saved {done.output}: {done.architecture}")
     for run in done.runs:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from petra_zoo.strict_json import to_json
 from petra_zoo.training.checkpoint_evaluation import Report, evaluate_checkpoints
 from petra_zoo.training.comparison import Comparison, compare
 
@@ -65,7 +65,7 @@ def evaluate(
         value = (
             {"models": rows, "comparison": comparison.as_dict()} if comparison else rows if len(rows) > 1 else rows[0]
         )
-        typer.echo(json.dumps(value, indent=2))
+        typer.echo(to_json(value, indent=2))
     elif comparison:
         _show_comparison(comparison)
 

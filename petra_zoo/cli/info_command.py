@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from petra_zoo.hub.catalog import Tag, look_up
+from petra_zoo.strict_json import to_json
 
 MIB = 2**20
 
@@ -19,7 +19,7 @@ def info(
     """Show a network: parameters, operations, units, runs, coupling, activation memory, pretrained weights."""
     facts = look_up(name)
     if as_json:
-        typer.echo(json.dumps(facts.as_dict(), indent=2))
+        typer.echo(to_json(facts.as_dict(), indent=2))
         return
     row, memory = facts.network, facts.memory
     typer.echo(f"{row.name}: {row.summary}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from petra_zoo.hub.catalog import pretrained_tags
 from petra_zoo.hub.page import write_page
 from petra_zoo.models.describe import describe, model_names
+from petra_zoo.strict_json import to_json
 
 
 def list_models(
@@ -35,7 +35,7 @@ def list_models(
     names = model_names(pattern)
     console = Console()
     if as_json:
-        typer.echo(json.dumps([describe(name).as_dict() for name in names], indent=2))
+        typer.echo(to_json([describe(name).as_dict() for name in names], indent=2))
     elif console.is_terminal:
         table = Table("model", "parameters", "input", "units", "reversible")
         for row in map(describe, names):
@@ -50,7 +50,7 @@ def _list_pretrained(pattern: str, as_json: bool) -> None:
     tags = pretrained_tags(pattern)
     console = Console()
     if as_json:
-        typer.echo(json.dumps([tag.as_dict() for tag in tags], indent=2))
+        typer.echo(to_json([tag.as_dict() for tag in tags], indent=2))
     elif console.is_terminal:
         table = Table("name", "input", "classes", "licence", "weights", "top-1")
         for tag in tags:

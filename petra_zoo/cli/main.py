@@ -22,7 +22,8 @@ from petra_zoo.cli import (
     recipes_command,
     train_command,
 )
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
+from petra_zoo.files import expand_home
 from petra_zoo.training.launch import as_worker
 
 app = typer.Typer(
@@ -57,8 +58,9 @@ def _options(
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad use."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    words = [expand_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        as_worker(lambda: app(arguments))
-    except UserError as error:
+        as_worker(lambda: app(words))
+    except (UserError, Failure) as error:
         print(f"petra-zoo: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from petra_zoo.petra.performance import Cluster
 from petra_zoo.petra.plan import COLUMNS, draw, make_plan
 from petra_zoo.petra.quantities import parse_bandwidth, parse_bytes, parse_seconds
+from petra_zoo.strict_json import to_json
 from petra_zoo.training.profiles import find_profile
 
 
@@ -47,7 +47,7 @@ def plan(
     if plot is not None:
         draw(result, plot)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=1))
+        typer.echo(to_json(result.as_dict(), indent=1))
         return
     for note in result.notes():
         typer.echo(note)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from petra_zoo.hub.prediction import predict_images
+from petra_zoo.strict_json import to_json
 
 
 def predict(
@@ -24,7 +24,7 @@ def predict(
     """Classify image files with a trained model; by default the one for handwritten digits that comes along."""
     predictions = predict_images(model, images, topk=topk, device=device)
     if as_json:
-        typer.echo(json.dumps([prediction.as_dict() for prediction in predictions], indent=2))
+        typer.echo(to_json([prediction.as_dict() for prediction in predictions], indent=2))
         return
     for prediction in predictions:
         typer.echo(prediction.image)

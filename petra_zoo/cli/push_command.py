@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from petra_zoo.hub import push as publish
+from petra_zoo.strict_json import to_json
 
 
 def push(
@@ -40,7 +40,7 @@ def push(
         dataset_id=dataset_id,
     )
     if as_json:
-        typer.echo(json.dumps(done.as_dict(), indent=2))
+        typer.echo(to_json(done.as_dict(), indent=2))
         return
     for name, size in done.files.items():
         typer.echo(f"  {size:>11,} bytes  {name}")

@@ -1,7 +1,6 @@
 """`petra-zoo recipes`: the recipes that come with the package."""
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from petra_zoo.strict_json import to_json
 from petra_zoo.training.recipe import copy_recipe, list_recipes, load_recipe, recipe_text
 from petra_zoo.training.recipe_validation import validate_recipes
 
@@ -27,7 +27,7 @@ def list_command(
     rows = [{"name": name, **load_recipe(name).model_dump(include=set(_COLUMNS))} for name in names]
     console = Console()
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(to_json(rows, indent=2))
     elif console.is_terminal:
         table = Table("recipe", *_COLUMNS)
         for row in rows:
@@ -68,6 +68,6 @@ def validate_command(
         if not as_json:
             typer.echo(f"ok      {verdict.recipe}" if verdict.ok else f"failed  {verdict.recipe}: {verdict.reason}")
     if as_json:
-        typer.echo(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))
+        typer.echo(to_json([verdict.as_dict() for verdict in verdicts], indent=2))
     if not all(verdict.ok for verdict in verdicts):
         raise typer.Exit(1)

@@ -18,7 +18,7 @@ def training_curve(summary: Path) -> bytes:
     loss, accuracy = figure.subplots(1, 2)
     marker = "." if len(rows) < 50 else ""
     for column, label in (("train_loss", "training"), ("eval_loss", "validation")):
-        loss.plot(epochs, [float(row[column]) for row in rows], marker=marker, label=label)
+        loss.plot(epochs, [float(row[column] or "nan") for row in rows], marker=marker, label=label)
     loss.set(xlabel="epoch", ylabel="cross-entropy")
     loss.legend()
     accuracy.plot(epochs, [float(row["eval_top1"]) for row in rows], marker=marker, color="tab:green")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub import eval_result_entries_to_yaml
 from petra_zoo.hub.card import can_draw, eval_results, make_card
 from petra_zoo.hub.checkpoint import FIDELITY, Checkpoint
 from petra_zoo.hub.curve import training_curve
+from petra_zoo.strict_json import to_json
 from petra_zoo.training.recipe import save_recipe
 
 Files = dict[str, Path | bytes]
@@ -54,7 +54,7 @@ def repository_files(
         files["recipe.yaml"] = _public_recipe(checkpoint)
     if checkpoint.fidelity is not None:
         public = {key: value for key, value in checkpoint.fidelity.items() if key != "output"}
-        files[FIDELITY] = (json.dumps(public, indent=2) + "\n").encode()
+        files[FIDELITY] = (to_json(public, indent=2) + "\n").encode()
     files |= {file.name: file for file in sorted(path.glob("fidelity.*")) if file.suffix in (".md", ".png")}
     return files
 

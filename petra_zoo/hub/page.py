@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.catalog import Facts, Reference, look_up
+from petra_zoo.strict_json import to_json
 
 MIB = 2**20
 COLUMNS = (
@@ -82,7 +82,7 @@ def page(entries: Sequence[Entry]) -> str:
     labels = [COLUMNS[i] for i in used]
     head = [f'<th scope="col"><button type="button">{label}</button></th>' for label in ("network", *labels)]
     body = [_row(one, [row[i] for i in used], labels) for one, row in zip(entries, rows, strict=True)]
-    data = json.dumps([_facts(one) for one in entries]).replace("<", "\\u003c")  # no tag ends inside the script
+    data = to_json([_facts(one) for one in entries]).replace("<", "\\u003c")  # no tag ends inside the script
     template = resources.files("petra_zoo.hub").joinpath("page.html").read_text(encoding="utf-8")
     for mark, text in {"HEAD": "\n".join(head), "ROWS": "\n".join(body), "DATA": data}.items():
         template = template.replace(f"<!-- {mark} -->", text)

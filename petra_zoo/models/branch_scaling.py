@@ -37,7 +37,9 @@ def branch_scales(layer: CoupledLayer, g: float) -> dict[str, float]:
             continue
         name = "bn3" if hasattr(block, "bn3") else "bn2"
         norm, gate = getattr(block, name), block.se
-        if type(norm) not in _NORMS or norm.weight is None or norm.bias is None:
+        # A subclass that keeps or shares its statistics scales alike; timm's with an activation inside does not.
+        plain = isinstance(norm, _NORMS) and not hasattr(norm, "act")
+        if not plain or norm.weight is None or norm.bias is None:
             raise UserError(
                 f"a branch that ends in {type(norm).__name__} cannot be scaled by {factor:g}: only batch norm and "
                 "group norm with weight and bias can; coupling=0 keeps the network as it is"

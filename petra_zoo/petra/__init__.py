@@ -1,5 +1,6 @@
 """The PETRA engine: parallel end-to-end training with reversible architectures (arXiv 2406.02052)."""
 
+from petra_zoo.petra.finite import NotFiniteError, first_not_finite
 from petra_zoo.petra.links import LinkError, Wire
 from petra_zoo.petra.partition import assign_stages, balance, count_operations
 from petra_zoo.petra.pipeline import METHODS, Method, Output, Pipeline
@@ -12,6 +13,7 @@ __all__ = [
     "LinkError",
     "Measurement",
     "Method",
+    "NotFiniteError",
     "Output",
     "Pipeline",
     "Probe",
@@ -21,6 +23,7 @@ __all__ = [
     "assign_stages",
     "balance",
     "count_operations",
+    "first_not_finite",
     "global_rank",
     "join",
     "leave",

@@ -35,6 +35,7 @@ from petra_zoo.petra.partition import (
     owners,
     partition,
 )
+from petra_zoo.petra.pipeline_state import restore, state_of
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import ProcessLinks
 from petra_zoo.petra.profile import Profile
@@ -211,6 +212,10 @@ class Pipeline:
 
         Returns:
             Loss and logits of the micro-batch that reached the head in this tick.
+
+        Raises:
+            NotFiniteError: a loss or a gradient is infinite or not a number; names the first stage that has one. On
+                the CPU no such gradient has reached a parameter.
         """
         fed = None
         if self.world.first:
@@ -235,8 +240,9 @@ class Pipeline:
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
-        for stage in self.stages:
+        for stage in reversed(self.stages):
             stage.update(partial=True)
+            stage.finite.settle()
         return [output for output in outputs if output.micro_batch is not None]
 
     @property
@@ -284,7 +290,7 @@ class Pipeline:
             for stage in reversed(self.stages):  # backwards, with the parameters the forwards used
                 if not stage.last and clock.backward(stage.index):
                     self._send_down(stage, stage.backward(links.receive_down(stage.index)))
-            for stage in self.stages:
+            for stage in reversed(self.stages):  # what is not finite came down: the first to find it is where it began
                 stage.update()
         return output
 
@@ -324,7 +330,12 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] in eval mode; micro-batches in flight, statistics and modes stay as they are."""
+        """Logits [B, classes] in eval mode; micro-batches in flight, statistics and modes stay as they are.
+
+        Raises:
+            RuntimeError: the stages are spread over processes.
+        """
+        self._require_one_process("evaluate()", "predict() runs through all of them")
         modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
         try:
@@ -393,13 +404,21 @@ class Pipeline:
 
         Args:
             every: measure every so many micro-batches; one measurement costs a backpropagation per stage.
+
+        Raises:
+            RuntimeError: the stages are spread over processes.
         """
+        self._require_one_process("probe()", "train with the same seed in one process to measure")
         probe = Probe(self.model.units(), self.stages, every)
         self._watch(probe)
         try:
             yield probe
         finally:
             self._watch(None)
+
+    def _require_one_process(self, what: str, instead: str) -> None:
+        if self.world.size > 1:
+            raise RuntimeError(f"{what} is for a pipeline in one process; {instead}")
 
     def _watch(self, probe: Probe | None) -> None:
         self._probe = probe
@@ -414,42 +433,16 @@ class Pipeline:
         Raises:
             RuntimeError: the stages are spread over processes.
         """
-        if self.world.size > 1:
-            raise RuntimeError("state_dict() is for a pipeline in one process; whole_model() gathers the weights")
-        return {
-            "method": self.method,
-            "partition": [len(owned) for owned in self.partition],
-            "tick": self.clock.tick,
-            "feeds": dict(self.clock.fed),
-            "fed": self.fed,
-            "model": self.model.state_dict(),
-            "ups": {j: [(m.micro_batch, m.streams, m.labels) for m in queue] for j, queue in self.links.ups.items()},
-            "downs": {
-                j: [(m.micro_batch, m.streams, m.gradients) for m in queue] for j, queue in self.links.downs.items()
-            },
-            "stages": [stage.state_dict() for stage in self.stages],
-        }
+        self._require_one_process("state_dict()", "whole_model() gathers the weights")
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, the model included.
 
         Raises:
             ValueError: the state is of another method or partition.
+            RuntimeError: the stages are spread over processes.
         """
-        for key, mine in (("method", self.method), ("partition", [len(owned) for owned in self.partition])):
-            if state[key] != mine:
-                raise ValueError(f"the state is of a pipeline with {key}={state[key]}, this one has {key}={mine}")
-        self.clock.tick, self.clock.fed, self.fed = state["tick"], dict(state["feeds"]), state["fed"]
-        self.model.load_state_dict(state["model"])
-        self.links = Links(self.wire)
-        for j, queue in state["ups"].items():
-            self.links.ups[j].extend(Up(n, _copies(x), y.clone()) for n, x, y in queue)
-        for j, queue in state["downs"].items():
-            self.links.downs[j].extend(Down(n, _copies(x), _copies(d)) for n, x, d in queue)
+        self._require_one_process("load_state_dict()", "load the model's weights before the pipeline is made")
         with self._own_generators():
-            for stage, stage_state in zip(self.stages, state["stages"], strict=True):
-                stage.load_state_dict(stage_state)
-
-
-def _copies(tensors: Any) -> Any:
-    return tuple(None if x is None else x.clone() for x in tensors)
+            restore(self, state)

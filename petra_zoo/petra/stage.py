@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from petra_zoo.petra.finite import FiniteCheck, pooled
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.reversible import CoupledUnit, Reversal, Streams, Unit
@@ -79,6 +80,7 @@ class Stage:
         self.fifos: list[deque[Streams]] = [deque() for _ in units]
         self.gradients_in_window = 0
         self.watcher: Watcher | None = None
+        self.finite = FiniteCheck()
         self.across: Any = None  # process group of this stage in every replica of the pipeline
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
@@ -134,6 +136,9 @@ class Stage:
 
         Args:
             partial: update with the gradients there are.
+
+        Raises:
+            NotFiniteError: a gradient is not finite; on the CPU the parameters are as before.
         """
         count = self.gradients_in_window
         if count == 0 or (count < self.settings.accumulation_steps and not partial):
@@ -146,6 +151,9 @@ class Stage:
             torch._foreach_div_([p.grad for p in flat if p.grad is not None], float(count))
         if self.across is not None:
             _average([p.grad for p in flat if p.grad is not None], self.across)
+        self.finite.see(
+            pooled([p.grad for p in flat if p.grad is not None]), f"the gradient of stage {self.index}'s parameters"
+        )
         if self.settings.clip_grad is not None:
             clip_grad_norm_(flat, self.settings.clip_grad)
         self.optimizer.step()
@@ -207,6 +215,7 @@ class Stage:
         logits = logits.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.settings.loss(logits if logits.dtype == torch.float64 else logits.float(), labels)
+        self.finite.see(loss, f"the loss of stage {self.index}")
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
     def _finish_backward(

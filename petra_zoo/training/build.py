@@ -30,16 +30,26 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The recipe's device, or the GPU where there is one.
+    """The device of that name, or the GPU where there is one.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: there is no such device, here or anywhere.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={name}: torch sees no CUDA device here; use device=cpu")
-    return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    known = ["cpu", *([found.type] if found else [])]
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name}: there is no such device; expected {' or '.join(known)}") from error
+    if device.type not in known:
+        kind = "CUDA" if device.type == "cuda" else device.type
+        raise UserError(f"device={name}: torch sees no {kind} device here; use device={known[-1]}")
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise UserError(f"device={name}: there are {count} such devices here, from {device.type}:0 on")
+    return device
 
 
 def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -237,13 +247,64 @@ def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch
     return make
 
 
+def learning_rates(recipe: Recipe, batches_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of the schedule after so many updates, before `layer_decay` scales it layer by layer."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    schedule = scheduler_factory(recipe, batches_per_epoch)(optimizer)
+
+    def rate(updates: int) -> float:
+        if schedule is not None and updates > 0:
+            schedule.step_update(updates)
+        return float(optimizer.param_groups[0]["lr"])
+
+    return rate
+
+
+def autocast_type(recipe: Recipe) -> torch.dtype | None:
+    """What autocast computes in; None without it."""
+    found: torch.dtype | None = getattr(torch, recipe.amp_dtype) if recipe.amp else None
+    return found
+
+
+def check_feed(recipe: Recipe, loader: ImageLoader, model: Any, config: dict[str, Any]) -> None:
+    """Refuses micro-batches that the data does not fill, too few for an update, or too small for the network.
+
+    Raises:
+        UserError: says which setting to change, and to what.
+    """
+    batches, images = len(loader), len(loader.dataset)
+    if recipe.batch_size > images:  # the learning rate and its schedule would go by images that there are not
+        raise UserError(
+            f"batch_size={recipe.batch_size} is more than the {images} training images; expected at most that"
+        )
+    if recipe.accumulation_steps > batches:
+        raise UserError(
+            f"accumulation_steps={recipe.accumulation_steps} is more than the {batches} micro-batches of an epoch: no "
+            f"update would be made in it; expected {batches} or less, or a smaller batch_size"
+        )
+    shared = recipe.sync_bn and recipe.data_parallel > 1  # norms see all replicas' images
+    if shared or min(recipe.batch_size, images) > 1:  # a last micro-batch of one is left out
+        return
+    on_meta = copy.deepcopy(model).to("meta").train()
+    try:
+        with torch.no_grad():
+            on_meta(torch.empty(1, *config["input_size"], device="meta"))
+    except ValueError as error:
+        raise UserError(
+            f"batch_size=1: a norm of {recipe.model} sees one value per channel at this image size and cannot tell "
+            "their variance; expected batch_size=2 or more, larger images, or freeze_bn=true"
+        ) from error
+
+
 def find_profile(recipe: Recipe, model: Any, config: dict[str, Any], world: World) -> Profile | None:
-    """The measured costs that the partition goes by: read, or measured on rank 0 for all; None where it counts.
+    """The measured costs that the partition goes by: read or measured on one rank; None on the others, or to count.
 
     Raises:
         UserError: the file is not a profile, or is another model's.
     """
     units = len(model.units())
+    if world.rank > 0 or world.replica > 0:  # all go by one: see `share_profile`
+        return None
     if recipe.profile is not None:
         profile = Profile.load(recipe.profile)
         if len(profile.units) != units:
@@ -254,12 +315,13 @@ def find_profile(recipe: Recipe, model: Any, config: dict[str, Any], world: Worl
     given = recipe.split is not None or recipe.stages in (1, units)
     if recipe.balance == "operations" or given or (recipe.balance == "auto" and world.size == 1):
         return None
-    found = None
-    if world.first and world.replica == 0:
-        measured = copy.deepcopy(model).to(world.device)
-        autocast = torch.bfloat16 if recipe.amp else None
-        found = measure(measured, recipe.batch_size, config["input_size"], autocast=autocast)
-    return next(profile for profile in world.gather(found) if profile is not None)
+    measured = copy.deepcopy(model).to(world.device)
+    return measure(measured, recipe.batch_size, config["input_size"], autocast=autocast_type(recipe))
+
+
+def share_profile(found: Profile | None, world: World) -> Profile | None:
+    """The profile that one rank found, in every process: all of them must cut the model alike."""
+    return next((profile for profile in world.gather(found) if profile is not None), None)
 
 
 def build_pipeline(
@@ -286,7 +348,7 @@ def build_pipeline(
             optimizer=optimizer_factory(recipe, model),
             scheduler=scheduler_factory(recipe, batches_per_epoch),
             loss=loss,
-            autocast=torch.bfloat16 if recipe.amp else None,
+            autocast=autocast_type(recipe),
             clip_grad=recipe.clip_grad,
             last_stage=recipe.last_stage,
             seed=recipe.seed,

@@ -91,6 +91,11 @@ def keep_statistics(module: nn.Module) -> list[nn.Module]:
     return norms
 
 
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether `keep_statistics` made a batch norm stay in eval mode."""
+    return isinstance(module, _StaysInEval)
+
+
 def start_lines(recipe: Recipe, model: Any, class_names: list[str]) -> Iterator[str]:
     """What a person should know of where training starts: the checkpoint, its head, and what is frozen."""
     if recipe.pretrained:

@@ -12,6 +12,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
+from petra_zoo.errors import Failure
 from petra_zoo.petra import LinkError, global_rank, world_size
 from petra_zoo.training.ranks import SharedError
 
@@ -49,8 +50,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 def as_worker(work: Callable[[], None]) -> None:
     """Runs the command line in this process; in one of several, failures are told so that the cause stands out.
 
-    A mistake that all of them found is said by rank 0; a lost neighbour in one line, because it is a consequence;
-    anything else with its traceback, which torch.distributed.run is told too.
+    Training that has diverged is said by the rank that found it; a mistake that all of them found by rank 0; a lost
+    neighbour in one line, because it is a consequence; anything else with its traceback, which torch.distributed.run is
+    told too.
     """
     if world_size() == 1:
         work()
@@ -61,6 +63,9 @@ def as_worker(work: Callable[[], None]) -> None:
         if global_rank() > 0:
             sys.exit(2)
         raise
+    except Failure as error:
+        print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # torch's process group would wait for the neighbour
     except LinkError as error:
         print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
         time.sleep(LINGER_SECONDS)

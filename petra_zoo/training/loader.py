@@ -55,14 +55,21 @@ class _Batches:
     shuffle: bool
     seed: int
     drop_last: bool
+    drop_single: bool = False  # leave out a last batch of one image
     shard: int = 0
     shards: int = 1
     epoch: int = 0
     start: int = 0
 
     def __len__(self) -> int:
-        batches = self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
-        return batches // self.shards  # every shard has as many, so that replicas stay in step
+        full, rest = divmod(self.length, self.batch_size)
+        keeps_rest = rest > 0 and not self.drop_last and not (self.drop_single and rest == 1 and full > 0)
+        return (full + keeps_rest) // self.shards  # every shard has as many, so that replicas stay in step
+
+    @property
+    def left_out(self) -> int:
+        """How many images are in no batch of an epoch."""
+        return max(0, self.length - len(self) * self.shards * self.batch_size)
 
     def __iter__(self) -> Iterator[list[_Place]]:
         order = np.arange(self.length)
@@ -186,6 +193,11 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self._batches)
 
+    @property
+    def left_out(self) -> int:
+        """How many images an epoch leaves out: other ones each time where it shuffles."""
+        return self._batches.left_out
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order and the augmentation of the next iterations; the first epoch is 0."""
         self._batches.epoch = epoch
@@ -274,7 +286,8 @@ def create_loader(
     Args:
         dataset: What to load. Its `bad_images` counts the skipped ones, whichever process met them.
         batch_size: Images per batch.
-        train: Whether to shuffle, augment and mix. Validation goes through the data set in order.
+        train: Whether to shuffle, augment and mix, and to leave out a last batch of one image, of which no batch norm
+            can tell the variance (unless it is the only batch). Validation goes through the data set in order.
         input_size: C, H, W of the network's input; C = 1 makes the images grey.
         mean: Normalisation, C values for images scaled to 0..1.
         std: Likewise.
@@ -296,10 +309,21 @@ def create_loader(
     augmentation = augmentation or Augmentation()
     check_channels(input_size, mean, std)
     batches = _Batches(
-        len(dataset), batch_size, shuffle=train, seed=seed, drop_last=drop_last, shard=shard, shards=shards
+        len(dataset),
+        batch_size,
+        shuffle=train,
+        seed=seed,
+        drop_last=drop_last,
+        drop_single=train,
+        shard=shard,
+        shards=shards,
     )
     if not len(batches):
-        raise UserError(f"batch_size={batch_size} is more than the {len(dataset)} images; expected at most that many")
+        most = len(dataset) // shards
+        each = f" for each of {shards} replicas" if shards > 1 else ""
+        raise UserError(
+            f"batch_size={batch_size}{each} is more than the {len(dataset)} images give; expected at most {most}"
+        )
     transform = build_transform(
         augmentation,
         train=train,

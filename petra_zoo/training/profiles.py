@@ -9,6 +9,7 @@ import torch
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Profile, measure
 from petra_zoo.training.build import check_image_size, choose_device, create_model
+from petra_zoo.training.hub_errors import first_line
 
 BATCH_SIZE = 64
 
@@ -50,6 +51,10 @@ def find_profile(
     images = batch_size or BATCH_SIZE
     try:
         return measure(model.to(chosen), images, size)
+    except ValueError as error:  # a norm in train mode
+        raise UserError(
+            f"{name} cannot train on micro-batches of {images} images of this size: {first_line(error)}"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{name} with micro-batches of {images} images does not fit this device: give a smaller --batch-size"

@@ -72,11 +72,11 @@ class Reporter:
             shown = f"loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {seconds:.0f} s left"
             self.line(f"epoch {epoch + 1}  {done}/{total}  {shown}")
 
-    def epoch(self, epoch: int, train_loss: float, result: Evaluation, seconds: float) -> None:
-        """An epoch ended and was validated."""
+    def epoch(self, epoch: int, train_loss: float | None, result: Evaluation, seconds: float) -> None:
+        """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
+        shown = "pipeline filling" if train_loss is None else f"train loss {train_loss:.4f}"
         self.line(
-            f"epoch {epoch + 1:>3}  train loss {train_loss:.4f}  val loss {result.loss:.4f}  "
-            f"val top-1 {result.top1:.2f} %  {seconds:.1f} s"
+            f"epoch {epoch + 1:>3}  {shown}  val loss {result.loss:.4f}  val top-1 {result.top1:.2f} %  {seconds:.1f} s"
         )
 
     def line(self, text: str) -> None:

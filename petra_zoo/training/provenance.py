@@ -6,7 +6,6 @@ The model card that `petra-zoo push` writes takes its facts from these two files
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from petra_zoo.errors import UserError
+from petra_zoo.strict_json import to_json
 from petra_zoo.training.evaluation import Evaluation
 from petra_zoo.training.recipe import Recipe
 
@@ -94,9 +94,9 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes beside, then renames: the file is complete or not there."""
+    """Writes beside, then renames: the file is complete or not there. Null where a number is not finite."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,10 +13,13 @@ from torch import nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World, join
+from petra_zoo.petra.process_links import wait_for
 from petra_zoo.training.build import choose_device
 from petra_zoo.training.recipe import Recipe
 
 T = TypeVar("T")
+HELD_TAG = 192  # apart from the links' messages and those of `petra_zoo.petra.gather`
+LONGEST_VALIDATION = timedelta(days=7)  # links notice a lost rank much earlier
 
 
 class SharedError(UserError):
@@ -66,23 +71,40 @@ def together(world: World, prepare: Callable[[], T]) -> T:
     return result
 
 
-def synchronize_statistics(model: nn.Module, world: World) -> nn.Module:
-    """Turns batch norms into torch's synchronised ones, over the replicas of each rank.
-
-    Raises:
-        UserError: not on CUDA, where torch has none.
-    """
-    if world.device.type != "cuda":
-        raise UserError("sync_bn=true: torch synchronises batch norms on CUDA only; leave it out, or use group norm")
-    synchronized: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model, world.across)
-    return synchronized
-
-
 def average_statistics(model: nn.Module, world: World) -> None:
-    """Averages running statistics over the replicas, whose batch norms have seen different images."""
+    """Averages running statistics over the replicas, whose batch norms have seen different images.
+
+    Every process meets the others first: ranks of a pipeline end an epoch one after the other, and one that waited in
+    here for its twin would keep its neighbours waiting for messages.
+    """
     if world.across is None:
         return
+    world.gather(None)
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")) and not buffer.is_meta:
             dist.all_reduce(buffer, group=world.across)
             buffer /= world.replicas
+
+
+@contextmanager
+def held(world: World) -> Iterator[None]:
+    """What the first replica does in here, the others wait for at the end, however long it takes.
+
+    Else they would train on until an update needs the first replica's gradients, and those of their ranks that need
+    them later would wait for a message longer than one may take. Where the first replica fails, its connections break
+    and the waiting ends.
+
+    Raises:
+        LinkError: the first replica's rank has gone.
+    """
+    yield
+    if world.across is None:
+        return
+    first, word = dist.get_global_rank(world.across, 0), torch.zeros(1)
+    what = f"rank {dist.get_rank()} waits for rank {first} to validate"
+    if world.replica > 0:
+        wait_for(dist.irecv(word, first, world.across, HELD_TAG), LONGEST_VALIDATION, what)
+        return
+    for replica in range(1, world.replicas):
+        other = dist.get_global_rank(world.across, replica)
+        wait_for(dist.isend(word, other, world.across, HELD_TAG), LONGEST_VALIDATION, f"rank {other} has not waited")

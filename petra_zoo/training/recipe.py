@@ -10,7 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from petra_zoo.errors import UserError
+from petra_zoo.files import expand_home
 from petra_zoo.training.settings import Augmentation, Recipe
+from petra_zoo.training.yaml12 import read_yaml, write_yaml
 
 __all__ = [
     "Augmentation",
@@ -49,7 +51,7 @@ def recipe_text(name_or_path: str) -> str:
     names = list_recipes()
     if name_or_path in names:
         return resources.files("petra_zoo.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    path = Path(name_or_path)
+    path = Path(expand_home(name_or_path))
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(
             f"unknown recipe '{name_or_path}'; did you mean {_nearest(name_or_path, names)}? (or give a .yaml file)"
@@ -71,7 +73,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: The recipe does not exist, is not a YAML mapping, has an unknown setting or a wrong value.
     """
     try:
-        settings = yaml.safe_load(recipe_text(name_or_path))
+        settings = read_yaml(recipe_text(name_or_path))
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name_or_path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(settings, dict):
@@ -103,7 +105,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     own = [key for key in Recipe.model_fields if key not in Augmentation.model_fields]
     values = recipe.model_dump(mode="json")
     ordered = {key: values[key] for key in [*own, *Augmentation.model_fields]}
-    path.write_text(yaml.safe_dump(ordered, sort_keys=False), encoding="utf-8")
+    path.write_text(write_yaml(ordered), encoding="utf-8")
 
 
 def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
@@ -116,6 +118,7 @@ def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
         UserError: There is no such recipe, or the file exists and `force` is not set.
     """
     text = recipe_text(name)
+    destination = Path(expand_home(str(destination)))
     if destination.is_dir():
         destination /= f"{Path(name).stem}.yaml"
     if destination.exists() and not force:
@@ -133,7 +136,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"override '{override}' is not KEY=VALUE, such as lr=0.1")
     try:
-        return key.strip(), yaml.safe_load(text)
+        return key.strip(), read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is not valid YAML: {_one_line(error)}") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import Output, Pipeline, World
 from petra_zoo.training.build import (
     build_loaders,
@@ -69,7 +69,7 @@ def _verdict(name: str, overrides: Sequence[str]) -> Verdict:
     reason = None
     try:
         try_recipe(load_recipe(name, overrides))
-    except UserError as error:
+    except (UserError, Failure) as error:
         reason = str(error)
     except Exception as error:  # one recipe's bug must not keep the others from being tried
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import os
 import tempfile
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,20 @@ import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
+from petra_zoo.files import apply_umask, check_free
+from petra_zoo.petra import first_not_finite
+from petra_zoo.strict_json import to_json
 from petra_zoo.training.labels import all_named
 from petra_zoo.training.recipe import Recipe, save_recipe
+
+RECIPE, MODEL = "recipe.yaml", "model.safetensors"
+
+
+def default_path(name: str) -> Path:
+    """`runs/` + a recipe's name and the time, to the second."""
+    stem = Path(name).stem if name.endswith((".yaml", ".yml")) else name.replace("/", "-")
+    return Path("runs") / f"{stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 class RunDirectory:
@@ -32,29 +43,24 @@ class RunDirectory:
         name: of the recipe, for the default place ``runs/NAME-TIME``.
 
     Raises:
-        UserError: the directory holds another run or cannot be written.
+        UserError: the directory holds anything, or cannot be written.
     """
 
     def __init__(self, recipe: Recipe, name: str) -> None:
-        default = f"{Path(name).stem if name.endswith(('.yaml', '.yml')) else name.replace('/', '-')}"
-        self.path = recipe.output or Path("runs") / f"{default}-{datetime.now():%Y%m%d-%H%M%S}"
-        if (self.path / "recipe.yaml").exists():
-            raise UserError(f"{self.path} already holds a run: choose another output=DIR, or move it away")
+        wanted = recipe.output or default_path(name)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, self.path / "recipe.yaml")
+            self.path = _claim(wanted) if recipe.output else _claim_with_suffix(wanted)
+            save_recipe(recipe, self.path / RECIPE)
         except OSError as error:
-            raise UserError(
-                f"cannot write the run to {self.path}: {error.strerror}; choose another output=DIR"
-            ) from error
+            raise UserError(f"cannot write the run to {wanted}: {error.strerror}; choose another output=DIR") from error
 
     def log(self, **values: Any) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl; null where a number is not finite."""
         with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(to_json(values) + "\n")
 
     def summarize(self, row: dict[str, Any]) -> None:
-        """Appends an epoch to summary.csv, with timm's columns."""
+        """Appends an epoch to summary.csv, with timm's columns; an empty field where the value is None."""
         path = self.path / "summary.csv"
         with self._writing("summary.csv"):
             is_new = not path.exists()
@@ -68,13 +74,16 @@ class RunDirectory:
         """Writes model.safetensors and config.json, which `timm.create_model('local-dir:...')` reads.
 
         Raises:
-            UserError: the disk is full or not writable; what was saved before is still there.
+            Failure: a parameter or buffer is not finite; what was saved before is still there.
+            UserError: the disk is full or not writable; likewise.
         """
+        if (name := first_not_finite(model)) is not None:
+            raise Failure(f"{name} is not finite: the model is not saved, {self.what_is_kept()}")
         model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors' condition
         # Else the tag, and the sizes to test at, of other weights: the architecture's.
         others = {"tag": None, "test_input_size": None, "test_crop_pct": None}
         words = {"pretrained_cfg": others, "label_names": all_named(class_names, model.num_classes)}
-        with self._writing("model.safetensors"), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
+        with self._writing(MODEL), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
             save_for_hf(
                 model,
                 new,
@@ -82,12 +91,40 @@ class RunDirectory:
                 safe_serialization=True,
                 data_config=data_config,
             )
-            for name in ("model.safetensors", "config.json"):
+            apply_umask(Path(new) / MODEL)
+            for name in (MODEL, "config.json"):
                 _flush_to_disk(Path(new) / name)
                 os.replace(Path(new) / name, self.path / name)
 
+    def what_is_kept(self) -> str:
+        """For messages about training that cannot go on."""
+        return f"the one in {self.path} is kept" if (self.path / MODEL).exists() else "none was saved before"
+
     def _writing(self, name: str) -> _Writing:
         return _Writing(self.path / name)
+
+
+def _claim(path: Path) -> Path:
+    """Makes an absent or empty directory this run's own: of several that want it, one gets it."""
+    check_free(path, "output=DIR")
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        (path / RECIPE).touch(exist_ok=False)
+    except FileExistsError:
+        check_free(path, "output=DIR")
+    return path
+
+
+def _claim_with_suffix(path: Path) -> Path:
+    """Makes a directory that nobody had: runs that start in the same second get -2, -3 and so on."""
+    for number in count(1):
+        own = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            own.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return own
+    raise AssertionError("count() does not end")
 
 
 class _Writing:

@@ -1,11 +1,13 @@
 """Everything a recipe can say, with timm's names for what timm has too."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from timm.optim import list_optimizers
 
+from petra_zoo.files import expand_home
 from petra_zoo.training.auto_augment import check_policy
 from petra_zoo.training.image_dataset import BadImagePolicy
 
@@ -14,6 +16,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
+Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+Source = Annotated[str, AfterValidator(expand_home)]
 WireType = Literal["float32", "bfloat16"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 
@@ -100,11 +104,11 @@ class Recipe(Augmentation):
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
         val_interval, log_interval: Epochs between validations; updates between log lines.
-        output: The run directory; None for `runs/` + the recipe's name and time.
+        output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
     """
 
     model: str
-    pretrained: bool | str = False
+    pretrained: bool | Source = False
     freeze: str | list[str] | None = None
     freeze_bn: bool = False
     model_kwargs: dict[str, Any] = {}
@@ -112,7 +116,7 @@ class Recipe(Augmentation):
     drop_path: Probability = 0.0
 
     dataset: str
-    data_dir: Path | None = None
+    data_dir: Place | None = None
     dataset_download: bool = False
     train_split: str | None = None
     val_split: str | None = None
@@ -133,7 +137,7 @@ class Recipe(Augmentation):
     last_stage: Literal["graph", "recompute"] = "graph"
     data_parallel: AtLeastOne = 1
     balance: Literal["auto", "measured", "operations"] = "auto"
-    profile: Path | None = None
+    profile: Place | None = None
     device_speed: list[Positive] | None = None
     wire_up: WireType | None = None
     wire_down: WireType | None = None
@@ -152,7 +156,7 @@ class Recipe(Augmentation):
     clip_grad: Positive | None = None
     layer_decay: Positive | None = None
 
-    kd_model_name: str | None = None
+    kd_model_name: Source | None = None
     kd_temperature: Positive = 4.0
     task_loss_weight: NotNegative | None = None
     distill_loss_weight: NotNegative | None = None
@@ -178,7 +182,7 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
-    output: Path | None = None
+    output: Place | None = None
 
     @property
     def learning_rate(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +15,20 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from petra_zoo.petra import Output, Pipeline, World, leave
+from petra_zoo.errors import Failure
+from petra_zoo.files import check_free
+from petra_zoo.petra import NotFiniteError, Output, Pipeline, World, first_not_finite, leave
 from petra_zoo.training.build import (
     build_loaders,
     build_model,
     build_pipeline,
+    check_feed,
     data_config,
     find_profile,
+    learning_rates,
     memory_format,
     open_data,
+    share_profile,
 )
 from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
 from petra_zoo.training.datasets import ImageDataset
@@ -32,9 +38,12 @@ from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.loader import ImageLoader
 from petra_zoo.training.progress import Reporter, Speed
 from petra_zoo.training.provenance import record_run
-from petra_zoo.training.ranks import average_statistics, enter, synchronize_statistics, together
+from petra_zoo.training.ranks import average_statistics, enter, held, together
 from petra_zoo.training.recipe import Recipe
 from petra_zoo.training.run_directory import RunDirectory
+from petra_zoo.training.synchronized_norms import synchronize_statistics
+
+ADVICE = "lower the learning rate, set clip_grad, or look for bad images"
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ def train(recipe: Recipe, name: str = "run", reporter: Reporter | None = None) -
     Raises:
         UserError: settings, data or disk do not allow it; what was saved before is still there. Every process raises
             it, whichever one found the mistake.
+        Failure: training has diverged; likewise.
     """
     world = enter(recipe)
     try:
@@ -79,18 +89,22 @@ def prepare(recipe: Recipe, name: str, reporter: Reporter, world: World) -> Run:
     """From a recipe to a run that is ready to start."""
 
     def build() -> tuple[ImageDataset, Any, dict[str, Any], tuple[ImageLoader, ImageLoader]]:
+        if recipe.output and world.reports:
+            check_free(recipe.output, "output=DIR")  # now, before data is fetched and the model is measured
         train_data, val_data = open_data(recipe)
         # A rank of several builds the whole model on the CPU and keeps its own stages.
         model = build_model(recipe, train_data, world.device if world.size == 1 else torch.device("cpu"))
-        if recipe.sync_bn and world.replicas > 1:
-            model = synchronize_statistics(model, world)
         config = data_config(recipe, train_data, model)
-        return train_data, model, config, build_loaders(recipe, train_data, val_data, config, world)
+        loaders = build_loaders(recipe, train_data, val_data, config, world)
+        check_feed(recipe, loaders[0], model, config)
+        return train_data, model, config, loaders
 
     train_data, model, config, loaders = together(world, build)
-    profile = find_profile(recipe, model, config, world)
+    profile = share_profile(together(world, lambda: find_profile(recipe, model, config, world)), world)
 
     def start() -> tuple[Pipeline, RunDirectory | None, CouplingSchedule | None, Distillation | None]:
+        if recipe.sync_bn and world.replicas > 1:  # not before: a profile is measured by one process alone
+            synchronize_statistics(model, world)
         schedule = start_schedule(recipe, model)
         distillation = build_distillation(recipe, model.num_classes, config, world.device, train_data, world.first)
         loss = distillation.loss if distillation else F.cross_entropy
@@ -130,6 +144,7 @@ class Run:
         self.model, self.world = pipeline.model, pipeline.world
         self.device = self.world.device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+        self.rate = learning_rates(recipe, len(self.train_loader))
         self.started = time.perf_counter()
         self.seconds = 0.0
 
@@ -144,24 +159,29 @@ class Run:
             self.reporter.start(self.recipe, self.pipeline, len(self.train_loader), epochs)
             for line in start_lines(self.recipe, self.model, self.train_data.class_names):
                 self.reporter.line(line)
+            if left_out := self.train_loader.left_out:
+                why = "the rest, other ones every time" if self.world.replicas > 1 else "a last micro-batch of one"
+                self.reporter.line(f"an epoch leaves out {left_out} of {len(self.train_data)} images: {why}")
             self.reporter.show()
             try:
                 for epoch in range(epochs):
                     if self.schedule and self.schedule.moves(epoch):
                         self.drain()  # nothing may be in flight
                         self.schedule.apply(epoch, self.model, *([self.ema.module] if self.ema else []))
-                    train_loss = self.run_epoch(epoch, epochs)
+                    meter = self.run_epoch(epoch, epochs)
                     last = epoch == epochs - 1
                     if last:
-                        self.drain()
+                        self.drain(meter)
                     if last or (epoch + 1) % self.recipe.val_interval == 0:
-                        evaluation = self.validate_and_save(epoch, train_loss)
+                        evaluation = self.validate_and_save(epoch, meter.mean_loss())
+            except NotFiniteError as error:
+                raise self.diverged(error, epoch) from error
             except KeyboardInterrupt:
                 if not self.world.alone:  # ranks stop in different ticks: the last saved epoch is what there is
                     raise
                 interrupted = True
                 self.reporter.line("interrupted: saving the model as it is (weights only, the run cannot be continued)")
-                evaluation = self.validate_and_save(None, float("nan"))
+                evaluation = self.validate_and_save(None, None)
         bad = sum(self.world.gather(len(self.train_data.bad_images)))
         path = self.directory.path if self.directory else None
         if path is not None and evaluation is not None:
@@ -172,8 +192,18 @@ class Run:
         assert evaluation is not None
         return Result(path, evaluation, self.seconds, interrupted, bad)
 
-    def run_epoch(self, epoch: int, epochs: int) -> float:
-        """Feeds one epoch; micro-batches in flight stay in flight. Gives the mean loss of what came out."""
+    def diverged(self, error: NotFiniteError, epoch: int) -> Failure:
+        """What to tell when training cannot go on, where it is known: which tensor was hit, and what is on disk."""
+        hit = first_not_finite(self.model)
+        also = f", and so is {hit}" if hit else ""
+        kept = self.directory.what_is_kept() if self.directory else "what was saved before is kept"
+        return Failure(
+            f"training stopped in epoch {epoch + 1}, tick {self.pipeline.tick}: {error}{also}; no model is saved, "
+            f"{kept}: {ADVICE}"
+        )
+
+    def run_epoch(self, epoch: int, epochs: int) -> Meter:
+        """Feeds one epoch; micro-batches in flight stay in flight. Gives what came out."""
         self.model.train()
         self.train_loader.set_epoch(epoch)
         meter, speed = Meter(), Speed()
@@ -205,7 +235,7 @@ class Run:
                     images_per_second=images_per_second,
                 )
         self.seconds += time.perf_counter() - started
-        return meter.mean_loss()
+        return meter
 
     def feed(self, loader: ImageLoader) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """Batches on the device, on the rank that owns the stem; as many times nothing on the others."""
@@ -216,10 +246,10 @@ class Run:
             images = images.to(self.device, memory_format=memory_format(self.recipe), non_blocking=True)
             yield images, labels.to(self.device, non_blocking=True)
 
-    def drain(self) -> None:
-        """Lets the micro-batches in flight finish."""
+    def drain(self, meter: Meter | None = None) -> None:
+        """Lets the micro-batches in flight finish; the meter gets what comes out."""
         started = time.perf_counter()
-        meter = Meter()
+        meter = meter or Meter()
         for output in self.pipeline.drain():
             self.account(output, meter)
         if self.ema:
@@ -234,19 +264,25 @@ class Run:
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         meter.add(float(output.loss), int((output.logits.argmax(1) == hard).sum()), len(hard))
 
-    def validate_and_save(self, epoch: int | None, train_loss: float) -> Evaluation | None:
+    def validate_and_save(self, epoch: int | None, train_loss: float | None) -> Evaluation | None:
         """Evaluates the model (its moving average, where there is one), logs, and saves it.
 
         Through the pipeline of the first replica: what is in flight stays where it is.
 
         Returns:
             The evaluation, on the rank that reports.
+
+        Raises:
+            Failure: the model or its loss is not finite; it is not saved.
         """
-        started = time.perf_counter()
         model = self.ema.module if self.ema else self.model
         average_statistics(model, self.world)
-        if self.world.replica > 0:
-            return None
+        with held(self.world):
+            return self.validate(model, epoch, train_loss) if self.world.replica == 0 else None
+
+    def validate(self, model: Any, epoch: int | None, train_loss: float | None) -> Evaluation | None:
+        """`validate_and_save` in the first replica."""
+        started = time.perf_counter()
         model.eval()
         batches = self.feed(self.val_loader) if self.world.first else ()
         pairs = self.pipeline.predict(batches, len(self.val_loader), model)  # type: ignore[arg-type]
@@ -260,17 +296,20 @@ class Run:
             self.directory.log(
                 event="validation", epoch=epoch, top1=result.top1, top5=result.top5, loss=result.loss, seconds=seconds
             )
+        if not math.isfinite(result.loss):
+            kept = self.directory.what_is_kept()
+            raise Failure(f"the validation loss is {result.loss}: the model is not saved, {kept}: {ADVICE}")
+        self.directory.save_model(whole, self.config, self.train_data.class_names)
+        if epoch is not None:
             row = {"epoch": epoch, "train_loss": train_loss, "eval_loss": result.loss}
             rate = self.learning_rate()
             self.directory.summarize({**row, "eval_top1": result.top1, "eval_top5": result.top5, "lr": rate})
             self.reporter.epoch(epoch, train_loss, result, self.seconds)
-        self.directory.save_model(whole, self.config, self.train_data.class_names)
         return result
 
     def learning_rate(self) -> float:
-        """Of the last stage; all stages have the same."""
-        optimizers = [stage.optimizer for stage in self.pipeline.stages if stage.optimizer]
-        return float(optimizers[-1].param_groups[0]["lr"]) if optimizers else 0.0
+        """The schedule's; `layer_decay` scales it layer by layer."""
+        return self.rate(self.pipeline.fed // self.recipe.accumulation_steps)
 
 
 class Meter:
@@ -292,7 +331,7 @@ class Meter:
             return None, 0.0
         return sum(row[0] * row[2] for row in rows) / images, 100.0 * sum(row[1] for row in rows) / images
 
-    def mean_loss(self) -> float:
-        """Over everything; nan where nothing came out."""
+    def mean_loss(self) -> float | None:
+        """Over everything; None where nothing came out: the pipeline was filling."""
         images = sum(row[2] for row in self.rows)
-        return sum(row[0] * row[2] for row in self.rows) / images if images else float("nan")
+        return sum(row[0] * row[2] for row in self.rows) / images if images else None

@@ -103,6 +103,11 @@ def test_info_is_readable() -> None:
         (["list", "nothing*"], "no model matches"),
         (["recipes", "show", "digit/petra"], "digits/petra_revnet_tiny"),
         (["trian"], "No such command 'trian'"),
+        (["evaluate", "petra_revnet_tiny.digits", "--dataset", "digits", "--device", "gpu"], "device=gpu: there is no"),
+        (["plan", "petra_revnet_tiny", "--device", "gpu"], "device=gpu: there is no such device; expected cpu"),
+        (["predict", "x.png", "--device", "gpu"], "device=gpu: there is no such device; expected cpu"),
+        (["predict", "x.png", "--device", "cpu:1"], "device=cpu:1: there are 1 such devices here"),
+        (["predict", "x.png", "--device", "meta"], "device=meta: torch sees no meta device here; use device="),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -140,6 +145,39 @@ def test_ctrl_c_ends_a_run_with_a_saved_model(tmp_path: Path) -> None:
     assert "interrupted" in out
     assert "Traceback" not in err
     assert petra_zoo("evaluate", path).returncode == 0
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "ImportError"])
+@pytest.mark.parametrize("module", [True, False], ids=["module", "script"])
+def test_ctrl_c_within_the_imports_is_one_line(tmp_path: Path, raised: str, module: bool) -> None:
+    """A library that is interrupted while it is imported, or makes an ImportError of that."""
+    text = "try:\n    raise KeyboardInterrupt\nexcept KeyboardInterrupt as error:\n    raise " + raised
+    (tmp_path / "torch.py").write_text(text)
+    (tmp_path / "petra-zoo").write_text("from petra_zoo.cli.main import run\nrun()\n")
+    command = [sys.executable, *(["-m", "petra_zoo"] if module else [tmp_path / "petra-zoo"]), "list"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.stderr == "petra-zoo: interrupted\n"
+    assert done.returncode == (-signal.SIGINT if raised == "KeyboardInterrupt" else 1)
+
+
+def test_an_interrupted_import_in_someone_elses_program_is_its_own_affair(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", "import petra_zoo"], capture_output=True, text=True, timeout=100, env=environment
+    )
+    assert "Traceback" in done.stderr
+
+
+def test_a_home_is_expanded_in_options_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    done = petra_zoo("plan", "petra_revnet_tiny", "--profile=~/none.json")
+    assert f"cannot read the profile {tmp_path}/home/none.json" in done.stderr
+    done = petra_zoo("train", "digits/petra_revnet_tiny", "dataset=folder", "data_dir=~/data", "output=~/run")
+    assert f"{tmp_path}/home/data" in done.stderr
+    assert not (tmp_path / "~").exists()
 
 
 def test_help_names_every_command() -> None:

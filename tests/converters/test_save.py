@@ -224,7 +224,7 @@ def test_an_output_that_exists_is_left_alone(saved_source: Path, tmp_path: Path)
     (tmp_path / "notes.txt").write_text("mine")
     done = petra_zoo("convert", saved_source, "--output", tmp_path)
     assert done.returncode == 2
-    assert f"{tmp_path} exists already" in done.stderr
+    assert f"{tmp_path} already holds something else" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     assert petra_zoo("convert", saved_source, "--output", tmp_path / "empty").returncode == 0

@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import petra_zoo  # noqa: F401 - registers the models
-from petra_zoo.petra import METHODS, Output, Pipeline
+from petra_zoo.petra import METHODS, Output, Pipeline, World
 from tests.models.test_petra_revnet import with_trained_statistics
 
 SIZE = (3, 8, 8)
@@ -378,3 +378,14 @@ def test_training_leaves_the_global_generator_alone() -> None:
 def test_bad_settings_say_what_would_do(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_pipeline(make_model(), **kwargs)
+
+
+def test_what_needs_the_whole_model_is_refused_where_stages_are_spread_over_processes() -> None:
+    pipeline = make_pipeline(make_model(), 2, world=World(rank=0, size=2, peers=(0, 1)))
+    images, _ = batches(1)[0]
+    with pytest.raises(RuntimeError, match=r"evaluate\(\) is for a pipeline in one process; predict\(\)"):
+        pipeline.evaluate(images)
+    with pytest.raises(RuntimeError, match=r"probe\(\) is for a pipeline in one process"), pipeline.probe():
+        pass
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for a pipeline in one process"):
+        pipeline.load_state_dict({})

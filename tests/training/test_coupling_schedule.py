@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from petra_zoo.converters import convert
+from timm.layers import BatchNormAct2d
 from timm.models.resnet import ResNet
 from timm.utils import ModelEmaV3
 
@@ -11,6 +12,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.petra import Pipeline
 from petra_zoo.training.coupling_schedule import CouplingSchedule, move_coupling
+from petra_zoo.training.finetuning import keep_statistics
 from tests.converters.networks import images, source
 
 
@@ -60,6 +62,26 @@ def test_a_moving_average_has_the_models_coupling_and_scale() -> None:
         assert couplings(ema.module) == couplings(model)  # reading checks that they are multiples of 1/256
     for (key, found), value in zip(ema.module.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.allclose(found, value, rtol=1e-5), key  # the weights themselves never changed
+
+
+def test_couplings_move_where_batch_norms_are_frozen() -> None:
+    model = convert(small(), coupling=[1 / 16, 1 / 2, 1.0, 0.0])
+    expected = convert(small(), coupling=[1 / 16, 1 / 2, 1.0, 0.0])
+    keep_statistics(model)
+    for one in (model, expected):
+        schedule = CouplingSchedule(one, 2)
+        for epoch in range(3):
+            schedule.apply(epoch, one)
+    assert couplings(model) == [1.0] * 4
+    for (key, found), value in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(found, value), key
+
+
+def test_a_norm_with_an_activation_inside_is_not_scaled() -> None:
+    layer = convert(small(), coupling=0.5).layer1
+    layer[0].bn2 = BatchNormAct2d(8, act_layer=torch.nn.SiLU)
+    with pytest.raises(UserError, match="a branch that ends in BatchNormAct2d cannot be scaled"):
+        move_coupling(layer, 0.75)
 
 
 @pytest.mark.parametrize("stages", [1, 3])

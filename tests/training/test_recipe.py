@@ -1,9 +1,12 @@
 """Recipes: what can be said, what is refused and how, and that what is saved comes back."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import petra_zoo
 from petra_zoo.errors import UserError
 from petra_zoo.training.recipe import Recipe, list_recipes, load_recipe, make_recipe, save_recipe
 
@@ -44,6 +47,56 @@ def test_overrides_are_typed_and_the_later_one_wins() -> None:
     assert recipe.lr == 1e-3  # a string to YAML, which wants 1.0e-3
     assert (recipe.epochs, recipe.split, recipe.amp) == (3, [1, 2, 3, 4], True)
     assert recipe.data_dir == Path("/data")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-8", 1e-8),
+        ("5e-1", 0.5),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-1.e+2", -100.0),
+        ("-.inf", float("-inf")),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("1:30", "1:30"),
+        ("1_000", "1_000"),
+        ("2026-01-01", "2026-01-01"),
+        ("'1e-8'", "1e-8"),
+        ("true", True),
+        ("~", None),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2_in_overrides_and_in_files(tmp_path: Path, text: str, value: object) -> None:
+    path = write(tmp_path / "own.yaml", f"model: m\ndataset: shapes\nopt_kwargs: {{a: {text}, b: [{text}]}}\n")
+    for recipe in (load_recipe(path), load_recipe(DIGITS, [f"opt_kwargs={{a: {text}, b: [{text}]}}"])):
+        assert recipe.opt_kwargs == {"a": value, "b": [value]}
+        assert type(recipe.opt_kwargs["a"]) is type(value)
+
+
+def test_a_leading_zero_is_no_octal_number() -> None:
+    assert load_recipe(DIGITS, ["seed=010"]).seed == 10
+
+
+@pytest.mark.parametrize("text", ["1e-8", "010", "1_000", "0o10", "2026-01-01", "1:30", "yes", "null"])
+def test_text_that_looks_like_a_number_stays_text_when_a_recipe_is_saved(tmp_path: Path, text: str) -> None:
+    recipe = make_recipe({"model": "m", "dataset": "shapes", "opt_kwargs": {"a": text, "b": 1e-8, "c": 1e17}})
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(str(tmp_path / "saved.yaml")) == recipe
+    older = yaml.safe_load((tmp_path / "saved.yaml").read_text())  # a reader of YAML 1.1
+    assert older["opt_kwargs"] == recipe.opt_kwargs
+
+
+def test_a_home_is_expanded_in_every_setting_that_names_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    places = {name for name, field in Recipe.model_fields.items() if "Path" in str(field.annotation)}
+    assert places == {"data_dir", "profile", "output"}
+    recipe = load_recipe(DIGITS, [f"{name}=~/x" for name in sorted(places | {"pretrained", "kd_model_name"})])
+    assert {str(getattr(recipe, name)) for name in places} == {"/home/me/x"}
+    assert (recipe.pretrained, recipe.kd_model_name) == ("/home/me/x", "/home/me/x")
+    assert load_recipe(DIGITS, ["pretrained=local-dir:~/x"]).pretrained == "local-dir:/home/me/x"
 
 
 def test_a_mapping_can_be_overridden() -> None:
@@ -149,3 +202,11 @@ def test_a_saved_recipe_comes_back_equal_with_the_network_first(tmp_path: Path) 
 def test_every_setting_has_a_default_but_model_and_dataset() -> None:
     required = [name for name, field in Recipe.model_fields.items() if field.is_required()]
     assert required == ["model", "dataset"]
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    package = Path(petra_zoo.__file__).parent
+    read = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "settings.py")
+    settings = (package / "training" / "settings.py").read_text()
+    for name in Recipe.model_fields:
+        assert re.search(rf"\.{name}\b", read) or f"self.{name}" in settings, name

@@ -1,0 +1,134 @@
+"""Training that diverges stops, says where, and leaves the last finite model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from petra_zoo.errors import Failure
+from petra_zoo.petra import Pipeline
+from petra_zoo.training.progress import Reporter
+from petra_zoo.training.recipe import Recipe, save_recipe
+from petra_zoo.training.run_directory import RunDirectory
+from petra_zoo.training.train import Run, train
+from tests.cli.test_main import petra_zoo
+from tests.training.test_feed import write_images
+from tests.training.test_train import QUICK
+
+BATCHES = 4  # of an epoch
+
+
+def small(folder: Path, **settings: Any) -> Recipe:
+    """A run of few images, in four stages."""
+    settings = QUICK | write_images(folder / "data", 4 * BATCHES) | {"batch_size": 4} | settings
+    return Recipe(**settings, output=folder / "run")
+
+
+def refuse(word: str) -> None:
+    raise AssertionError(f"{word} is not JSON")
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> list[int]:
+    """One image of a micro-batch holds a NaN; gives the micro-batches fed, as they are fed."""
+    real, fed = Pipeline.step, list[int]()
+
+    def step(self: Pipeline, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        if len(fed) == micro_batch:
+            images[0, 0, 0, 0] = float("nan")
+        fed.append(len(fed))
+        return real(self, images, labels)
+
+    monkeypatch.setattr(Pipeline, "step", step)
+    return fed
+
+
+def test_a_nan_image_stops_the_run_and_keeps_the_last_finite_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed = spoil(monkeypatch, BATCHES)
+    with pytest.raises(Failure) as caught:
+        train(small(tmp_path, epochs=3), reporter=Reporter(quiet=True))
+    assert len(fed) == BATCHES + 4, "the tick in which the head of four stages sees it"
+    for words in ("epoch 2, tick 8: the loss of stage 3 is nan", "bn1.running_mean", f"the one in {tmp_path / 'run'}"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(x.isfinite().all() for x in saved.values())
+    assert saved["bn1.num_batches_tracked"] == BATCHES
+
+
+def test_nothing_is_saved_where_no_epoch_was_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 0)
+    with pytest.raises(Failure, match="none was saved before"):
+        train(small(tmp_path), reporter=Reporter(quiet=True))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("wrong", ["layer1.0.bn1.running_var", "layer1.0.conv1.weight"])
+def test_a_model_that_is_not_finite_is_never_saved_over_a_good_one(tmp_path: Path, wrong: str) -> None:
+    directory = RunDirectory(Recipe(**QUICK, output=tmp_path / "run"), "quick")
+    model = timm.create_model("petra_revnet_tiny", num_classes=4)
+    directory.save_model(model, {}, [])
+    before = (directory.path / "model.safetensors").read_bytes()
+    model.state_dict()[wrong].view(-1)[0] = float("inf")
+    with pytest.raises(Failure, match=f"{wrong} is not finite: the model is not saved, the one in .* is kept"):
+        directory.save_model(model, {}, [])
+    assert (directory.path / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_that_predicts_no_numbers_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are finite, but so large that evaluation overflows: the first sign of some divergences."""
+    real = Run.run_epoch
+
+    def run_epoch(self: Run, epoch: int, epochs: int) -> Any:
+        meter = real(self, epoch, epochs)
+        if epoch == 1:
+            self.model.fc.weight.data.fill_(3e38)
+        return meter
+
+    monkeypatch.setattr(Run, "run_epoch", run_epoch)
+    with pytest.raises(
+        Failure, match=r"the validation loss is (nan|inf): the model is not saved, the one in .* is kept"
+    ):
+        train(small(tmp_path, epochs=3, lr=1e-6), reporter=Reporter(quiet=True))
+    assert load_file(tmp_path / "run" / "model.safetensors")["fc.weight"].abs().max() < 10
+    (_, last) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2:]
+    assert json.loads(last, parse_constant=refuse)["loss"] is None
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_1(tmp_path: Path) -> None:
+    save_recipe(small(tmp_path, lr=1e30), tmp_path / "diverges.yaml")
+    done = petra_zoo("train", tmp_path / "diverges.yaml")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("petra-zoo: training stopped in epoch 1, tick ")
+    assert "lower the learning rate" in line
+
+
+def test_json_files_have_null_in_the_place_of_nan(tmp_path: Path) -> None:
+    directory = RunDirectory(Recipe(**QUICK, output=tmp_path / "run"), "quick")
+    directory.log(event="validation", loss=float("nan"), top1=25.0)
+    text = (directory.path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"event": "validation", "loss": None, "top1": 25.0}
+
+
+def test_evaluate_prints_json_for_a_model_whose_loss_is_not_a_number(tmp_path: Path) -> None:
+    directory = RunDirectory(Recipe(**QUICK, output=tmp_path / "run"), "quick")
+    model = timm.create_model("petra_revnet_tiny", num_classes=4)
+    directory.save_model(model, {"input_size": (3, 8, 8)}, [])
+    model.fc.weight.data.fill_(float("nan"))
+    timm.models.save_for_hf(model, str(directory.path), safe_serialization=True)
+    done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8", "--json")
+    assert json.loads(done.stdout, parse_constant=refuse)["loss"] is None
+
+
+def test_all_json_is_written_by_the_one_function_that_knows_no_nan() -> None:
+    root = Path(__file__).parents[2]
+    inward = {"petra_zoo/strict_json.py", "petra_zoo/petra/process_links.py", "converters/identity.py"}
+    files = [path for folder in ("petra_zoo", "converters") for path in (root / folder).rglob("*.py")]
+    writers = {str(path.relative_to(root)) for path in files if "json.dump" in path.read_text()}
+    assert writers <= inward, "the others hand their JSON to somebody"

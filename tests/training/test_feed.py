@@ -1,0 +1,157 @@
+"""What an epoch feeds: no micro-batch that a norm cannot take, none that is not there."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra import World
+from petra_zoo.training.build import (
+    autocast_type,
+    build_loaders,
+    build_model,
+    build_pipeline,
+    check_feed,
+    data_config,
+    learning_rates,
+    open_data,
+)
+from petra_zoo.training.loader import ImageLoader, create_loader
+from petra_zoo.training.progress import Reporter
+from petra_zoo.training.recipe import Recipe
+from petra_zoo.training.train import train
+from tests.training.test_train import QUICK, quick
+
+
+def write_images(folder: Path, train: int, val: int = 2) -> dict[str, Any]:
+    """A folder of 8x8 images of two classes; gives the settings that open it."""
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            path = folder / split / ("cat", "dog")[i % 2] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i * 10, 0, 100)).save(path)
+    return {"dataset": "folder", "data_dir": folder, "img_size": 8}
+
+
+def make_loader(settings: dict[str, Any], batch_size: int, train: bool = True, shards: int = 1) -> ImageLoader:
+    data = open_data(Recipe(**QUICK | settings))[0]
+    common: dict[str, Any] = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return create_loader(data, batch_size=batch_size, train=train, shards=shards, **common)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "train", "shards", "batches", "left_out"),
+    [
+        (4, True, 1, 2, 1),
+        (4, False, 1, 3, 0),
+        (8, True, 1, 1, 1),
+        (5, True, 1, 2, 0),
+        (1, True, 1, 9, 0),
+        (16, True, 1, 1, 0),
+        (2, True, 2, 2, 1),
+        (2, True, 3, 1, 3),
+        (4, True, 2, 1, 1),
+    ],
+)
+def test_a_last_training_batch_of_one_image_is_left_out(
+    tmp_path: Path, batch_size: int, train: bool, shards: int, batches: int, left_out: int
+) -> None:
+    loader = make_loader(write_images(tmp_path, 9), batch_size, train, shards)
+    assert (len(loader), loader.left_out) == (batches, left_out)
+    sizes = [len(labels) for _, labels in loader]
+    assert len(sizes) == batches
+    assert batch_size == 1 or 1 not in sizes or not train
+
+
+def test_a_data_set_of_one_image_still_gives_a_batch(tmp_path: Path) -> None:
+    assert len(make_loader(write_images(tmp_path, 1, 1), 4)) == 1
+
+
+def test_training_goes_on_without_the_last_image_and_says_so_once(tmp_path: Path) -> None:
+    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
+    settings = QUICK | write_images(tmp_path / "data", 9) | {"batch_size": 4, "epochs": 2, "model_kwargs": {}}
+    train(Recipe(**settings, output=tmp_path / "run"), reporter=Reporter(console))
+    text = console.export_text()
+    console.file.close()
+    assert text.count("an epoch leaves out 1 of 9 images: a last micro-batch of one") == 1
+    assert "2 epochs of 2 micro-batches" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "batch_size=1: a norm of petra_revnet_tiny sees one value per channel"),
+        ({"batch_size": 10}, "batch_size=10 is more than the 9 training images"),
+        ({"batch_size": 4, "accumulation_steps": 3}, "accumulation_steps=3 is more than the 2 micro-batches"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_cannot_be_fed_is_refused_in_one_line(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        quick(tmp_path, **write_images(tmp_path / "data", 9) | settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"freeze_bn": True}, {"img_size": 16}], ids=lambda value: next(iter(value)))
+def test_single_images_are_fed_where_every_norm_can_take_them(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = Recipe(**QUICK | write_images(tmp_path, 9) | {"batch_size": 1} | settings)
+    data, val = open_data(recipe)
+    model = build_model(recipe, data)
+    config = data_config(recipe, data, model)
+    check_feed(recipe, build_loaders(recipe, data, val, config, World())[0], model, config)
+
+
+def test_an_epoch_shorter_than_the_pipeline_is_deep_is_told_to_fill_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from petra_zoo.hub.curve import training_curve
+
+    console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
+    settings = QUICK | write_images(tmp_path / "data", 8) | {"batch_size": 4, "epochs": 3}
+    train(Recipe(**settings, output=tmp_path / "run"), reporter=Reporter(console))
+    lines = [line for line in console.export_text().splitlines() if line.startswith("epoch ")]
+    console.file.close()
+    assert ["pipeline filling" in line for line in lines] == [True, False, False]
+    assert "nan" not in "".join(lines)
+    with (tmp_path / "run" / "summary.csv").open() as file:
+        losses = [row["train_loss"] for row in csv.DictReader(file)]
+    assert losses[0] == ""
+    assert all(float(loss) > 0 for loss in losses[1:])
+    assert training_curve(tmp_path / "run" / "summary.csv").startswith(b"\x89PNG")
+
+
+def test_the_only_epochs_loss_counts_what_is_drained(tmp_path: Path) -> None:
+    result = quick(tmp_path, **write_images(tmp_path / "data", 8), batch_size=4)
+    with (result.path / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train_loss"]) > 0
+
+
+def test_the_logged_learning_rate_is_the_schedules_not_a_scaled_layers(tmp_path: Path) -> None:
+    recipe = Recipe(**QUICK | {"lr": 0.1, "layer_decay": 0.5, "epochs": 4, "stages": 2})
+    rates, plain = (learning_rates(one, 4) for one in (recipe, recipe.model_copy(update={"layer_decay": None})))
+    data, _ = open_data(recipe)
+    model = build_model(recipe, data)
+    pipeline = build_pipeline(recipe, model, 4, data_config(recipe, data, model))
+    for updates in range(1, 16):
+        for stage in pipeline.stages:
+            stage.scheduler.step_update(updates)
+        largest = max(group["lr"] for stage in pipeline.stages for group in stage.optimizer.param_groups)  # type: ignore[union-attr]
+        assert rates(updates) == pytest.approx(largest), "the head's, which layer_decay does not scale"
+        assert rates(updates) == plain(updates)
+    assert rates(8) == pytest.approx(0.05)
+
+
+def test_autocast_computes_in_the_type_that_the_recipe_says() -> None:
+    recipe = Recipe(**QUICK | {"amp": True})
+    other = recipe.model_copy(update={"amp_dtype": "float16"})
+    data, _ = open_data(recipe)
+    model = build_model(recipe, data)
+    for one, name in ((recipe, "torch.bfloat16"), (other, "torch.float16")):
+        pipeline = build_pipeline(one, model, 4, data_config(recipe, data, model))
+        assert str(pipeline.settings.autocast) == str(autocast_type(one)) == name
+    assert autocast_type(recipe.model_copy(update={"amp": False})) is None
