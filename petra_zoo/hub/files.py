@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from huggingface_hub import eval_result_entries_to_yaml
 from petra_zoo.hub.card import can_draw, eval_results, make_card
 from petra_zoo.hub.checkpoint import FIDELITY, Checkpoint
 from petra_zoo.hub.curve import training_curve
+from petra_zoo.training.provenance import sha256
 from petra_zoo.training.recipe import save_recipe
 
 Files = dict[str, Path | bytes]
@@ -62,6 +64,16 @@ def repository_files(
 def size_of(content: Path | bytes) -> int:
     """In bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def read(content: Path | bytes) -> bytes:
+    """All of it."""
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def digest(content: Path | bytes) -> str:
+    """Its SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
 
 
 def _public_recipe(checkpoint: Checkpoint) -> bytes:
