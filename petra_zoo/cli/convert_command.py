@@ -21,7 +21,7 @@ def convert(
         ),
     ],
     output: Annotated[Path, typer.Option(help="The directory to write; it must be absent or empty.")],
-    arch: Annotated[str | None, typer.Option(help="The timm architecture of a .safetensors or .pth file.")] = None,
+    arch: Annotated[str | None, typer.Option(help="The timm architecture of a file of weights.")] = None,
     coupling: Annotated[str, typer.Option(help="auto, one number, or four (one per layer) such as 0,0.25,0.5,0.")] = (
         "auto"
     ),
