@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, hf_api
+from huggingface_hub import ModelCard, constants, get_session, hf_api
 
 from tests.loopback_hub import OWNER, LoopbackHub
 
@@ -48,3 +48,16 @@ def use_hub(server: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch, to
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # whose methods huggingface_hub exports as functions
     huggingface_hub.utils.disable_progress_bars()
+
+
+def validate(card: ModelCard) -> None:
+    """`ModelCard.validate`, which in huggingface_hub 1 asks huggingface.co whatever the endpoint is.
+
+    Raises:
+        ValueError: with the Hub's message.
+    """
+    question = {"repoType": "model", "content": str(card)}
+    response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=question)
+    if response.status_code == 400:
+        raise ValueError(response.text)
+    response.raise_for_status()

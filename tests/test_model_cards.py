@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 
+from tests.hub_fixtures import validate
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ def snippets(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)
 def test_the_front_matter_is_valid(path: Path, hub: LoopbackHub) -> None:
     card = ModelCard.load(path)
-    card.validate()
+    validate(card)
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "timm"
     assert {"timm", "petra-zoo"} <= set(card.data.tags)

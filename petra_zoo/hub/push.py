@@ -94,7 +94,9 @@ def push(
         raise explain(f"cannot push to {repo_id}", error, from_config=False) from error
     try:
         _check_what_comes_back(checkpoint, files, repo_id, commit.oid, with_weights=not card_only)
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # what huggingface_hub raises, its HTTP library's own included
         raise explain(f"pushed to {repo_id}, but cannot download it to compare", error) from error
     return Pushed(commit.url, commit.oid, commit.is_new, sizes, card)
 

@@ -16,7 +16,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.hub import push
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import measure, trained, untrained
-from tests.hub_fixtures import use_hub
+from tests.hub_fixtures import use_hub, validate
 from tests.loopback_hub import EXPIRED, READER, LoopbackHub
 
 REPO = "owner/tiny"
@@ -82,7 +82,7 @@ def test_the_card_holds_what_was_measured_and_how(hub: LoopbackHub, run: Path) -
     push(run, REPO)
     measured = json.loads((run / "evaluation.json").read_text())
     card = ModelCard.load(REPO)
-    card.validate()  # asks the Hub
+    validate(card)  # asks the Hub
     assert card.data.license == "apache-2.0"
     assert [result.metric_value for result in card.data.eval_results] == [
         round(measured["top1"], 3),
@@ -316,6 +316,16 @@ def test_a_cut_connection_leaves_the_remote_as_it_was(
     with pytest.raises(UserError, match="network: "):
         push(plain, REPO)
     assert files_of(hub) == before
+
+
+def test_a_download_that_breaks_off_says_that_the_push_was_done(
+    hub: LoopbackHub, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail("GET", "/resolve/", times=100)
+    with pytest.raises(UserError, match=f"pushed to {REPO}, but cannot download it to compare: network: "):
+        push(plain, REPO)
+    assert "model.safetensors" in files_of(hub)
 
 
 def test_what_comes_back_damaged_is_noticed(hub: LoopbackHub, plain: Path) -> None:
