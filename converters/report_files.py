@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from petra_zoo.errors import UserError
+from petra_zoo.hub.public import public_dataset, public_source
 from petra_zoo.models.activation_memory import StepBytes
 
 from .report import Fidelity
@@ -45,10 +46,10 @@ class Report:
         return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": memory}
 
     def as_markdown(self) -> str:
-        """For a model card: two tables and a sentence on how they were measured."""
+        """For a model card, without places of this machine: two tables."""
         same = self.fidelity
         rows = [
-            ("images compared", f"{same.images} of {self.dataset}"),
+            ("images compared", f"{same.images} of {public_dataset(self.dataset)}"),
             ("same prediction", f"{same.agreement:.2f} %"),
             ("logit error (relative)", f"{same.logit_error:.2e}"),
             ("KL divergence (nats)", f"{same.kl:.2e}"),
@@ -61,7 +62,7 @@ class Report:
             (f"activations per image at {height}x{width}, {name}", f"{stored / MIB:.2f} MiB (peak {peak / MIB:.2f})")
             for name, (stored, peak) in self.memory.items()
         ]
-        lines = [f"Fidelity of the conversion of `{self.source}`:", "", "| | |", "|---|---|"]
+        lines = [f"Fidelity of the conversion of `{public_source(self.source)}`:", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in rows]
         lines += [
             "",
