@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from timm.models import push_to_hf_hub
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
-from tests.hub_fixtures import use_hub, validate
+from tests.hub_fixtures import use_hub
 from tests.loopback_hub import EXPIRED, READER, LoopbackHub
 
 FILES = ("model.safetensors", "config.json", "inner/note.txt", "README.md")
@@ -177,11 +177,11 @@ def test_an_upload_that_fails_once_is_tried_again(hub: LoopbackHub, folder: Path
 
 def test_cards_are_validated(hub: LoopbackHub, folder: Path) -> None:
     push(folder)
-    validate(ModelCard.load("owner/net"))
+    ModelCard.load("owner/net").validate()
     metadata_update("owner/net", {"pipeline_tag": "image-classification"})
     assert HfApi().model_info("owner/net").pipeline_tag == "image-classification"
     with pytest.raises(ValueError, match="license"):
-        validate(ModelCard("---\nlicense: apache\n---\n"))
+        ModelCard("---\nlicense: apache\n---\n").validate()
 
 
 def test_timm_pushes_and_loads(hub: LoopbackHub) -> None:

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save
 from timm.models import get_pretrained_cfg
 
-from tests.hub_fixtures import validate
 from tests.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +24,7 @@ def snippets(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)
 def test_the_front_matter_is_valid(path: Path, hub: LoopbackHub) -> None:
     card = ModelCard.load(path)
-    validate(card)
+    card.validate()
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "timm"
     assert {"timm", "petra-zoo"} <= set(card.data.tags)

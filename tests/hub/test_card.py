@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from petra_zoo.hub.card import hub_id, make_card, wilson
 from petra_zoo.hub.checkpoint import read_checkpoint
 from tests.hub.checkpoints import measure, untrained
-from tests.hub_fixtures import validate
 from tests.loopback_hub import LoopbackHub
 
 
@@ -43,7 +42,7 @@ def test_the_hub_takes_a_written_card(hub: LoopbackHub, tmp_path: Path) -> None:
     path = untrained(tmp_path / "tiny")
     measure(path, 75.0)
     card = make_card(read_checkpoint(path), "hf-hub:owner/tiny")
-    validate(card)
+    card.validate()
     assert card.data.datasets == ["uoft-cs/cifar10"]
     assert "| cifar10, validation split | top-1 accuracy | 75.00 % | 68.57 to 80.49 | 200 |" in card.text
 

@@ -16,7 +16,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.hub import push
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import measure, trained, untrained
-from tests.hub_fixtures import use_hub, validate
+from tests.hub_fixtures import use_hub
 from tests.loopback_hub import EXPIRED, READER, LoopbackHub
 
 REPO = "owner/tiny"
@@ -82,7 +82,7 @@ def test_the_card_holds_what_was_measured_and_how(hub: LoopbackHub, run: Path) -
     push(run, REPO)
     measured = json.loads((run / "evaluation.json").read_text())
     card = ModelCard.load(REPO)
-    validate(card)  # asks the Hub
+    card.validate()  # asks the Hub
     assert card.data.license == "apache-2.0"
     assert [result.metric_value for result in card.data.eval_results] == [
         round(measured["top1"], 3),
