@@ -21,4 +21,4 @@ def test_the_oldest_constraints_pin_every_declared_minimum() -> None:
     minima = {canonicalize_name(row.name): str(row.specifier).removeprefix(">=") for row in declared if row.specifier}
     oldest = pinned("constraints-oldest.txt")
     assert len(minima) > 20
-    assert {name: low for name, low in minima.items() if f"{oldest.get(name)}.".startswith(f"{low}.") is False} == {}
+    assert {name: low for name, low in minima.items() if not f"{oldest.get(name)}.".startswith(f"{low}.")} == {}
