@@ -1,20 +1,47 @@
-"""Images to calibrate and to compare on: a random part of a data set, prepared as the network wants them."""
+"""Images to calibrate and to compare on: given as tensors, or a random part of a data set, prepared for the network."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from timm.data import resolve_model_data_config
+from torch import Tensor
 
+from petra_zoo.errors import UserError
 from petra_zoo.training.datasets import ImageDataset, Split, open_dataset
 from petra_zoo.training.image_dataset import BadImagePolicy
 from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.settings import Augmentation
 
 BATCH_SIZE = 64
+
+
+Batches = Tensor | Iterable[Tensor | Sequence[Tensor]]
+
+
+def image_batches(images: Batches) -> Iterator[Tensor]:
+    """Batches of images [B, C, H, W] from what people have at hand.
+
+    Args:
+        images: one tensor of images, or batches of them: tensors, or what loaders give, images first (then labels).
+
+    Raises:
+        UserError: something else.
+    """
+    if isinstance(images, Tensor):
+        # In batches of about one size: each counts the same, and one left-over image would have no variance.
+        images = images.chunk(-(-len(images) // BATCH_SIZE)) if images.ndim == 4 and len(images) else [images]
+    for item in images:
+        batch = item[0] if isinstance(item, list | tuple) and item else item
+        if not isinstance(batch, Tensor) or batch.ndim != 4:
+            found = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise UserError(f"expected images [B, C, H, W], or batches of them, but got {found}")
+        if len(batch):
+            yield batch
 
 
 class _Part(ImageDataset):

@@ -18,7 +18,7 @@ from petra_zoo.training.checkpoint_evaluation import load_model
 from .back_to_resnet import to_resnet
 from .calibration import open_images
 from .checks import name_of
-from .choose import Purpose, Run, measure
+from .choose import SHORT_RUN, Purpose, Run, measure
 from .convert import convert, noise
 from .memory import activation_memory
 from .report import Fidelity, compare
@@ -32,6 +32,7 @@ class Conversion:
     """What was converted into what.
 
     Attributes:
+        coupling, purpose: what was asked for.
         architecture: the name under which timm rebuilds the network.
         calibration_images: how many images the batch-norm statistics were estimated on; 0: they are the source's.
         runs: coupling, anchors and reconstruction error of each layer's run, on validation images or noise.
@@ -41,11 +42,37 @@ class Conversion:
 
     source: str
     output: Path
+    coupling: Literal["auto"] | Sequence[float]
+    purpose: Purpose
     architecture: str
     calibration_images: int
     runs: list[Run]
     fidelity: Fidelity | None
     report_files: list[Path]
+
+    @property
+    def reversible_blocks(self) -> int:
+        """How many blocks are reconstructed in a training step; 0: the network is an ordinary ResNet."""
+        return sum(run.blocks for run in self.runs if run.g > 0.0)
+
+    def why_not(self, run: Run) -> str:
+        """Why a run with coupling 0 has it."""
+        if not run.blocks:
+            return "its first block changes the shape, and there is no other"
+        if self.coupling != "auto":
+            return "as asked"
+        return f"a run of {count_blocks(run.blocks)} is too short to pay on one device"
+
+    def why_nothing(self) -> str:
+        """Why no run has an inverse, and what to do about it."""
+        if not any(run.blocks for run in self.runs):
+            return "no layer has two blocks of one shape in a row; a deeper network has"
+        if self.coupling != "auto":
+            return "coupling 0 is an ordinary ResNet; --coupling auto --for petra makes every run reversible"
+        return (
+            f"on one device a run of up to {SHORT_RUN} blocks saves no memory over recomputing each block from its "
+            "input; --for petra makes every run reversible, --coupling 0.25 (or four, one per layer) those you choose"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -53,6 +80,7 @@ class Conversion:
             "source": self.source,
             "output": str(self.output),
             "architecture": self.architecture,
+            "reversible_blocks": self.reversible_blocks,
             "calibration_images": self.calibration_images,
             "runs": [asdict(run) for run in self.runs],
             "fidelity": self.fidelity.as_dict() if self.fidelity else None,
@@ -125,7 +153,12 @@ def convert_checkpoint(
         size = resolve_model_data_config(network)["input_size"]
         memory = activation_memory(network, model, size)
         files = write_report(Report(source, str(output), dataset, tolerance, fidelity, tuple(size), memory), report)
-    return Conversion(source, output, name_of(model), seen, runs, fidelity, files)
+    return Conversion(source, output, coupling, purpose, name_of(model), seen, runs, fidelity, files)
+
+
+def count_blocks(number: int) -> str:
+    """In words: 1 block, 2 blocks."""
+    return f"{number} block{'' if number == 1 else 's'}"
 
 
 def convert_back(source: str, output: Path) -> str:

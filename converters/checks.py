@@ -52,7 +52,7 @@ def name_of(network: Any) -> str:
 
 
 def fit_weights(weights: dict[str, Tensor], network: nn.Module, source: str, architecture: str) -> None:
-    """Refuses weights that are not exactly those of a network.
+    """Refuses weights that are not exactly those of a network, its batch norms' counters aside.
 
     Args:
         weights: a state dict.
@@ -65,6 +65,8 @@ def fit_weights(weights: dict[str, Tensor], network: nn.Module, source: str, arc
     """
     expected = network.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    # Counters that old checkpoints do not have; torch starts them at 0.
+    missing = [key for key in missing if not key.endswith(".num_batches_tracked")]
     wrong = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     if any(key.endswith(".coupling") for key in extra):
         raise UserError(f"{source} holds couplings, it is reversible already: convert the ResNet it came from")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from petra_zoo.models import PetraRevNet
 from petra_zoo.models.coupled_layer import check_coupling
 from petra_zoo.models.petra_revnet import LAYERS
 
+from .calibration import Batches, image_batches
 from .checks import check_source
 from .choose import Purpose, anchor_layers, couple_layers
 from .identity import take_identity
@@ -32,7 +33,7 @@ def convert(
     coupling: Literal["auto"] | float | Sequence[float] = "auto",
     purpose: Purpose = "one-device",
     tolerance: float = 1e-4,
-    calibration: Iterable[Tensor] | None = None,
+    calibration: Batches | None = None,
     exact: bool = False,
 ) -> PetraRevNet:
     """Converts a trained ResNet; the source is left as it is.
@@ -50,8 +51,8 @@ def convert(
         purpose: 'one-device': 'auto' leaves runs of up to 2 blocks at 0, where nothing would be saved; 'petra': every
             run gets an inverse.
         tolerance: the largest relative error of a reconstructed input, in the weights' own precision.
-        calibration: batches of normalised images [B, C, H, W], unlabelled; the first is also what errors are measured
-            on, noise without it.
+        calibration: normalised images [B, C, H, W], or batches of them, such as a loader (labels are not looked at);
+            the first ones are also what errors are measured on, noise without them.
         exact: round the branches to a grid, so that reconstruction is exact at g = 1 (see `PetraRevNet`); without
             effect where no run is reconstructed.
 
@@ -75,7 +76,7 @@ def convert(
     if exact:
         for layer in model.coupled_layers():
             layer.grid = 2.0**-EXACT_BITS
-    batches = iter(calibration if calibration is not None else ())
+    batches = image_batches(calibration if calibration is not None else ())
     first = next(batches, None)
     if first is None and calibration is not None:
         raise UserError("there is not one batch of images to calibrate on")

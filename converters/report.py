@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 
+from .calibration import image_batches
 from .choose import Run, measure
 from .statistics import batch_statistics
 
@@ -46,13 +47,16 @@ class Fidelity:
         return asdict(self)
 
 
-def compare(source: nn.Module, converted: PetraRevNet, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Fidelity:
+def compare(
+    source: nn.Module, converted: PetraRevNet, batches: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]]
+) -> Fidelity:
     """Compares a converted network with its source.
 
     Args:
         source: gives logits [B, classes].
         converted: the same from the same images.
-        batches: images [B, C, H, W], or pairs of images and labels [B] (all of them, or none).
+        batches: images [B, C, H, W], batches of them, or pairs of such a batch and its labels [B] (all of them, or
+            none).
 
     Raises:
         UserError: there is no image, or some batches have labels and others none.
@@ -61,7 +65,7 @@ def compare(source: nn.Module, converted: PetraRevNet, batches: Iterable[Tensor 
     sums = dict.fromkeys(("images", "labelled", "agree", "error", "kl", "source", "converted"), 0.0)
     runs: list[Run] = []
     with torch.no_grad(), batch_statistics(source, False), batch_statistics(converted, False):
-        for batch in batches:
+        for batch in image_batches(batches) if isinstance(batches, Tensor) else batches:
             images, labels = (batch, None) if isinstance(batch, Tensor) else batch
             images = images.to(like.device, like.dtype)
             runs = runs or measure(converted, images[:MEASURED_IMAGES])

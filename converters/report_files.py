@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from petra_zoo.errors import UserError
+from petra_zoo.hub.public import public_dataset, public_source
 from petra_zoo.models.activation_memory import StepBytes
 from petra_zoo.strict_json import to_json
 
@@ -45,10 +46,10 @@ class Report:
         return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": memory}
 
     def as_markdown(self) -> str:
-        """For a model card: two tables and a sentence on how they were measured."""
+        """For a model card, without places of this machine: two tables."""
         same = self.fidelity
         rows = [
-            ("images compared", f"{same.images} of {self.dataset}"),
+            ("images compared", f"{same.images} of {public_dataset(self.dataset)}"),
             ("same prediction", f"{same.agreement:.2f} %"),
             ("logit error (relative)", f"{same.logit_error:.2e}"),
             ("KL divergence (nats)", f"{same.kl:.2e}"),
@@ -61,7 +62,7 @@ class Report:
             (f"activations per image at {height}x{width}, {name}", f"{stored / MIB:.2f} MiB (peak {peak / MIB:.2f})")
             for name, (stored, peak) in self.memory.items()
         ]
-        lines = [f"Fidelity of the conversion of `{self.source}`:", "", "| | |", "|---|---|"]
+        lines = [f"Fidelity of the conversion of `{public_source(self.source)}`:", "", "| | |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in rows]
         lines += [
             "",
@@ -75,8 +76,8 @@ class Report:
         ]
         return "\n".join(lines) + "\n"
 
-    def draw(self, path: Path) -> None:
-        """Writes the picture: predictions, reconstruction errors and memory side by side."""
+    def draw(self) -> Any:
+        """The picture, a matplotlib figure: predictions, reconstruction errors and memory side by side."""
         figure_class = _matplotlib()
         figure = figure_class(figsize=(11, 3.4), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
@@ -89,25 +90,39 @@ class Report:
         runs = [run for run in same.runs if run.g > 0.0]
         names = [f"{run.layer}\ng = {run.g:g}" for run in runs]
         middle.plot(names, [max(run.error, 1e-9) for run in runs], "o", color="tab:green")
+        if not runs:
+            middle.text(0.5, 0.25, "nothing is reconstructed", ha="center", transform=middle.transAxes)
+            middle.set_xticks([])
         middle.axhline(self.tolerance, color="tab:red", linestyle="--", label="tolerance")
         middle.set(title="reconstruction error", yscale="log")
         middle.legend()
-        stored = {name.replace(", ", "\n"): found.stored / MIB for name, found in self.memory.items()}
-        right.bar_label(right.bar(list(stored), list(stored.values()), color="tab:orange"), fmt="%.2f")
-        right.set(title="stored activations", ylabel="MiB per image")
+        # What is stored between forward and backward is not what has to fit: the peak is, inside a recomputed block.
+        places = range(len(self.memory))
+        for shift, what, color in ((-0.2, "stored", "tab:orange"), (0.2, "peak", "tab:red")):
+            values = [getattr(found, what) / MIB for found in self.memory.values()]
+            bars = right.bar([place + shift for place in places], values, 0.4, label=what, color=color)
+            right.bar_label(bars, fmt="%.2f", fontsize=7)
+        right.set(title="activations of a training step", ylabel="MiB per image")
+        right.set_xticks(list(places), [name.replace(", ", "\n") for name in self.memory])
         right.margins(y=0.15)
-        figure.savefig(path, dpi=120)
+        right.legend()
+        return figure
 
 
 def check_report(path: Path) -> None:
-    """Refuses a report that could not be written, before anything is converted.
+    """Refuses a report that could not be written, or would replace a file, before anything is converted.
 
     Raises:
-        UserError: the ending is of no known kind, or the picture needs matplotlib, which is missing.
+        UserError: the ending is of no known kind, a file is there already, or the picture needs matplotlib, which is
+            missing.
     """
     if path.suffix not in ("", *_WRITERS) and not path.is_dir():
         raise UserError(f"--report {path}: expected a .json, .md or .png file, or a directory for all three")
-    if path.suffix in ("", ".png"):
+    files = _files(path)
+    taken = next((file for file in (*files, files[0].parent) if file.exists() and not file.is_dir()), None)
+    if taken is not None:
+        raise UserError(f"--report {path}: {taken} exists already: choose another, or move it away")
+    if any(file.suffix == ".png" for file in files):
         _matplotlib()
 
 
@@ -120,8 +135,7 @@ def write_report(report: Report, path: Path) -> list[Path]:
     Raises:
         UserError: a file cannot be written.
     """
-    alone = path.suffix in _WRITERS and not path.is_dir()
-    files = [path] if alone else [path / f"fidelity{suffix}" for suffix in _WRITERS]
+    files = _files(path)
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
         for file in files:
@@ -129,6 +143,11 @@ def write_report(report: Report, path: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"saved {report.output}, but cannot write {path}: {error.strerror}") from error
     return files
+
+
+def _files(path: Path) -> list[Path]:
+    alone = path.suffix in _WRITERS and not path.is_dir()
+    return [path] if alone else [path / f"fidelity{suffix}" for suffix in _WRITERS]
 
 
 def _write_json(report: Report, path: Path) -> None:
@@ -139,10 +158,14 @@ def _write_markdown(report: Report, path: Path) -> None:
     path.write_text(report.as_markdown(), encoding="utf-8")
 
 
+def _write_picture(report: Report, path: Path) -> None:
+    report.draw().savefig(path, dpi=120)
+
+
 _WRITERS: dict[str, Callable[[Report, Path], None]] = {
     ".json": _write_json,
     ".md": _write_markdown,
-    ".png": Report.draw,
+    ".png": _write_picture,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import load_state_dict
 from timm.models.resnet import ResNet
 from torch import Tensor
@@ -22,7 +23,8 @@ from petra_zoo.training.checkpoint_evaluation import load_model
 from .checks import check_blocks, check_source, fit_weights
 from .torchvision_source import PREFIX, load_torchvision
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+PREFIXES = (PREFIX, "hf-hub:", "hf_hub:", "local-dir:")
 
 
 def load_source(source: str, architecture: str | None = None) -> ResNet:
@@ -30,19 +32,20 @@ def load_source(source: str, architecture: str | None = None) -> ResNet:
 
     Args:
         source: a timm name (its pretrained weights), ``hf-hub:ORG/NAME``, ``local-dir:DIR``, a run directory,
-            ``torchvision:MODEL.WEIGHT``, or a file of weights (.safetensors, .pth, .pt, .bin).
+            ``torchvision:MODEL.WEIGHT``, or a file of weights, whatever its name: safetensors, or what `torch.save`
+            wrote (a state dict, a checkpoint of timm, torchvision or Lightning).
         architecture: of a file of weights, a timm name.
 
     Raises:
         UserError: there is no such source, it is damaged, holds code, does not fit its architecture, or has no
             reversible form.
     """
-    if Path(source).suffix in WEIGHT_FILES:
+    if _is_file(source):
         if architecture is None:
             raise UserError(f"{source} holds weights only: say whose they are with --arch, such as --arch resnet50")
         return _load_file(Path(source), architecture)
     if architecture is not None:
-        raise UserError(f"--arch goes with a file of weights ({', '.join(WEIGHT_FILES)}); {source} has its own")
+        raise UserError(f"--arch goes with a file of weights; {source} is none and has its own: leave --arch out")
     if source.startswith(PREFIX):
         return load_torchvision(source)
     if timm.is_model(source.split(".", 1)[0]):  # before anything is downloaded
@@ -52,10 +55,17 @@ def load_source(source: str, architecture: str | None = None) -> ResNet:
     return model
 
 
+def _is_file(source: str) -> bool:
+    """Whether a source is a file of weights, or should be one that is missing."""
+    path = Path(source)
+    named_like_one = path.suffix.lower() in WEIGHT_FILES and not path.is_dir() and not source.startswith(PREFIXES)
+    return named_like_one or (path.is_file() and not timm.is_model(source))
+
+
 def _load_file(path: Path, architecture: str) -> ResNet:
     blank = create_model(architecture, zoo_only=False, device="meta")
     check_blocks(blank)
-    weights = _read(path)
+    weights = _inner_network(_read(path), next(iter(blank.state_dict())), path)
     if "fc.weight" in weights and weights["fc.weight"].ndim == 2:
         blank.reset_classifier(len(weights["fc.weight"]))
     fit_weights(weights, blank, str(path), architecture)
@@ -65,11 +75,29 @@ def _load_file(path: Path, architecture: str) -> ResNet:
     return model.eval()
 
 
+def _inner_network(weights: dict[str, Tensor], first: str, path: Path) -> dict[str, Tensor]:
+    """The network inside a training framework's module, whose parameters bear its name: ``model.conv1.weight``.
+
+    Args:
+        first: the network's first parameter, by which it is found.
+    """
+    if first in weights:
+        return weights
+    prefixes = [key.removesuffix(first) for key in weights if key.endswith(f".{first}")]
+    found = [prefix for prefix in prefixes if any(key.startswith(f"{prefix}layer1.") for key in weights)]
+    if len(found) > 1:
+        raise UserError(f"{path} holds several networks ({', '.join(found)}): save the weights of one alone")
+    for prefix in found:
+        return {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix)}
+    return weights
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickle protocols that it then refuses
-            weights = load_state_dict(str(path), weights_only=True)
+            # timm goes by the name's ending, and a safetensors file may have another.
+            weights = load_file(path) if _is_safetensors(path) else load_state_dict(str(path), weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, SafetensorError, ValueError) as error:
@@ -85,3 +113,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not weights or not all(isinstance(x, Tensor) for x in weights.values()):
         raise UserError(f"{path} holds no state dict: expected names and tensors, as model.state_dict() gives them")
     return weights
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: the header's length in 8 bytes, then JSON; torch writes zip archives or pickles."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"

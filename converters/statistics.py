@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from petra_zoo.errors import UserError
+
+from .calibration import Batches, image_batches
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def batch_statistics(model: nn.Module, training: bool = True) -> Iterator[list[A
             module.training = mode
 
 
-def re_estimate(model: nn.Module, batches: Iterable[Tensor], source: nn.Module | None = None) -> int:
+def re_estimate(model: nn.Module, batches: Batches, source: nn.Module | None = None) -> int:
     """Replaces running means and variances by their averages over `batches`, each batch counting the same.
 
     With the `source` that a model was converted from, the model keeps the source's running statistics and only takes
@@ -43,7 +45,7 @@ def re_estimate(model: nn.Module, batches: Iterable[Tensor], source: nn.Module |
 
     Args:
         model: a network of images.
-        batches: images [B, C, H, W], at least one batch.
+        batches: images [B, C, H, W], or batches of them, such as a loader (labels are not looked at); at least one.
         source: a network with norms of the same names, in the same order, and the statistics that the model has now;
             left as it is.
 
@@ -65,7 +67,7 @@ def re_estimate(model: nn.Module, batches: Iterable[Tensor], source: nn.Module |
             for norm in (norm for norms in (of_model, *of_source) for norm in norms):
                 norm.reset_running_stats()
                 norm.momentum = None  # a cumulative average
-            for batch in batches:
+            for batch in image_batches(batches):
                 for network in networks:
                     network(batch.to(like.device, like.dtype))
                 images += len(batch)

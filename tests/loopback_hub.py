@@ -48,6 +48,7 @@ class Fault:
     Attributes:
         status: the answer, with `headers`; 0: the connection is cut without one.
         after: a download's body is cut after so many bytes instead.
+        done: the request is carried out before, so that only its answer is lost.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Fault:
     times: int
     headers: dict[str, str]
     after: int | None
+    done: bool
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,19 @@ class LoopbackHub:
             return repository
 
     def fail(
-        self, method: str, path: str, status: int = 0, *, times: int = 1, after: int | None = None, **headers: str
+        self,
+        method: str,
+        path: str,
+        status: int = 0,
+        *,
+        times: int = 1,
+        after: int | None = None,
+        done: bool = False,
+        **headers: str,
     ) -> None:
         """Orders a fault for the next `times` requests whose path (and query) matches; header names with _ for -."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
-        self._faults.append(Fault(method, re.compile(path), status, times, names, after))
+        self._faults.append(Fault(method, re.compile(path), status, times, names, after, done))
 
     def fault_for(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -181,16 +191,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = {key: values[-1] for key, values in parse_qs(self.url.query).items()}
         self.fault = self.hub.fault_for(self.command, self.path)
         try:
-            if self.fault is not None and self.fault.after is None:
-                if not self.fault.status:
-                    raise _Cut
-                raise HubError(self.fault.status, "", "a fault that the test ordered", **self.fault.headers)
-            with self.hub.lock:
-                self._route(body)
+            if self.fault is None or self.fault.done or self.fault.after is not None:
+                with self.hub.lock:
+                    self._route(body)
+            else:
+                self._fail(self.fault)
         except HubError as error:
             message = str(error)
             headers = {"X-Error-Code": error.code, "X-Error-Message": message, **error.headers}
             self._json({"error": message}, error.status, **{k: v for k, v in headers.items() if v})
+
+    def _fail(self, fault: Fault) -> None:
+        if not fault.status:
+            raise _Cut
+        raise HubError(fault.status, "", "a fault that the test ordered", **fault.headers)
 
     def _chunks(self) -> bytes:
         body = b""
@@ -393,6 +407,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(status, json.dumps(value).encode(), {"Content-Type": "application/json; charset=utf-8", **headers})
 
     def _reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        if self.fault is not None and self.fault.done:
+            fault, self.fault = self.fault, None
+            self._fail(fault)
         headers_sent = {name.lower(): value for name, value in self.headers.items()}
         self.hub.requests.append(Request(self.command, self.path, status, headers_sent))
         self.send_response(status)

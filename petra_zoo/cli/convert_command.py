@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
+from petra_zoo.converters.checkpoint_conversion import Conversion, convert_back, convert_checkpoint, count_blocks
+from petra_zoo.converters.choose import Run
 from petra_zoo.errors import UserError
 from petra_zoo.hub import push as publish
 from petra_zoo.strict_json import to_json
@@ -21,7 +24,7 @@ def convert(
         ),
     ],
     output: Annotated[Path, typer.Option(help="The directory to write; it must be absent or empty.")],
-    arch: Annotated[str | None, typer.Option(help="The timm architecture of a .safetensors or .pth file.")] = None,
+    arch: Annotated[str | None, typer.Option(help="The timm architecture of a file of weights.")] = None,
     coupling: Annotated[str, typer.Option(help="auto, one number, or four (one per layer) such as 0,0.25,0.5,0.")] = (
         "auto"
     ),
@@ -76,9 +79,9 @@ def convert(
         return
     typer.echo(f"saved {done.output}: {done.architecture}")
     for run in done.runs:
-        anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
-        error = f", reconstruction error {run.error:.1e}" if run.g else ""
-        typer.echo(f"  {run.layer}  {run.blocks} reversible blocks, coupling {run.g:g}{anchors}{error}")
+        typer.echo(f"  {run.layer}  {_line(run, done)}")
+    if not done.reversible_blocks:
+        typer.echo(f"  nothing was made reversible: {done.why_nothing()}")
     if done.calibration_images:
         typer.echo(f"  batch-norm statistics estimated on {done.calibration_images} images")
     if (same := done.fidelity) is not None:
@@ -89,7 +92,16 @@ def convert(
         typer.echo(f"  report {file}")
     if pushed:
         typer.echo(f"pushed {pushed.url}" if pushed.changed else f"nothing has changed since {pushed.url}: no commit")
-    typer.echo(f"next: timm.create_model('local-dir:{done.output}', pretrained=True)")
+    name = json.dumps(f"local-dir:{done.output}", ensure_ascii=False)  # a Python literal in quotes that shells leave
+    code = f"import petra_zoo, timm; model = timm.create_model({name}, pretrained=True)"
+    typer.echo(f"next: python -i -c {shlex.quote(code)}")
+
+
+def _line(run: Run, done: Conversion) -> str:
+    if not run.g:
+        return f"not reversible (coupling 0): {done.why_not(run)}"
+    anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
+    return f"{count_blocks(run.blocks)} reversible, coupling {run.g:g}{anchors}, reconstruction error {run.error:.1e}"
 
 
 def _numbers(text: str) -> list[float]:

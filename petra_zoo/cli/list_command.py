@@ -26,8 +26,9 @@ def list_models(
 ) -> None:
     """List the networks that timm.create_model makes once petra_zoo is imported."""
     if html is not None:
-        names = track(model_names(pattern), "computing memory", disable=not Console().is_terminal)
-        typer.echo(f"saved {write_page(names, html)}")
+        names = model_names(pattern)
+        shown = track(names, "computing memory") if Console().is_terminal else names
+        typer.echo(f"saved {write_page(shown, html)}")
         return
     if pretrained:
         _list_pretrained(pattern, as_json)

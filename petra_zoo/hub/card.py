@@ -8,9 +8,11 @@ from importlib import resources
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
+from timm.models import is_model_pretrained
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint
+from petra_zoo.hub.public import is_hub_id
 from petra_zoo.models.activation_memory import activation_memory
 from petra_zoo.models.describe import describe_model
 from petra_zoo.training.recipe import Recipe
@@ -96,7 +98,7 @@ def eval_results(checkpoint: Checkpoint, dataset_id: str | None = None) -> tuple
 def hub_id(dataset: str) -> str | None:
     """ORG/NAME of a data set on the Hub, where it is known to be there."""
     kind, _, name = dataset.partition("/")
-    return name if kind in ("hfds", "hfids") and "/" in name else ON_THE_HUB.get(dataset)
+    return name if kind in ("hfds", "hfids") and is_hub_id(name) else ON_THE_HUB.get(dataset)
 
 
 def wilson(percent: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -181,7 +183,8 @@ def _base_model(checkpoint: Checkpoint) -> str | None:
     source = str(checkpoint.fidelity["source"]) if checkpoint.fidelity else ""
     if found := re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+)(@.*)?", source):
         return found[1]
-    return f"timm/{source}" if re.fullmatch(r"\w+\.\w+", source) and not source.startswith("petra_") else None
+    of_timm = "." in source and is_model_pretrained(source) and not source.startswith("petra_")
+    return f"timm/{source}" if of_timm else None
 
 
 def _labels(names: list[str] | None) -> str:

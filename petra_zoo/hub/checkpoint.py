@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from petra_zoo.errors import UserError
+from petra_zoo.hub.public import public_recipe, public_record, without_places
 from petra_zoo.training.checkpoint_evaluation import load_model
 from petra_zoo.training.provenance import ENVIRONMENT, EVALUATION, sha256
 from petra_zoo.training.recipe import Recipe, load_recipe
@@ -21,10 +22,11 @@ PROBES = 4  # images on which logits are compared
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known about a trained model.
+    """What is known about a trained model, and may be published: no places of this machine but `path`.
 
     Attributes:
         path: its directory.
+        config: config.json.
         model: on the CPU, in eval mode.
         sha256: of model.safetensors.
         recipe: it was trained by; None where it was not trained here.
@@ -76,16 +78,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: the model's logits are not finite, its training has diverged")
     digest = sha256(path / "model.safetensors")
     evaluation = _read_json(path / EVALUATION)
-    recipe = path / "recipe.yaml"
+    recipe, fidelity = path / "recipe.yaml", _read_json(path / FIDELITY)
     return Checkpoint(
         path=path,
-        config=_read_json(path / "config.json") or {},
+        config=without_places(_read_json(path / "config.json") or {}),
         model=model,
         sha256=digest,
-        recipe=load_recipe(str(recipe)) if recipe.is_file() else None,
+        recipe=public_recipe(load_recipe(str(recipe))) if recipe.is_file() else None,
         environment=_read_json(path / ENVIRONMENT) or {},
-        evaluation=evaluation if evaluation and evaluation.get("weights_sha256") == digest else None,
-        fidelity=_read_json(path / FIDELITY),
+        evaluation=public_record(evaluation) if evaluation and evaluation.get("weights_sha256") == digest else None,
+        fidelity=public_record(fidelity) if fidelity else None,
     )
 
 

@@ -88,7 +88,8 @@ def export_model(
                     reason = str(problem).strip().splitlines()[0]
                     raise UserError(f"{source} cannot be written as {format}: {reason}") from problem
             run = _run_onnx if format == "onnx" else _run_program
-            error = max(_difference(y, run(new, x)) for x, y in zip(trials, expected, strict=True))
+            with _quiet():
+                error = max(_difference(y, run(new, x)) for x, y in zip(trials, expected, strict=True))
             if not error <= TOLERANCE:  # also where it is nan
                 raise UserError(
                     f"the {format} file of {source} differs from the model by {error:.1e} of the largest logit "

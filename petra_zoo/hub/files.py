@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
@@ -12,7 +15,8 @@ from petra_zoo.hub.card import can_draw, eval_results, make_card
 from petra_zoo.hub.checkpoint import FIDELITY, Checkpoint
 from petra_zoo.hub.curve import training_curve
 from petra_zoo.strict_json import to_json
-from petra_zoo.training.recipe import save_recipe
+from petra_zoo.training.provenance import sha256
+from petra_zoo.training.recipe import Recipe, save_recipe
 
 Files = dict[str, Path | bytes]
 
@@ -27,8 +31,8 @@ def repository_files(
 ) -> Files:
     """Files by their name in the repository; the same content every time, so that a second push changes nothing.
 
-    Places of the machine that trained (output directory, data directory) are left out of what is published. A README.md
-    in the directory is taken instead of a generated card.
+    Places of the machine that trained (directories of data, results, teachers and sources) are left out of what is
+    published, see `petra_zoo.hub.public`. A README.md in the directory is taken instead of a generated card.
 
     Args:
         card_only: the card and the measured results alone.
@@ -47,14 +51,15 @@ def repository_files(
         files["training_curve.png"] = training_curve(path / "summary.csv")  # the card shows it
     if card_only:
         return files
-    files |= {name: path / name for name in ("model.safetensors", "config.json")}
+    files["model.safetensors"] = path / "model.safetensors"
+    is_public = checkpoint.config == json.loads((path / "config.json").read_text(encoding="utf-8"))
+    files["config.json"] = path / "config.json" if is_public else _json(checkpoint.config)
     if (path / "summary.csv").is_file():
         files["train_summary.csv"] = path / "summary.csv"
     if checkpoint.recipe is not None:
-        files["recipe.yaml"] = _public_recipe(checkpoint)
+        files["recipe.yaml"] = _yaml(checkpoint.recipe)
     if checkpoint.fidelity is not None:
-        public = {key: value for key, value in checkpoint.fidelity.items() if key != "output"}
-        files[FIDELITY] = (to_json(public, indent=2) + "\n").encode()
+        files[FIDELITY] = _json(checkpoint.fidelity)
     files |= {file.name: file for file in sorted(path.glob("fidelity.*")) if file.suffix in (".md", ".png")}
     return files
 
@@ -64,9 +69,21 @@ def size_of(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _public_recipe(checkpoint: Checkpoint) -> bytes:
-    assert checkpoint.recipe is not None
+def read(content: Path | bytes) -> bytes:
+    """All of it."""
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def digest(content: Path | bytes) -> str:
+    """Its SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (to_json(content, indent=2) + "\n").encode()
+
+
+def _yaml(recipe: Recipe) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        save_recipe(checkpoint.recipe.model_copy(update={"output": None, "data_dir": None}), file)
-        return file.read_bytes()
+        save_recipe(recipe, Path(folder) / "recipe.yaml")
+        return (Path(folder) / "recipe.yaml").read_bytes()

@@ -27,6 +27,7 @@ COLUMNS = (
     "weights",
     "top-1 %",
 )
+TITLE = b"<title>petra-zoo: the networks</title>"  # as in page.html
 ELSEWHERE = "published with the source"
 Cell = tuple[Any, str]  # what a column is sorted by, and what is shown
 
@@ -60,10 +61,13 @@ def write_page(names: Iterable[str], folder: Path) -> Path:
     """Writes `folder`/index.html about the networks; it needs no other file and no network.
 
     Raises:
-        UserError: no such network, or the file cannot be written; what was there before stays.
+        UserError: no such network, the file cannot be written, or is there and no page of this kind; what was there
+            before stays.
     """
-    text = page([entry(name) for name in names])
     path = folder / "index.html"
+    if path.exists() and (not path.is_file() or TITLE not in path.read_bytes()):
+        raise UserError(f"{path} exists already and is no page of petra-zoo: choose another directory, or move it away")
+    text = page([entry(name) for name in names])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".page-") as scratch:

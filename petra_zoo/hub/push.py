@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub import constants, hf_hub_download
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint, probe, read_checkpoint
-from petra_zoo.hub.files import Files, repository_files, size_of
+from petra_zoo.hub.commit import Commit
+from petra_zoo.hub.files import Files, digest, read, repository_files, size_of
 from petra_zoo.training.build import create_model
 from petra_zoo.training.hub_errors import explain
-from petra_zoo.training.provenance import sha256
-
-T = TypeVar("T")
-ATTEMPTS, LONGEST_WAIT = 3, 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -91,53 +84,21 @@ def push(
         checkpoint, f"hf-hub:{repo_id}", card_only=card_only, license=license, dataset_id=dataset_id
     )
     sizes = {name: size_of(content) for name, content in files.items()}
-    card = _read(files["README.md"]).decode()
+    card = read(files["README.md"]).decode()
     if dry_run:
         return Pushed(f"{constants.ENDPOINT}/{repo_id}", None, False, sizes, card)
     message = message or f"{'Card of' if card_only else 'Add'} {checkpoint.architecture}"
     try:
-        before, commit = _patiently(lambda: _commit(files, repo_id, private, create_pr, revision, message))
+        commit = Commit(files, repo_id, message, private=private, create_pr=create_pr, revision=revision).make()
     except Exception as error:
         raise explain(f"cannot push to {repo_id}", error, from_config=False) from error
     try:
         _check_what_comes_back(checkpoint, files, repo_id, commit.oid, with_weights=not card_only)
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # what huggingface_hub raises, its HTTP library's own included
         raise explain(f"pushed to {repo_id}, but cannot download it to compare", error) from error
-    return Pushed(commit.pr_url or commit.commit_url, commit.oid, commit.oid != before, sizes, card)
-
-
-def _patiently(commit: Callable[[], T]) -> T:
-    """Asks again where the Hub is busy or fails for a moment: a push that is made twice changes nothing."""
-    for attempt in range(1, ATTEMPTS):
-        try:
-            return commit()
-        except HfHubHTTPError as error:
-            if error.response.status_code != 429 and error.response.status_code < 500:
-                raise
-            asked = error.response.headers.get("Retry-After", "")
-            time.sleep(min(float(asked) if asked.isdigit() else 2.0**attempt, LONGEST_WAIT))
-    return commit()
-
-
-def _commit(
-    files: Files, repo_id: str, private: bool, create_pr: bool, revision: str | None, message: str
-) -> tuple[str | None, CommitInfo]:
-    """The branch's newest commit before, and the one that now holds the files."""
-    api = HfApi(endpoint=constants.ENDPOINT)
-    if not api.repo_exists(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-    try:
-        before = api.repo_info(repo_id, revision=revision).sha
-    except RevisionNotFoundError:
-        assert revision is not None
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-        before = api.repo_info(repo_id, revision=revision).sha
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    # The parent is named so that somebody else's commit in between is a conflict, not overwritten unseen.
-    commit = api.create_commit(
-        repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr, parent_commit=before
-    )
-    return before, commit
+    return Pushed(commit.url, commit.oid, commit.is_new, sizes, card)
 
 
 def _check_what_comes_back(checkpoint: Checkpoint, files: Files, repo_id: str, commit: str, with_weights: bool) -> None:
@@ -145,14 +106,9 @@ def _check_what_comes_back(checkpoint: Checkpoint, files: Files, repo_id: str, c
     with tempfile.TemporaryDirectory(prefix="petra-zoo-push-", ignore_cleanup_errors=True) as cache:
         for name, content in files.items():
             back = Path(hf_hub_download(repo_id, name, revision=commit, cache_dir=cache))
-            sent = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-            if sha256(back) != sent:
+            if digest(back) != digest(content):
                 raise UserError(f"pushed to {repo_id}, but file: {name} comes back different; push it again")
         if with_weights:
             loaded = create_model(f"hf-hub:{repo_id}@{commit}", zoo_only=False, pretrained=True, cache_dir=cache)
             if not torch.equal(probe(loaded), probe(checkpoint.model)):
                 raise UserError(f"pushed to {repo_id}, but file: the model that comes back computes other logits")
-
-
-def _read(content: Path | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()

@@ -81,7 +81,9 @@ class _KnownBatchNorm(torch.autograd.Function):
         scale = weight * invstd
         # Torch's own kernel for x * scale + shift per channel; addcmul rounds once, as train mode does: the same bits.
         shift = torch.addcmul(bias, mean, scale, value=-1)
-        return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(mean), scale, shift, training=False, eps=0.0)
+        # (F.batch_norm of torch 2.11 refuses eps = 0, which its kernel takes.)
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        return torch.batch_norm(x, scale, shift, zero, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:

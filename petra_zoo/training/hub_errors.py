@@ -79,7 +79,7 @@ def _of_the_hub(error: BaseException) -> str | None:
         return "name: the repository has no such revision; check what stands behind @ or --revision"
     if isinstance(error, HfHubHTTPError) and not isinstance(error, EntryNotFoundError):
         return _of_a_status(error)
-    if _is_of_the_transport(error):
+    if is_of_the_transport(error):
         return (
             f"network: no answer from {endpoint} ({first_line(error)}); check the connection and HF_ENDPOINT, or set "
             "HF_HUB_OFFLINE=1 to use only what is cached"
@@ -148,7 +148,7 @@ def _of_the_config(error: BaseException) -> str | None:
     return None
 
 
-def _is_of_the_transport(error: BaseException) -> bool:
-    """huggingface_hub's HTTP library is httpx, or httpx2 in its later versions."""
+def is_of_the_transport(error: BaseException) -> bool:
+    """Whether there was no answer; huggingface_hub's HTTP library is httpx, or httpx2 in its later versions."""
     httpx = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
     return httpx or isinstance(error, ConnectionError | TimeoutError)

@@ -30,8 +30,11 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
         The exit code: 0 done, 2 bad use, else 1 with one line on the first failure; 130 interrupted.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # Seconds before a rank that does not end is killed; by the environment, because torch 2.11 has no such option
+    # (and waits 30 seconds).
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its banner buries the one line that matters
-    options = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", "5", "-m", "petra_zoo"]
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "petra_zoo"]
     try:
         torchrun.run(torchrun.parse_args([*options, *arguments]))
     except ChildFailedError as error:

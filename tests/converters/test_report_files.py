@@ -63,6 +63,26 @@ def test_a_file_gets_its_own_kind(name: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_the_picture_shows_the_peak_beside_what_is_stored() -> None:
+    memory = report().draw().axes[2]
+    assert [text.get_text() for text in memory.get_legend().get_texts()] == ["stored", "peak"]
+    bars = [[round(bar.get_height(), 6) for bar in group] for group in memory.containers]
+    assert bars == [[2.0, 1.0, 0.5], [4.0, 2.0, 1.0]]  # MiB, as in MEMORY
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [("r.json", "r.json"), ("kept", "kept/fidelity.md"), ("file", "file"), ("file/r.md", "file")],
+)
+def test_a_report_never_replaces_a_file(asked: str, taken: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for name in ("r.json", "kept/fidelity.md", "file"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{tmp_path / taken} exists already: choose another"):
+        check_report(tmp_path / asked)
+    check_report(tmp_path / "kept" / "new.json")
+
+
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_done(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

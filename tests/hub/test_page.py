@@ -123,3 +123,15 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*index\.html"):
         write_page(["petra_revnet_tiny"], tmp_path / "file")
+
+
+def test_somebody_elses_page_is_not_overwritten_but_an_earlier_one_is(tmp_path: Path) -> None:
+    own = tmp_path / "index.html"
+    own.write_text("<title>my home page</title>")
+    with pytest.raises(UserError, match="is no page of petra-zoo: choose another directory"):
+        write_page(["petra_revnet_tiny"], tmp_path)
+    assert own.read_text() == "<title>my home page</title>"
+    own.unlink()
+    write_page([], tmp_path)
+    write_page(["petra_revnet_tiny"], tmp_path)
+    assert "petra_revnet_tiny" in own.read_text()

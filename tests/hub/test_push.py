@@ -239,6 +239,60 @@ def test_a_busy_hub_is_asked_again(hub: LoopbackHub, plain: Path) -> None:
     assert commits(hub) == 2  # the repository's own, and ours
 
 
+@pytest.mark.parametrize("status", [504, 0])  # a gateway that gave up; a connection that was cut
+def test_a_commit_whose_answer_was_lost_is_the_one_that_was_pushed(
+    hub: LoopbackHub, plain: Path, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petra_zoo.hub.commit.time.sleep", lambda seconds: None)
+    HfApi().create_repo(REPO)
+    hub.fail("POST", "/commit/", status, done=True)
+    done = push(plain, REPO)
+    assert done.changed
+    assert commits(hub) == 2  # the repository's own, and ours
+    newest = hub.repositories[REPO].history("main")[0].oid
+    assert (done.commit, done.url) == (newest, f"{hub.url}/{REPO}/commit/{newest}")
+
+
+def test_a_lost_commit_is_told_from_those_of_others(
+    hub: LoopbackHub, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others_push_meanwhile(seconds: float) -> None:
+        hub.add(REPO, {"NOTES.md": "theirs"})
+
+    monkeypatch.setattr("petra_zoo.hub.commit.time.sleep", others_push_meanwhile)
+    HfApi().create_repo(REPO)
+    hub.fail("POST", "/commit/", 504, done=True)
+    done = push(plain, REPO)
+    assert done.changed
+    assert done.commit == hub.repositories[REPO].history("main")[1].oid
+
+
+def test_a_lost_commit_counts_after_the_last_attempt_too(
+    hub: LoopbackHub, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petra_zoo.hub.commit.time.sleep", lambda seconds: None)
+    HfApi().create_repo(REPO)
+    hub.fail("POST", "/commit/", 503, times=2)
+    hub.fail("POST", "/commit/", 504, done=True)
+    assert push(plain, REPO).changed
+    assert commits(hub) == 2
+
+
+def test_a_pull_request_whose_answer_was_lost_is_not_opened_twice(
+    hub: LoopbackHub, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petra_zoo.hub.commit.time.sleep", lambda seconds: None)
+    push(plain, REPO)
+    measure(plain)
+    earlier = push(plain, REPO, create_pr=True)
+    hub.fail("POST", "/commit/", 504, done=True)
+    done = push(plain, REPO, create_pr=True)
+    assert done.changed
+    assert earlier.url.endswith("/discussions/1")
+    assert done.url == f"{hub.url}/{REPO}/discussions/2"
+    assert [ref for ref in hub.repositories[REPO].refs if ref.startswith("refs/pr/")] == ["refs/pr/1", "refs/pr/2"]
+
+
 @pytest.mark.parametrize(("method", "path"), [("POST", "/preupload/"), ("PUT", "/lfs-objects/"), ("POST", "/commit/")])
 def test_an_interrupted_upload_leaves_the_remote_as_it_was(
     hub: LoopbackHub, plain: Path, method: str, path: str, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +316,16 @@ def test_a_cut_connection_leaves_the_remote_as_it_was(
     with pytest.raises(UserError, match="network: "):
         push(plain, REPO)
     assert files_of(hub) == before
+
+
+def test_a_download_that_breaks_off_says_that_the_push_was_done(
+    hub: LoopbackHub, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail("GET", "/resolve/", times=100)
+    with pytest.raises(UserError, match=f"pushed to {REPO}, but cannot download it to compare: network: "):
+        push(plain, REPO)
+    assert "model.safetensors" in files_of(hub)
 
 
 def test_what_comes_back_damaged_is_noticed(hub: LoopbackHub, plain: Path) -> None:

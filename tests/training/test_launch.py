@@ -1,5 +1,6 @@
 """Runs of several processes: started, agreeing, and ended together."""
 
+import argparse
 import os
 import re
 import signal
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import run as torchrun
+
+from petra_zoo.training.launch import launch
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -64,6 +68,26 @@ def test_a_launched_run_saves_the_bits_of_a_run_in_one_process(tmp_path: Path) -
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     summaries = [(tmp_path / name / "summary.csv").read_text() for name in ("one", "two")]
     assert summaries[0] == summaries[1]
+
+
+def test_the_launcher_needs_no_option_that_torch_2_11_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")  # restored afterwards
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    newest, started = torchrun.parse_args, []
+
+    def parse_as_2_11_does(arguments: list[str]) -> argparse.Namespace:
+        if "--shutdown-timeout" in arguments:
+            sys.exit("torchrun: error: unrecognized arguments: --shutdown-timeout")
+        return newest(arguments)
+
+    monkeypatch.setattr(torchrun, "parse_args", parse_as_2_11_does)
+    monkeypatch.setattr(torchrun, "run", lambda parsed: started.append(torchrun.config_from_args(parsed)[0]))
+    assert launch(2, ["list"]) == 0
+    (config,) = started
+    assert config.max_nodes == 1
+    assert config.nproc_per_node == 2
+    assert getattr(config, "shutdown_timeout", 5) == 5  # where this torch has the setting
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""Files of weights as they are found: under any name, from any framework, old ones too."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from petra_zoo.converters import load_source
+from safetensors.torch import save_file
+from torch import Tensor
+
+from petra_zoo.errors import UserError
+from tests.converters.networks import images, source
+
+ARCHITECTURE = "test_resnet"
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    return source(ARCHITECTURE)
+
+
+def assert_loads(path: Path, network: Any) -> None:
+    loaded = load_source(str(path), ARCHITECTURE)
+    assert torch.equal(loaded(images()), network(images()))
+
+
+@pytest.mark.parametrize("name", ["best.pth.tar", "last.ckpt", "WEIGHTS.PTH", "weights", "step.1000"])
+def test_a_checkpoint_may_have_any_name(name: str, network: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": network.state_dict()}, tmp_path / name)
+    assert_loads(tmp_path / name, network)
+
+
+@pytest.mark.parametrize("name", ["WEIGHTS.SAFETENSORS", "weights.bin"])
+def test_safetensors_are_known_by_their_content(name: str, network: Any, tmp_path: Path) -> None:
+    save_file(network.state_dict(), tmp_path / name)
+    assert_loads(tmp_path / name, network)
+
+
+def test_a_checkpoint_from_before_batch_norms_counted_is_loaded(network: Any, tmp_path: Path) -> None:
+    old = {key: x for key, x in network.state_dict().items() if not key.endswith(".num_batches_tracked")}
+    torch.save(old, tmp_path / "old.pth")
+    assert_loads(tmp_path / "old.pth", network)
+
+
+def test_a_training_checkpoint_of_timm_is_loaded(network: Any, tmp_path: Path) -> None:
+    state = {"epoch": 9, "arch": ARCHITECTURE, "state_dict": network.state_dict(), "metric": 71.5}
+    torch.save({**state, "args": argparse.Namespace(model=ARCHITECTURE, lr=0.1)}, tmp_path / "model_best.pth.tar")
+    assert_loads(tmp_path / "model_best.pth.tar", network)
+
+
+def inside(name: str, network: Any) -> dict[str, Tensor]:
+    return {f"{name}.{key}": x for key, x in network.state_dict().items()}
+
+
+def test_a_network_inside_a_training_module_is_found(network: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": {**inside("model", network), "loss.weight": torch.ones(5)}}, tmp_path / "last.ckpt")
+    assert_loads(tmp_path / "last.ckpt", network)
+
+
+def test_two_networks_in_one_file_are_refused_by_name(network: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": inside("student", network) | inside("teacher", network)}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"holds several networks \(student\., teacher\.\)"):
+        load_source(str(tmp_path / "last.ckpt"), ARCHITECTURE)
+
+
+def test_a_file_of_any_name_needs_its_architecture(network: Any, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt holds weights only: say whose they are with --arch"):
+        load_source(str(tmp_path / "last.ckpt"))
+
+
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    for name in ("gone.ckpt", "gone.pth.tar", "gone.PTH"):
+        with pytest.raises(UserError, match=rf"there is no file {tmp_path / name}"):
+            load_source(str(tmp_path / name), ARCHITECTURE)
+
+
+def test_a_file_beside_does_not_hide_a_model_of_its_name(
+    network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("resnet18").write_text("notes")
+    with pytest.raises(UserError, match="--arch goes with a file of weights"):
+        load_source("resnet18", ARCHITECTURE)
