@@ -12,6 +12,7 @@ generators' states cannot be read while a graph is captured, so they are left ou
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -106,7 +107,7 @@ def measure_step(build: Callable[[], nn.Module], batches: list[int], size: int, 
             with torch.cuda.graph(graph, stream=stream):
                 row["loss"] = step()
             row[f"graph_ms_{batch}"] = milliseconds(graph.replay, times + 2)
-            row["loss"] = round(float(row["loss"]), 4)
+            row["loss"] = round(float(row["loss"].detach()), 4)
             del graph
         del model, images, labels, step
         if CUDA:
@@ -117,7 +118,9 @@ def measure_step(build: Callable[[], nn.Module], batches: list[int], size: int, 
 
 
 def measure_tick(name: str, size: int, batch: int, stages: int, method: str, times: int) -> dict[str, Any]:
-    """A tick of the pipeline in one process: wall time, time on the host, peak."""
+    """A tick of the pipeline in one process: wall time, time on the host, peak above what was there before."""
+    gc.collect()
+    before = torch.cuda.memory_allocated() if CUDA else 0
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=100).to(DEVICE, memory_format=torch.channels_last).train()
     pipeline = Pipeline(
@@ -141,7 +144,7 @@ def measure_tick(name: str, size: int, batch: int, stages: int, method: str, tim
         pipeline.step(images, labels)
     row["host_ms"] = round(1e3 * (time.perf_counter() - start) / times, 2)
     synchronize()
-    row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20) if CUDA else 0
+    row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20) if CUDA else 0
     return row
 
 
