@@ -21,7 +21,8 @@ def needs_plain_path(module: nn.Module, x: object) -> bool:
     """Whether `module(x)` has to run as plain operations.
 
     True without gradients, under TorchScript, torch.fx, torch.export, torch.compile (which says so once), torch.func
-    transforms, and when a sub-module carries a hook. Train or eval mode is the caller's to judge.
+    transforms, in a replica of DataParallel (whose weights are no parameters), and when a sub-module carries a hook.
+    Train or eval mode is the caller's to judge.
     """
     if torch.compiler.is_compiling():
         if not torch.compiler.is_exporting():
@@ -32,6 +33,7 @@ def needs_plain_path(module: nn.Module, x: object) -> bool:
         or not torch.is_grad_enabled()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or getattr(module, "_is_replica", False)
         or has_hooks(module)
     )
 

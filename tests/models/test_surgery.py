@@ -273,6 +273,19 @@ def test_the_coupling_is_known_on_the_meta_device_without_having_been_read() -> 
     assert [layer.g() for layer in copy.deepcopy(model).to("meta").coupled_layers()] == [0.0] * 4
 
 
+def test_a_replica_of_data_parallel_gives_its_weights_gradients() -> None:
+    model = small().train()
+    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}  # what torch does for every GPU
+    weights = {p: p * 1 for p in model.parameters()}
+    for m, replica in replicas.items():
+        for name, child in m.named_children():
+            replica._modules[name] = replicas[child]
+        for name, p in m.named_parameters(recurse=False):
+            setattr(replica, name, weights[p])
+    replicas[model](images(4, 16)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def averaged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: sum(state[key] * 0.1 for state in states) for key in states[0]}
 
