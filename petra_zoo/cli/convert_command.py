@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal
@@ -92,7 +91,7 @@ def convert(
         typer.echo(f"  report {file}")
     if pushed:
         typer.echo(f"pushed {pushed.url}" if pushed.changed else f"nothing has changed since {pushed.url}: no commit")
-    name = json.dumps(f"local-dir:{done.output}", ensure_ascii=False)  # a Python literal in quotes that shells leave
+    name = to_json(f"local-dir:{done.output}")  # a Python literal in quotes that shells leave
     code = f"import petra_zoo, timm; model = timm.create_model({name}, pretrained=True)"
     typer.echo(f"next: python -i -c {shlex.quote(code)}")
 

@@ -90,7 +90,7 @@ def test_a_file_is_tried_by_its_path(tmp_path: Path) -> None:
         (["optt=sgd"], "unknown setting 'optt'; did you mean 'opt'?"),
         (["opt_kwargs={x: 1}"], "optimizer 'sgd'"),
         (["dataset=torch/nothing"], "timm cannot open data set 'torch/nothing'"),
-        (["lr=1e30"], "not finite"),
+        (["lr=1e30"], "the loss of stage 3 is nan"),
         (["lr=1e-60", "warmup_epochs=0"], "no parameter of stage 0 changed in 2 updates"),
     ],
 )
