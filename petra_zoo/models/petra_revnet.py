@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.coupled_layer import CoupledBlock, CoupledLayer
 from petra_zoo.models.layer_arguments import from_words
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import couple_weights, resnet_cfgs
@@ -107,6 +107,14 @@ class PetraRevNet(MemoryModes, ResNet):
             )
             setattr(self, name, layer.train(blocks.training))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A layer's blocks in a Sequential of somebody's own, ``nn.Sequential(*model.layer1, extra)``, stay coupled."""
+        if name in LAYERS and type(value) is nn.Sequential and any(isinstance(m, CoupledBlock) for m in value):
+            layer = self._modules.get(name)
+            if isinstance(layer, CoupledLayer):
+                value = layer.with_blocks(dict(value._modules))
+        super().__setattr__(name, value)
+
     @torch.jit.ignore
     def set_memory(self, memory: Memory) -> None:
         super().set_memory(memory)
@@ -135,7 +143,12 @@ class PetraRevNet(MemoryModes, ResNet):
         """Stem, blocks and head, in the order in which they run.
 
         Running them one after the other, from the same generator state, equals `model(x)` bit for bit.
+
+        Raises:
+            NotImplementedError: a subclass has features of its own, which the units would leave out.
         """
+        if not self._has_timms_forward("forward_features"):
+            raise NotImplementedError(f"{type(self).__name__} has its own forward_features: define its units() as well")
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
         units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
         leave: Callable[..., Tensor] = _same  # from the streams behind a layer to the activation it hands on
@@ -149,6 +162,9 @@ class PetraRevNet(MemoryModes, ResNet):
                 leave = _same
         head = {"global_pool": self.global_pool, "fc": self.fc}
         units.append(FunctionUnit("head", lambda *streams: (self.forward_head(leave(*streams)),), head))
+        outside = (self, *self.coupled_layers())
+        for unit in units:
+            unit.outside = outside
         return units
 
     def _stem(self, x: Tensor) -> Streams:
@@ -158,9 +174,16 @@ class PetraRevNet(MemoryModes, ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
-            if saves_memory(self, x):
+            if self._has_timms_forward("forward_features", "forward_head") and saves_memory(self, x):
                 return self._forward_units(x)
         return self.forward_head(self.forward_features(x))
+
+    @torch.jit.unused
+    def _has_timms_forward(self, *names: str) -> bool:
+        """Whether the methods are timm's own, or units() a subclass's. Else only the layers save memory."""
+        if type(self).units is not PetraRevNet.units:
+            return True
+        return all(getattr(type(self), name) is getattr(ResNet, name) and name not in vars(self) for name in names)
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:

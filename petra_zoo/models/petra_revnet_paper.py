@@ -314,7 +314,10 @@ class PetraPaperRevNet(MemoryModes, _Typed):
         for i in range(len(self.layers)):
             units += self._layer_units(i)
         head = {"global_pool": self.global_pool, "fc": self.fc}
-        return [*units, FunctionUnit("head", lambda *streams: (self.forward_head(self._join(*streams)),), head)]
+        units.append(FunctionUnit("head", lambda *streams: (self.forward_head(self._join(*streams)),), head))
+        for unit in units:
+            unit.outside = (self,)
+        return units
 
     @torch.jit.unused
     def _layer_units(self, i: int) -> list[Unit]:
