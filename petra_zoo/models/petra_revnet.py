@@ -147,8 +147,7 @@ class PetraRevNet(MemoryModes, ResNet):
         Raises:
             NotImplementedError: a subclass has features of its own, which the units would leave out.
         """
-        if not self._has_timms_forward("forward_features"):
-            raise NotImplementedError(f"{type(self).__name__} has its own forward_features: define its units() as well")
+        self._check_units()
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
         units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
         leave: Callable[..., Tensor] = _same  # from the streams behind a layer to the activation it hands on
@@ -161,7 +160,7 @@ class PetraRevNet(MemoryModes, ResNet):
                 units.append(FunctionUnit(name, _whole(layer, leave), {name: layer}))
                 leave = _same
         head = {"global_pool": self.global_pool, "fc": self.fc}
-        units.append(FunctionUnit("head", lambda *streams: (self.forward_head(leave(*streams)),), head))
+        units.append(FunctionUnit("head", _whole(self.forward_head, leave), head))
         outside = (self, *self.coupled_layers())
         for unit in units:
             unit.outside = outside
@@ -174,16 +173,9 @@ class PetraRevNet(MemoryModes, ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
-            if self._has_timms_forward("forward_features", "forward_head") and saves_memory(self, x):
+            if not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x):
                 return self._forward_units(x)
         return self.forward_head(self.forward_features(x))
-
-    @torch.jit.unused
-    def _has_timms_forward(self, *names: str) -> bool:
-        """Whether the methods are timm's own, or units() a subclass's. Else only the layers save memory."""
-        if type(self).units is not PetraRevNet.units:
-            return True
-        return all(getattr(type(self), name) is getattr(ResNet, name) and name not in vars(self) for name in names)
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:
@@ -194,7 +186,7 @@ def _same(*streams: Tensor) -> Tensor:
     return streams[0]
 
 
-def _whole(layer: nn.Module, enter: Callable[..., Tensor]) -> Callable[..., Streams]:
+def _whole(layer: Callable[[Tensor], Tensor], enter: Callable[..., Tensor]) -> Callable[..., Streams]:
     def function(*streams: Tensor) -> Streams:
         h = enter(*streams)
         return (layer(h.clone() if h is streams[0] else h),)  # it may write into its argument, not into a stream

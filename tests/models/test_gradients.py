@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from petra_zoo.models import PetraRevNet
-from tests.models.networks import images, tiny
+from petra_zoo.models.petra_revnet_paper import PetraPaperRevNet
+from tests.models.networks import images, tiny, with_trained_statistics
 from tests.reversible.blocks import worst
 
 X = images(6).double()
@@ -185,36 +186,63 @@ def test_activation_checkpointing_of_blocks_and_of_parts_of_them(kind: type[nn.M
     assert worst(*found) < 1e-10
 
 
-class WithNeck(PetraRevNet):
-    """Features of its own behind the last layer."""
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.neck(super().forward_features(x))
-
-
-class WithOwnHead(PetraRevNet):
-    """A head of its own."""
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return super().forward_head(self.neck(x), pre_logits)
-
-
-@pytest.mark.parametrize("kind", [WithNeck, WithOwnHead])
-def test_a_subclass_with_modules_of_its_own_trains_them(kind: type[PetraRevNet]) -> None:
+def test_a_head_that_writes_into_the_features_of_an_own_layer() -> None:
     found = []
     for model in pair(coupling=0.5):
         torch.manual_seed(0)
-        model.__class__ = kind
-        model.neck = nn.Conv2d(48, 48, 1).double()
-        logits = model(X)
-        logits.square().sum().backward()
-        found.append([logits.detach(), *gradients(model)])
+        model.layer4, model.global_pool = nn.Sequential(nn.Conv2d(32, 48, 1)), nn.Identity()
+        model.fc = nn.Sequential(nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 3))
+        model.double()(X).square().sum().backward()
+        found.append(gradients(model))
     assert worst(*found) < 1e-10
 
 
-def test_the_units_of_a_subclass_with_features_of_its_own_are_refused() -> None:
-    model = tiny()
-    model.__class__ = WithNeck
+def with_neck(kind: type[nn.Module]) -> type[nn.Module]:
+    """Features of its own behind the last layer."""
+
+    class WithNeck(kind):
+        def forward_features(self, x: Tensor) -> Tensor:
+            return self.neck(super().forward_features(x))
+
+    return WithNeck
+
+
+def with_own_head(kind: type[nn.Module]) -> type[nn.Module]:
+    """A head of its own."""
+
+    class WithOwnHead(kind):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return super().forward_head(self.neck(x), pre_logits)
+
+    return WithOwnHead
+
+
+def paper() -> PetraPaperRevNet:
+    torch.manual_seed(0)
+    return with_trained_statistics(PetraPaperRevNet((2, 2), (4, 8), stem_type="cifar", num_classes=10))
+
+
+@pytest.mark.parametrize("make", [tiny, paper])
+@pytest.mark.parametrize("extend", [with_neck, with_own_head])
+def test_a_subclass_with_modules_of_its_own_trains_them(make: Callable, extend: Callable) -> None:
+    found = []
+    for memory in ("reversible", "plain"):
+        model = make().train()
+        model.__class__ = extend(type(model))
+        torch.manual_seed(0)
+        model.neck = nn.Conv2d(model.num_features, model.num_features, 1)
+        model.double().set_memory(memory)
+        logits = model(X)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *gradients(model)])
+    assert found[0][0].equal(found[1][0])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("make", [tiny, paper])
+def test_the_units_of_a_subclass_with_features_of_its_own_are_refused(make: Callable) -> None:
+    model = make()
+    model.__class__ = with_neck(type(model))
     with pytest.raises(NotImplementedError, match="WithNeck has its own forward_features: define its units"):
         model.units()
 
