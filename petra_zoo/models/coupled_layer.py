@@ -203,7 +203,9 @@ class CoupledLayer(nn.Sequential):
 
     @torch.jit.unused
     def g(self) -> float:
-        """The coupling as a number, read back from the buffer only when the buffer has changed.
+        """The coupling as a number, read back from the buffer; on a GPU, only when its version tells that it changed.
+
+        Writes through ``buffer.data`` change no version: a GPU's are seen after the next other write.
 
         Raises:
             ValueError: the buffer's value is not between 0 and 1.
@@ -211,10 +213,12 @@ class CoupledLayer(nn.Sequential):
         buffer = self.coupling
         if buffer.is_meta:
             return self._g
+        if buffer.is_cpu or buffer.is_inference():  # reading costs nothing, or nobody counts
+            return nearest_coupling(buffer.item())
         known = self._read
-        if known is None or buffer.is_inference() or known[0]() is not buffer or known[1] != buffer._version:
-            self._g = nearest_coupling(float(buffer))
-            self._read = None if buffer.is_inference() else (weakref.ref(buffer), buffer._version)
+        if known is None or known[0]() is not buffer or known[1] != buffer._version:
+            self._g = nearest_coupling(buffer.item())
+            self._read = (weakref.ref(buffer), buffer._version)
         return self._g
 
     @torch.jit.unused
@@ -243,7 +247,7 @@ class CoupledLayer(nn.Sequential):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if not self.coupling.is_meta:
-            self.g()  # on the meta device it could not be read any more
+            self._g = self.g()  # on the meta device it could not be read any more
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,10 +257,31 @@ class CoupledLayer(nn.Sequential):
         """A block, or a slice as a layer that shares blocks and coupling with this one."""
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
-        part: CoupledLayer = copy.copy(self)  # shares the dict of buffers: its coupling stays this layer's
-        part._modules = dict(list(self._modules.items())[idx])
-        part.starts = self.starts and len(part) > 0 and part[0] is self[0]
-        return part
+        return self.with_blocks(dict(list(self._modules.items())[idx]))
+
+    @torch.jit.unused
+    def __add__(self, other: nn.Sequential) -> Any:
+        """A layer of these blocks and the others behind them, with this layer's coupling."""
+        if not isinstance(other, nn.Sequential):
+            raise ValueError(f"only a Sequential can be added to a layer, not {type(other).__name__}")
+        if isinstance(other, CoupledLayer) and other.g() != self.g():
+            raise ValueError(f"layers with couplings {self.g():g} and {other.g():g} cannot become one")
+        return self.with_blocks({str(i): block for i, block in enumerate([*self, *other])})
+
+    @torch.jit.unused
+    def __mul__(self, times: int) -> Any:
+        """A layer of these blocks so many times over, with this layer's coupling."""
+        if not isinstance(times, int) or times < 1:
+            raise ValueError(f"a layer can be multiplied by 1, 2, ..., not by {times!r}")
+        return self.with_blocks({str(i): block for i, block in enumerate([*self] * times)})
+
+    @torch.jit.unused
+    def with_blocks(self, blocks: dict[str, Any]) -> Any:
+        """A layer of other blocks that shares this one's coupling."""
+        other: CoupledLayer = copy.copy(self)  # shares the dict of buffers: its coupling stays this layer's
+        other._modules = blocks
+        other.starts = self.starts and len(other) > 0 and other[0] is self[0]
+        return other
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -316,6 +341,8 @@ class CoupledLayer(nn.Sequential):
     def _forward_units(self, h: Tensor) -> Tensor:
         units, leave = self.units("layer", _same)
         units.append(FunctionUnit("merge", lambda *streams: (leave(*streams),), {}))
+        for unit in units:
+            unit.outside = (self,)
         return backpropagate(units, (self.enter(h),), reconstruct=self.memory == "reversible")[0]
 
     @torch.jit.unused
@@ -390,7 +417,7 @@ class CoupledLayer(nn.Sequential):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "coupling"
-        if key not in state_dict and any(name.startswith(prefix) for name in state_dict):
+        if key not in state_dict and self._is_in(state_dict, prefix):
             # A plain ResNet's layer: the ResNet's function. On the weights' device: with assign=True it stays there.
             like = next(value for name, value in state_dict.items() if name.startswith(prefix))
             state_dict[key] = torch.zeros((), device=like.device, dtype=self.coupling.dtype)
@@ -411,6 +438,16 @@ class CoupledLayer(nn.Sequential):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    @torch.jit.unused
+    def _is_in(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
+        """Whether a state dict holds most of the layer's weights, and of its buffers too where there are some.
+
+        One that holds parameters alone, or a few of them, says nothing of the coupling.
+        """
+        parameters = [prefix + name in state_dict for name, _ in self.named_parameters()]
+        buffers = [prefix + name in state_dict for name, _ in self.named_buffers() if name != "coupling"]
+        return any(parameters) and all(2 * sum(found) >= len(found) for found in (parameters, buffers))
 
 
 def check_coupling(g: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,17 @@ class MemoryModes:
             self.set_memory("recompute")
         elif not enable and self.memory == "recompute":
             self.set_memory("plain")
+
+    @torch.jit.unused
+    def _goes_beyond_units(self, *names: str) -> bool:
+        """Whether any of these methods is not that of the class that defines `units`, which would leave it out."""
+        own: Any = next(kind for kind in type(self).__mro__ if "units" in vars(kind))
+        return any(getattr(type(self), name) is not getattr(own, name) or name in vars(self) for name in names)
+
+    @torch.jit.unused
+    def _check_units(self) -> None:
+        if self._goes_beyond_units("forward_features"):
+            raise NotImplementedError(f"{type(self).__name__} has its own forward_features: define its units() as well")
 
 
 def saves_memory(module: nn.Module, x: Tensor) -> bool:

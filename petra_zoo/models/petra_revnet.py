@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.coupled_layer import CoupledBlock, CoupledLayer
 from petra_zoo.models.layer_arguments import from_words
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import couple_weights, resnet_cfgs
@@ -107,6 +107,14 @@ class PetraRevNet(MemoryModes, ResNet):
             )
             setattr(self, name, layer.train(blocks.training))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A layer's blocks in a Sequential of somebody's own, ``nn.Sequential(*model.layer1, extra)``, stay coupled."""
+        if name in LAYERS and type(value) is nn.Sequential and any(isinstance(m, CoupledBlock) for m in value):
+            layer = self._modules.get(name)
+            if isinstance(layer, CoupledLayer):
+                value = layer.with_blocks(dict(value._modules))
+        super().__setattr__(name, value)
+
     @torch.jit.ignore
     def set_memory(self, memory: Memory) -> None:
         super().set_memory(memory)
@@ -135,7 +143,11 @@ class PetraRevNet(MemoryModes, ResNet):
         """Stem, blocks and head, in the order in which they run.
 
         Running them one after the other, from the same generator state, equals `model(x)` bit for bit.
+
+        Raises:
+            NotImplementedError: a subclass has features of its own, which the units would leave out.
         """
+        self._check_units()
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
         units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
         leave: Callable[..., Tensor] = _same  # from the streams behind a layer to the activation it hands on
@@ -148,7 +160,10 @@ class PetraRevNet(MemoryModes, ResNet):
                 units.append(FunctionUnit(name, _whole(layer, leave), {name: layer}))
                 leave = _same
         head = {"global_pool": self.global_pool, "fc": self.fc}
-        units.append(FunctionUnit("head", lambda *streams: (self.forward_head(leave(*streams)),), head))
+        units.append(FunctionUnit("head", _whole(self.forward_head, leave), head))
+        outside = (self, *self.coupled_layers())
+        for unit in units:
+            unit.outside = outside
         return units
 
     def _stem(self, x: Tensor) -> Streams:
@@ -158,7 +173,7 @@ class PetraRevNet(MemoryModes, ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
-            if saves_memory(self, x):
+            if not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x):
                 return self._forward_units(x)
         return self.forward_head(self.forward_features(x))
 
@@ -171,7 +186,7 @@ def _same(*streams: Tensor) -> Tensor:
     return streams[0]
 
 
-def _whole(layer: nn.Module, enter: Callable[..., Tensor]) -> Callable[..., Streams]:
+def _whole(layer: Callable[[Tensor], Tensor], enter: Callable[..., Tensor]) -> Callable[..., Streams]:
     def function(*streams: Tensor) -> Streams:
         h = enter(*streams)
         return (layer(h.clone() if h is streams[0] else h),)  # it may write into its argument, not into a stream

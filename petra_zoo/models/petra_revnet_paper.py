@@ -247,7 +247,7 @@ class PetraPaperRevNet(MemoryModes, _Typed):
         """Both streams behind the last layer, concatenated: [B, num_features, H, W]."""
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
             if saves_memory(self, x):
-                return self._join(*self._run(self.units()[:-1], (x,)))
+                return self._join(*self._run(self._feature_units(), (x,)))
         b, a = self._split(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
         for layer in self.layers:
             b, a = layer(b, a)
@@ -262,7 +262,7 @@ class PetraPaperRevNet(MemoryModes, _Typed):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if saves_memory(self, x):
+            if not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x):
                 return self._run(self.units(), (x,))[0]
         return self.forward_head(self.forward_features(x))
 
@@ -308,13 +308,28 @@ class PetraPaperRevNet(MemoryModes, _Typed):
 
     @torch.jit.ignore
     def units(self) -> list[Unit]:
-        """Stem, blocks and head, in the order in which they run."""
+        """Stem, blocks and head, in the order in which they run.
+
+        Raises:
+            NotImplementedError: a subclass has features of its own, which the units would leave out.
+        """
+        self._check_units()
+        head = {"global_pool": self.global_pool, "fc": self.fc}
+        units = [
+            *self._feature_units(),
+            FunctionUnit("head", lambda *streams: (self.forward_head(self._join(*streams)),), head),
+        ]
+        for unit in units:
+            unit.outside = (self,)
+        return units
+
+    @torch.jit.unused
+    def _feature_units(self) -> list[Unit]:
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
         units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
         for i in range(len(self.layers)):
             units += self._layer_units(i)
-        head = {"global_pool": self.global_pool, "fc": self.fc}
-        return [*units, FunctionUnit("head", lambda *streams: (self.forward_head(self._join(*streams)),), head)]
+        return units
 
     @torch.jit.unused
     def _layer_units(self, i: int) -> list[Unit]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from petra_zoo.reversible.replay import Replay
-from petra_zoo.reversible.state import Held
+from petra_zoo.reversible.state import Held, version_of
 from petra_zoo.reversible.unit import Streams, Unit
 
 
@@ -74,8 +74,14 @@ class _Segment(torch.autograd.Function):
             if not reverse or (i > 0 and unit.anchor):
                 ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
                 kept.extend(streams)
+            inputs, versions = streams, [version_of(x) for x in streams]
             with Replay.recording(held[i], device) as replay:
-                streams = unit(*streams)
+                streams = unit(*inputs)
+            if [version_of(x) for x in inputs] != versions:
+                raise RuntimeError(
+                    f"{unit.name} writes into its input, which its recomputation would read: "
+                    "let it work on a copy, or call model.set_memory('plain') first"
+                )
             ctx.replays.append(replay)
         if reverse:
             kept.extend(streams)

@@ -50,11 +50,12 @@ class Replay:
         """Around the first evaluation.
 
         Args:
-            held: what the unit holds, taken before the evaluation.
+            held: what the unit holds.
             device: of its streams.
         """
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
         generators = generator_states(device)
+        held.begin()
         with RememberStatistics() as remembered:
             replay = cls(
                 held,

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 _KNOWN = ("torch.nn.modules.", "timm.layers.")  # batch norms whose forward is known to heed track_running_stats
 _SWITCHED = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,13 +31,15 @@ class ModuleState:
 
     Args:
         module: a unit, or any other module.
+        outside: modules that it does not contain, of whose own it reads mode and buffers, but changes none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, outside: Sequence[nn.Module] = ()) -> None:
         named = dict(module.named_modules())
-        self.modules = list(named.values())
-        self.norms: list[Any] = [m for m in self.modules if _updates_by_a_switch(m)]
+        self.modules = [*named.values(), *outside]
+        self.norms: list[Any] = [m for m in named.values() if _updates_by_a_switch(m)]
         parameters = [(path, m, m._parameters, name) for path, m in named.items() for name in m._parameters]
+        parameters += [("", m, m._buffers, name) for m in outside for name in m._buffers]  # which stay, like these
         buffers = [(path, m, m._buffers, name) for path, m in named.items() for name in m._buffers]
         self.slots: list[Slot] = [(tensors, name) for _, _, tensors, name in [*parameters, *buffers]]
         self.names = [f"{path}.{name}".lstrip(".") for path, _, _, name in [*parameters, *buffers]]
@@ -45,11 +47,14 @@ class ModuleState:
         self.parameters = range(len(parameters))
         self.statistics: dict[int, nn.Module] = {}
         self.others: list[int] = []
+        self.uncounted: set[int] = set()  # those that torch's kernels change without counting it as a modification
         for i, (_, m, _, name) in enumerate(buffers, start=len(parameters)):
             if name in _SWITCHED and _updates_by_a_switch(m):
                 self.statistics[i] = m
             else:
                 self.others.append(i)
+                if isinstance(m, _NormBase):
+                    self.uncounted.add(i)
 
     def tensors(self) -> list[Tensor | None]:
         """What stands in the slots now: the objects themselves."""
@@ -108,16 +113,25 @@ class Held:
     def __init__(self, state: ModuleState) -> None:
         self.state = state
         self.tensors = state.tensors()
-        self._before = {i: x.detach().clone() for i in state.others if (x := self.tensors[i]) is not None}
-        watched = [*state.parameters, *state.used_statistics(), *state.others]
+        self._before: dict[int, Tensor] = {}
+        watched = [*state.parameters, *state.used_statistics()]
         self._versions = {i: version_of(x) for i in watched if (x := self.tensors[i]) is not None}
+
+    def begin(self) -> None:
+        """To be called in front of the evaluation: other units, with the same modules, may have run by now."""
+        for i in self.state.others:
+            tensors, name = self.state.slots[i]
+            self.tensors[i] = x = tensors.get(name)
+            if x is not None:
+                self._before[i] = x.detach().clone()
+                self._versions[i] = version_of(x)
 
     def evaluated(self) -> None:
         """To be called behind the evaluation: buffers that it changed are held as they were before it."""
         now = self.state.tensors()
         for i, copy in self._before.items():
             x = self.tensors[i]
-            if now[i] is not x or version_of(x) != self._versions[i]:
+            if i in self.state.uncounted or now[i] is not x or version_of(x) != self._versions[i]:
                 self.tensors[i] = copy
                 self._versions[i] = version_of(copy)
         self._before.clear()

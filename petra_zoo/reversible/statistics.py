@@ -38,7 +38,7 @@ class RememberStatistics(TorchFunctionMode):
 
 
 class UseStatistics(TorchFunctionMode):
-    """Inside, the same batch norms in the same order apply the remembered statistics."""
+    """Inside, the same batch norms in the same order apply the remembered statistics, unless they update some."""
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
@@ -48,8 +48,13 @@ class UseStatistics(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.batch_norm and (call := _eligible(*args, **(kwargs or {}))):
-            x, _, _, weight, bias, _, eps = call
-            return _KnownBatchNorm.apply(x, weight, bias, *next(self._remaining), eps)
+            x, mean, var, weight, bias, _, eps = call
+            statistics = next(self._remaining)
+            # Running ones: somebody's own norm, which may read what it updates here. Hooks: a checkpoint inside the
+            # unit, which finds what is saved here by its order in another evaluation, outside of this mode.
+            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            if mean is None and var is None and hooks is None:
+                return _KnownBatchNorm.apply(x, weight, bias, *statistics, eps)
         return func(*args, **(kwargs or {}))
 
 

@@ -34,19 +34,24 @@ class Unit(nn.Module):
     Args:
         name: where the unit sits in its model, for example ``layer2.0``.
         anchor: whether its input is kept although it could be reconstructed (a long run loses accuracy otherwise).
+
+    Attributes:
+        outside: modules that are no part of the unit, of which it reads the mode and the buffers of their own: its
+            model, and layers for their coupling. To be set before the first use.
     """
 
     def __init__(self, name: str, anchor: bool = False) -> None:
         super().__init__()
         self.name = name
         self.anchor = anchor
+        self.outside: Sequence[nn.Module] = ()
         self._state: ModuleState | None = None
 
     @property
     def state(self) -> ModuleState:
         """Where the unit's modules keep tensors; found at the first use and then known."""
         if self._state is None:
-            self._state = ModuleState(self)
+            self._state = ModuleState(self, self.outside)
         return self._state
 
     def untouched(self) -> AbstractContextManager[None]:
@@ -77,10 +82,11 @@ class Unit(nn.Module):
             needs_input_gradient: False for the stem, whose input is data.
         """
         leaves = tuple(x.detach().requires_grad_(needs_input_gradient and x.is_floating_point()) for x in inputs)
-        with torch.enable_grad(), self.untouched():
-            outputs = self(*leaves)
         wanted = [x for x in leaves if x.requires_grad]
-        gradients = gradients_of(outputs, output_gradients, [*wanted, *parameters])
+        with self.untouched():  # the gradients too: a checkpoint inside the unit evaluates its part once more
+            with torch.enable_grad():
+                outputs = self(*leaves)
+            gradients = gradients_of(outputs, output_gradients, [*wanted, *parameters])
         of_inputs = iter(gradients[: len(wanted)])
         return Reversal(
             inputs, tuple(next(of_inputs) if x.requires_grad else None for x in leaves), gradients[len(wanted) :]
@@ -178,9 +184,10 @@ class CoupledUnit(Unit):
         b_out, a_out = outputs
         d_b_out, d_a_out = output_gradients
         b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
-        with torch.enable_grad(), self.untouched():
-            step = self._step(b, 0.0 if self.starts else g)
-        d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
+        with self.untouched():  # as in `recompute`
+            with torch.enable_grad():
+                step = self._step(b, 0.0 if self.starts else g)
+            d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
         if d_a_out is not None:
             d_b = d_a_out if d_b is None else d_b + d_a_out
         if self.starts:  # its input is the one stream b, which a' holds
@@ -192,7 +199,10 @@ class CoupledUnit(Unit):
 
 def as_weights(x: Tensor, module: nn.Module) -> Tensor:
     """x in the type of a module's weights, whatever wraps them; as it is where there are none."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    weight: Tensor | None = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None:  # none, or all of them plain attributes, as in DataParallel's replicas
+        attributes = (value for m in module.modules() for value in vars(m).values())
+        weight = next((x for x in attributes if isinstance(x, Tensor) and x.is_floating_point()), None)
     return x if weight is None else x.to(weight.dtype)
 
 

@@ -6,13 +6,16 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 _BITS_PER_SAMPLE, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2  # tags of a TIFF file, and a value of the second
 
 
 def read_rgb(file: str | Path | BinaryIO) -> Image.Image:
     """Reads an image file with `to_rgb`; raises whatever Pillow's decoders raise."""
+    if isinstance(file, str | Path):
+        with open(file, "rb") as opened:  # by name, Pillow maps some TIFF files into memory, and turns these wrongly
+            return read_rgb(opened)
     with Image.open(file) as image:
         return to_rgb(image)
 
@@ -45,6 +48,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def explain_bad_image(error: Exception) -> str:
     """Why an image cannot be read, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow names the file object
+        return "its content is of no image format that Pillow knows"
     return (getattr(error, "strerror", None) or " ".join(str(error).split())) or type(error).__name__
 
 

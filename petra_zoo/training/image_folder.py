@@ -2,6 +2,7 @@
 
 import logging
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -76,8 +77,8 @@ class FolderDataset(ImageDataset):
         folder = _split_folder(split, data_dir)
         train = data_dir / "train"
         own = class_folders(folder)
-        names = (class_folders(train) if train.is_dir() else []) or own
-        if unknown := sorted(set(own) - set(names)):
+        names = _names((class_folders(train) if train.is_dir() else []) or own)
+        if unknown := sorted(name for name in own if _composed(name) not in names):
             raise DataError(f"{folder / unknown[0]} is a class that {train} does not have; class folders must agree")
         numbers = {name: label for label, name in enumerate(names)}
         self._samples: list[tuple[str, int]] = []
@@ -85,7 +86,7 @@ class FolderDataset(ImageDataset):
         empty = []
         for name in sorted(own):  # torchvision's order of samples, whatever the labels
             files, others = find_images(folder / name)
-            self._samples += [(file, numbers[name]) for file in files]
+            self._samples += [(file, numbers[_composed(name)]) for file in files]
             ignored += others
             if not files:
                 empty.append((name, others))
@@ -119,6 +120,15 @@ def _split_folder(split: Split, data_dir: Path) -> Path:
     return folder
 
 
+def _composed(name: str) -> str:
+    """File systems and archives write accents in two ways, which look the same."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _names(folders: list[str]) -> list[str]:
+    return list(dict.fromkeys(_composed(name) for name in folders))
+
+
 def _counts(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _SYSTEM_FOLDERS
 
@@ -126,9 +136,15 @@ def _counts(name: str) -> bool:
 def _walk(folder: Path) -> list[tuple[str, list[str]]]:
     found = []
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if _counts(name)]
+        folders[:] = [name for name in folders if _counts(name) and not _leads_back(root, name)]
         found.append((root, [name for name in files if _counts(name)]))
     return found
+
+
+def _leads_back(root: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in: its images would be found again and again."""
+    folder = Path(root, name)
+    return folder.is_symlink() and Path(root).resolve().is_relative_to(folder.resolve())
 
 
 def _counted(endings: Counter[str]) -> str:

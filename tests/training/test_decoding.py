@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from petra_zoo.training.datasets import ImageDataset, open_dataset
+from petra_zoo.training.datasets import DataError, ImageDataset, open_dataset
 from petra_zoo.training.decoding import read_rgb
 from tests.training.image_files import damage
 
@@ -86,6 +86,22 @@ def test_images_are_turned_upright_once(kind: str, dtype: type) -> None:
     image = read_rgb(stored(turned, kind, exif=exif))
     assert np.asarray(image)[1, :, 0].tolist() == pytest.approx(EIGHT_BITS, abs=12)  # JPEG and WebP are not exact
     assert image.getexif().get(0x112) is None
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_turned_tiff_file_is_turned_alike_whether_pillow_may_map_it_or_not(tmp_path: Path, compression: str) -> None:
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={0x112: 6}, compression=compression)
+    assert np.asarray(read_rgb(tmp_path / "a.tif"))[..., 0].tolist() == [[120, 0], [160, 40], [200, 80]]
+
+
+def test_a_file_that_is_no_image_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "train" / "bee").mkdir(parents=True)
+    (tmp_path / "train" / "bee" / "0.png").write_bytes(b"no image")
+    with pytest.raises(
+        DataError, match=r"0\.png cannot be read \(its content is of no image format that Pillow knows\);"
+    ):
+        open_dataset("folder", "train", data_dir=tmp_path)[0]
 
 
 def test_damaged_exif_data_spoil_no_image() -> None:

@@ -50,6 +50,24 @@ def test_hidden_and_system_folders_and_files_are_passed_over(tmp_path: Path, cap
     assert not caplog.records
 
 
+def test_a_link_back_to_its_own_folder_counts_no_image_twice(tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    write(train / "bee" / "0.png")
+    write(tmp_path / "elsewhere" / "1.png")
+    (train / "bee" / "again").symlink_to(train / "bee")
+    (train / "bee" / "more").symlink_to(tmp_path / "elsewhere")
+    data = opened(tmp_path)
+    assert [Path(data.source(i)).name for i in range(len(data))] == ["0.png", "1.png"]
+
+
+def test_accents_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "ca" / "0.png")
+    write(tmp_path / "train" / "caf\u00e9" / "0.png")
+    write(tmp_path / "val" / "cafe\u0301" / "0.png")  # the same name, as another system copies it
+    data = opened(tmp_path, "val")
+    assert (data.class_names, data[0][1]) == (["ca", "caf\u00e9"], 1)
+
+
 def test_an_empty_training_class_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train" / "bee" / "0.png")
     (tmp_path / "train" / "cat").mkdir()
