@@ -34,7 +34,8 @@ def check_free(directory: Path, setting: str) -> None:
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
-        raise UserError(f"{directory} is a file: choose another {setting}, or move it away") from error
+        file = next(place for place in (directory, *directory.parents) if place.exists())
+        raise UserError(f"{file} is a file: choose another {setting}, or move it away") from error
     except OSError as error:
         raise UserError(f"{directory} cannot be looked into ({error.strerror}): choose another {setting}") from error
     if entry is not None:
