@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import load_state_dict
 from timm.models.resnet import ResNet
@@ -33,7 +32,7 @@ def load_source(source: str, architecture: str | None = None) -> ResNet:
     Args:
         source: a timm name (its pretrained weights), ``hf-hub:ORG/NAME``, ``local-dir:DIR``, a run directory,
             ``torchvision:MODEL.WEIGHT``, or a file of weights, whatever its name: safetensors, or what `torch.save`
-            wrote (a state dict, a checkpoint of timm, torchvision or Lightning).
+            wrote (a state dict, or a checkpoint that holds one: of timm, torchvision, Lightning ...).
         architecture: of a file of weights, a timm name.
 
     Raises:
@@ -97,22 +96,35 @@ def _read(path: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickle protocols that it then refuses
             # timm goes by the name's ending, and a safetensors file may have another.
-            weights = load_file(path) if _is_safetensors(path) else load_state_dict(str(path), weights_only=True)
+            found = load_file(path) if _is_safetensors(path) else load_state_dict(str(path), weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, SafetensorError, ValueError) as error:
+    except MemoryError:  # which says nothing of the file
+        raise
+    except (AttributeError, TypeError):  # timm, of what is no dictionary
+        found = {}
+    except Exception as error:  # text taken for a pickle raises almost any
         text = f"{error.__cause__} {error}"  # timm puts its own words before torch's
         if "weights_only" in text:
-            found = re.search(r"GLOBAL (\S+)|[Uu]nsupported globals?: (\S+)", text)
-            what = f"would run code when loaded ({found[1] or found[2]})" if found else "is no plain file of tensors"
+            code = re.search(r"(?:GLOBAL|[Uu]nsupported globals?:) (?!GLOBAL )(\S+)", text)
+            what = f"would run code when loaded ({code[1]})" if code else "is no plain file of tensors"
             raise UserError(f"{path} {what} and is refused: save the weights alone, as safetensors") from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines and not isinstance(error, KeyError) else type(error).__name__
         raise UserError(f"{path} cannot be read, it is damaged or no file of weights: {reason[:120]}") from error
-    except (AttributeError, TypeError):
-        weights = {}
-    if not weights or not all(isinstance(x, Tensor) for x in weights.values()):
+    weights = dict(_tensors(found))
+    if not weights:
         raise UserError(f"{path} holds no state dict: expected names and tensors, as model.state_dict() gives them")
     return weights
+
+
+def _tensors(found: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dictionaries, such as ``{"model_state_dict": ...}``, by their dotted names."""
+    for key, value in found.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
+        elif isinstance(value, dict):
+            yield from _tensors(value, f"{prefix}{key}.")
 
 
 def _is_safetensors(path: Path) -> bool:

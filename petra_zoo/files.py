@@ -34,7 +34,7 @@ def check_free(directory: Path, setting: str) -> None:
     except FileNotFoundError:
         return
     except NotADirectoryError as error:
-        file = next(place for place in (directory, *directory.parents) if place.is_file())
+        file = next(place for place in (directory, *directory.parents) if place.exists())
         what = "" if file == directory else f"cannot write {directory}: "
         raise UserError(f"{what}{file} is a file: choose another {setting}, or move it away") from error
     except OSError as error:

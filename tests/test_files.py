@@ -30,8 +30,9 @@ def test_only_an_absent_or_an_empty_directory_is_free(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds something else \(notes\.txt\): choose another output=DIR"):
         check_free(tmp_path, "output=DIR")
-    with pytest.raises(UserError, match=r"notes\.txt is a file"):
-        check_free(tmp_path / "notes.txt", "output=DIR")
+    for inside in ("", "run", "run/deep"):
+        with pytest.raises(UserError, match=r"notes\.txt is a file"):
+            check_free(tmp_path / "notes.txt" / inside, "output=DIR")
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])

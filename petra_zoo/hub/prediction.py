@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.training.build import choose_device
 from petra_zoo.training.checkpoint_evaluation import load_model
 from petra_zoo.training.decoding import explain_bad_image, read_rgb
@@ -57,6 +57,7 @@ def predict_images(
     Raises:
         UserError: the model cannot be had, has no classifier or takes neither grey nor RGB images, or an image cannot
             be read (named in the message).
+        Failure: a logit is not finite; names the image.
     """
     where = choose_device(device)
     model = load_model(source, where)
@@ -76,6 +77,12 @@ def predict_images(
         batch = torch.stack([transform(_read(path, grey)) for path in paths]).to(where)
         with torch.inference_mode():
             probabilities = model(batch).float().softmax(1)
+        finite = probabilities.isfinite().all(1).tolist()
+        if not all(finite):
+            image = paths[finite.index(False)]
+            raise Failure(
+                f"{source} gives no finite logits for {image}: its training has diverged, or the image is odd"
+            )
         for path, guesses in zip(paths, _best(probabilities, topk, names), strict=True):
             found.append(Prediction(str(path), guesses))
     return found

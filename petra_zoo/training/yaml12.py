@@ -52,7 +52,10 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not YAML.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # of a value that is not what its tag says, such as !!int x
+        raise yaml.YAMLError(str(error)) from error
 
 
 def write_yaml(value: Any) -> str:

@@ -50,6 +50,25 @@ def test_a_training_checkpoint_of_timm_is_loaded(network: Any, tmp_path: Path) -
     assert_loads(tmp_path / "model_best.pth.tar", network)
 
 
+def test_a_state_dict_deeper_in_a_checkpoint_is_found(network: Any, tmp_path: Path) -> None:
+    state = {"model_state_dict": network.state_dict(), "optimizer_state_dict": {"state": {0: {"step": torch.ones(1)}}}}
+    torch.save({"epoch": 9, "loss": 0.5, **state}, tmp_path / "checkpoint.pt")
+    assert_loads(tmp_path / "checkpoint.pt", network)
+
+
+@pytest.mark.parametrize("text", ["hello world\n", "version https://git-lfs.github.com/spec/v1\n", "", "{}", "I1\n."])
+def test_a_file_that_is_no_checkpoint_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.pth").write_text(text)
+    with pytest.raises(UserError, match=r"notes\.pth (cannot be read|is no plain file|holds no state dict)[^\n]*$"):
+        load_source(str(tmp_path / "notes.pth"), ARCHITECTURE)
+
+
+def test_a_whole_module_is_refused_by_the_name_of_its_class(network: Any, tmp_path: Path) -> None:
+    torch.save(network, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match=r"would run code when loaded \(timm\.models\.resnet\.ResNet\)"):
+        load_source(str(tmp_path / "whole.pth"), ARCHITECTURE)
+
+
 def inside(name: str, network: Any) -> dict[str, Tensor]:
     return {f"{name}.{key}": x for key, x in network.state_dict().items()}
 

@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.hub.prediction import BATCH, predict_images
 from petra_zoo.training.datasets import open_dataset
 from petra_zoo.training.labels import shown_names
@@ -143,3 +144,12 @@ def test_a_damaged_image_is_one_line_whatever_pillow_raises(tmp_path: Path, dama
     with pytest.raises(UserError, match=rf"{damaged} cannot be read as an image") as caught:
         predict_images(str(tmp_path / "model"), [damage(image(tmp_path / damaged))], device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_has_diverged_predicts_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "model", LABELS)
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["bn1.running_mean"].fill_(float("nan"))
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Failure, match=r"gives no finite logits for .*a\.png"):
+        predict_images(str(tmp_path / "model"), [image(tmp_path / "a.png")], device="cpu")

@@ -210,3 +210,9 @@ def test_every_setting_is_read_somewhere() -> None:
     settings = (package / "training" / "settings.py").read_text()
     for name in Recipe.model_fields:
         assert re.search(rf"\.{name}\b", read) or f"self.{name}" in settings, name
+
+
+@pytest.mark.parametrize("value", ["!!int x", "!!float x"])
+def test_a_value_that_is_not_what_its_yaml_tag_says_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"^override 'lr=.*: the value is not valid YAML"):
+        load_recipe(DIGITS, [f"lr={value}"])
