@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.training.build import check_image_size, choose_device, create_model
 from petra_zoo.training.datasets import BadImagePolicy, ImageDataset, open_dataset
 from petra_zoo.training.evaluation import Evaluation, evaluate
@@ -154,6 +155,7 @@ def evaluate_checkpoint(
 
     Raises:
         UserError: model or data cannot be had, do not fit each other, or need more memory than there is.
+        Failure: the model's logits are not finite.
     """
     resolve_source(source)
     split_name = None
@@ -181,6 +183,8 @@ def evaluate_checkpoint(
             batch_size //= 2
             del watched, loader  # what they hold is what is missing
         torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
+    if not math.isfinite(result.loss):  # its best classes would be those of argmax over numbers that are none
+        raise Failure(f"{source} gives logits on {dataset} that are not finite: its training has diverged")
     weights = Path(source) / "model.safetensors"
     labels = torch.cat(watched.labels)
     counted = labels >= 0

@@ -1,10 +1,11 @@
 """Everything a recipe can say, with timm's names for what timm has too."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from timm.optim import list_optimizers
 
 from petra_zoo.files import expand_home
@@ -63,6 +64,14 @@ class Augmentation(BaseModel):
     mixup_prob: Probability = 1.0
     mixup_switch_prob: Probability = 0.5
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1, and YAML yes and on for true."""
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("this setting is neither on nor off")
+        return value
 
     @field_validator("aa")
     @classmethod
@@ -173,7 +182,7 @@ class Recipe(Augmentation):
     decay_rate: Positive = 0.1
     cooldown_epochs: Count = 0
 
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")] | None = None
+    device: str | None = None
     amp: bool = False
     amp_dtype: Literal["bfloat16"] = "bfloat16"
     channels_last: bool = False
@@ -191,6 +200,13 @@ class Recipe(Augmentation):
             return self.lr
         images = self.batch_size * self.accumulation_steps * self.data_parallel
         return (self.lr_base or _TIMM_LR_BASE) * images / self.lr_base_size
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str | None) -> str | None:
+        if device is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+            raise ValueError("expected cpu, cuda or cuda:N")
+        return device
 
     @field_validator("opt")
     @classmethod

@@ -31,6 +31,15 @@ class _Loader(yaml.SafeLoader):
         text = str(self.construct_scalar(node))
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:  # PyYAML lets the last one win, and YAML forbids it
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 class _Dumper(yaml.SafeDumper):
     """Puts text into quotes that is a number to YAML 1.1 or to 1.2."""

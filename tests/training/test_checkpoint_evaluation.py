@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint, evaluate_checkpoints
 from petra_zoo.training.comparison import compare, mcnemar
 from petra_zoo.training.datasets import open_dataset
@@ -37,6 +38,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         torch.manual_seed(seed)
         paths.append(str(untrained(folder / f"seed{seed}", num_classes=4)))
     return paths
+
+
+def test_a_model_whose_logits_are_not_finite_has_no_accuracy(tmp_path: Path) -> None:
+    path = untrained(tmp_path / "diverged", num_classes=4)
+    weights = load_file(path / "model.safetensors")
+    weights["fc.bias"][2] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Failure, match="logits on synthetic:4x8 that are not finite"):
+        evaluate_checkpoint(str(path), DATA)
 
 
 def test_several_models_give_timms_results_and_their_memory(two: list[str], tmp_path: Path) -> None:
@@ -181,7 +191,7 @@ def test_mcnemar_is_a_probability_and_symmetric(b: int, c: int) -> None:
 # A process that may take only a little more memory than it has: 1,024 images of 32x32 at once do not fit.
 EVALUATE_IN_LITTLE_MEMORY = """
 import resource, sys
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
