@@ -41,6 +41,7 @@ from petra_zoo.petra.process_links import ProcessLinks
 from petra_zoo.petra.profile import Profile
 from petra_zoo.petra.stage import Loss, Settings, Stage
 from petra_zoo.petra.world import World
+from petra_zoo.reversible import Unit
 
 Method = Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"]
 METHODS: tuple[Method, ...] = ("petra", "dsp", "delayed", "local", "backprop", "reversible")
@@ -132,6 +133,7 @@ class Pipeline:
         self.model, self.method = model, method
         self.world = world or World(device=next(model.parameters()).device)
         units = model.units()
+        _require_all_parameters(model, units)
         trainable = (i for i, unit in enumerate(units) if any(p.requires_grad for p in unit.parameters()))
         first_trainable = next(trainable, len(units) - 1)
         self.settings = Settings(
@@ -446,3 +448,11 @@ class Pipeline:
         self._require_one_process("load_state_dict()", "load the model's weights before the pipeline is made")
         with self._own_generators():
             restore(self, state)
+
+
+def _require_all_parameters(model: Any, units: Sequence[Unit]) -> None:
+    """Raises ValueError for a parameter that no stage would train or update."""
+    owned = {id(p) for unit in units for p in unit.parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in owned:
+            raise ValueError(f"{name} belongs to no unit, so no stage would train it: model.units() must contain it")

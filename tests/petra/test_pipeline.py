@@ -389,3 +389,10 @@ def test_what_needs_the_whole_model_is_refused_where_stages_are_spread_over_proc
         pass
     with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for a pipeline in one process"):
         pipeline.load_state_dict({})
+
+
+def test_a_parameter_that_no_unit_has_is_refused_by_name() -> None:
+    model = make_model()
+    model.temperature = torch.nn.Parameter(torch.ones(()))  # of a head that somebody extended
+    with pytest.raises(ValueError, match="temperature belongs to no unit"):
+        Pipeline(model, 2, input_size=SIZE)
