@@ -19,7 +19,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from petra_zoo.models.coupled_layer import CoupledBlock, CoupledLayer
+from petra_zoo.models.coupled_block import CoupledBlock
+from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.layer_arguments import from_words
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import couple_weights, resnet_cfgs

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petra_zoo.training.datasets import Split, open_dataset
 from petra_zoo.training.loader import create_loader
-from tests.models.test_petra_revnet import with_trained_statistics
+from tests.models.networks import with_trained_statistics
 
 
 def source(name: str, seed: int = 0, **kwargs: object) -> ResNet:

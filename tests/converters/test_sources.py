@@ -12,7 +12,7 @@ from petra_zoo.converters import convert, load_source, save_converted
 
 from petra_zoo.errors import UserError
 from tests.converters.networks import images
-from tests.models.test_petra_revnet import with_trained_statistics
+from tests.models.networks import with_trained_statistics
 
 
 @pytest.fixture

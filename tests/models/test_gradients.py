@@ -18,6 +18,7 @@ from petra_zoo.models import PetraRevNet
 from petra_zoo.models.petra_revnet_paper import PetraPaperRevNet
 from tests.models.networks import images, tiny, with_trained_statistics
 from tests.reversible.blocks import worst
+from tests.reversible.test_state import Counter
 
 X = images(6).double()
 
@@ -115,18 +116,6 @@ def test_forward_mode_differentiation_takes_the_plain_path() -> None:
     with forward_ad.dual_level():
         found, expected = (forward_ad.unpack_dual(m(forward_ad.make_dual(X, X))).tangent for m in (model, plain))
         assert torch.equal(found, expected)
-
-
-class Counter(nn.Module):
-    """Scales by how often it was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * self.calls.clone()
 
 
 def test_a_block_with_state_may_stand_in_a_run_twice() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from petra_zoo.models import PetraRevNet
 from petra_zoo.reversible import LiveBytes
+from tests.models.networks import images, tiny, with_trained_statistics
 
 FAST = ("resnet10t", "resnet18", "resnet50d", "seresnet50", "ecaresnet26t", "resnext50_32x4d", "resnetblur18")
 
@@ -26,28 +27,6 @@ def convertible() -> list[str]:
         if type(model) is ResNet and all(type(block) in (BasicBlock, Bottleneck) for block in blocks):
             names.append(name)
     return names
-
-
-def with_trained_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Norms as after training: no branch is zero, no statistic is its initial value."""
-    generator = torch.Generator().manual_seed(seed)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
-            m.weight.data.uniform_(0.3, 1.0, generator=generator)
-            m.bias.data.normal_(0.0, 0.1, generator=generator)
-        if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(0.0, 0.1, generator=generator)
-            m.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model
-
-
-def tiny(**kwargs: object) -> PetraRevNet:
-    torch.manual_seed(0)
-    return with_trained_statistics(timm.create_model("petra_revnet_tiny", num_classes=10, **kwargs))
-
-
-def images(n: int = 4, size: int = 8, channels: int = 3) -> Tensor:
-    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(2))
 
 
 def train_step(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:

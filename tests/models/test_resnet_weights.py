@@ -20,7 +20,8 @@ from petra_zoo.models import PetraRevNet
 from petra_zoo.models.resnet_weights import run_anchors, run_coupling
 from tests.converters.networks import source
 from tests.loopback_hub import LoopbackHub
-from tests.models.test_petra_revnet import assert_same_function, images, tiny
+from tests.models.networks import images, tiny
+from tests.models.test_petra_revnet import assert_same_function
 
 LAYERS = (4, 7, 2, 2)  # runs of 4, 6, 1 and 1 blocks
 

@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.models import PetraRevNet
-from petra_zoo.models.coupled_layer import couple_block
+from petra_zoo.models.coupled_block import couple_block
 from petra_zoo.reversible import CoupledUnit
 from tests.models.networks import difference, images, small, small_resnet, tiny, with_trained_statistics
 
@@ -271,19 +271,6 @@ def test_the_coupling_is_known_on_the_meta_device_without_having_been_read() -> 
     model = small()
     model.load_state_dict(small_resnet().state_dict())
     assert [layer.g() for layer in copy.deepcopy(model).to("meta").coupled_layers()] == [0.0] * 4
-
-
-def test_a_replica_of_data_parallel_gives_its_weights_gradients() -> None:
-    model = small().train()
-    replicas = {m: m._replicate_for_data_parallel() for m in model.modules()}  # what torch does for every GPU
-    weights = {p: p * 1 for p in model.parameters()}
-    for m, replica in replicas.items():
-        for name, child in m.named_children():
-            replica._modules[name] = replicas[child]
-        for name, p in m._parameters.items():
-            setattr(replica, name, None if p is None else weights[p])
-    replicas[model](images(4, 16)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
 
 
 def averaged(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.petra import METHODS, Output, Pipeline, World
-from tests.models.test_petra_revnet import with_trained_statistics
+from tests.models.networks import with_trained_statistics
 
 SIZE = (3, 8, 8)
 UNITS = 14  # of petra_revnet_tiny
