@@ -116,14 +116,16 @@ def test_json_files_have_null_in_the_place_of_nan(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=refuse) == {"event": "validation", "loss": None, "top1": 25.0}
 
 
-def test_evaluate_prints_json_for_a_model_whose_loss_is_not_a_number(tmp_path: Path) -> None:
+def test_evaluate_prints_no_json_but_one_line_for_a_model_whose_loss_is_not_a_number(tmp_path: Path) -> None:
     directory = RunDirectory(Recipe(**QUICK, output=tmp_path / "run"), "quick")
     model = timm.create_model("petra_revnet_tiny", num_classes=4)
     directory.save_model(model, {"input_size": (3, 8, 8)}, [])
     model.fc.weight.data.fill_(float("nan"))
     timm.models.save_for_hf(model, str(directory.path), safe_serialization=True)
     done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8", "--json")
-    assert json.loads(done.stdout, parse_constant=refuse)["loss"] is None
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "not finite" in done.stderr
 
 
 def test_all_json_is_written_by_the_one_function_that_knows_no_nan() -> None:
