@@ -72,6 +72,7 @@ def test_json_counts_the_reversible_blocks(convert: Convert) -> None:
     assert json.loads(convert("--json", "--for", "petra", output="petra"))["reversible_blocks"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="typed into a POSIX shell")
 def test_what_to_do_next_works_as_typed(convert: Convert, tmp_path: Path) -> None:
     (hint,) = [line for line in convert(output="it's out").splitlines() if line.startswith("next: ")]

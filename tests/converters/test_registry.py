@@ -13,6 +13,7 @@ CONVERTIBLE_IN_1_0_31 = 81
 PRUNED = {"ecaresnet50d_pruned", "ecaresnet101d_pruned"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_resnet_of_plain_blocks_converts_and_all_but_the_pruned_can_be_saved() -> None:
     found = []

@@ -22,7 +22,7 @@ def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
     return torch.export.load(str(path)).module()(images)
 
 
-@pytest.mark.parametrize("coupling", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("coupling", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, 1.0])
 def test_onnx_computes_the_models_logits_for_every_coupling(tmp_path: Path, coupling: float) -> None:
     pytest.importorskip("onnxscript")
     model = save(tmp_path / "model", coupling=coupling)
@@ -35,7 +35,7 @@ def test_onnx_computes_the_models_logits_for_every_coupling(tmp_path: Path, coup
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx"]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torch_export_computes_the_models_logits_at_another_size(tmp_path: Path, dynamic: bool) -> None:
     model = save(tmp_path / "model", coupling=0.25)
     done = export_model(

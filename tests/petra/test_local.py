@@ -247,6 +247,7 @@ def test_streams_that_are_no_images_are_refused() -> None:
         Pipeline(Tokens(), 2, method="local", input_size=SIZE)
 
 
+@pytest.mark.slow
 def test_local_learning_learns_digits_and_exports_the_model_alone(tmp_path: Path) -> None:
     overrides = ["method=local", "epochs=4", "seed=1", "val_interval=9", f"output={tmp_path / 'run'}"]
     result = train(load_recipe(DIGITS, overrides), reporter=Reporter(quiet=True))

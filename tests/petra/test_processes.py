@@ -87,7 +87,7 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", CASES)
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_processes_compute_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
     cases = CASES[ranks]
     found = run_processes(ranks, tmp_path, train_in_a_rank, cases)

@@ -93,10 +93,8 @@ def test_the_launcher_needs_no_option_that_torch_2_11_lacks(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["stages=2", "--nproc", "3"], "3 processes for 2 stages: launch 1 to 2"),
-        pytest.param(
-            ["split=[3,3,3,3]", "--nproc", "2"], "add up to the model's 14 units, not 12", marks=pytest.mark.slow
-        ),
+        pytest.param(["stages=2", "--nproc", "3"], "3 processes for 2 stages: launch 1 to 2", marks=pytest.mark.slow),
+        (["split=[3,3,3,3]", "--nproc", "2"], "add up to the model's 14 units, not 12"),
     ],
 )
 def test_a_wrong_launch_is_refused_in_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -107,6 +105,7 @@ def test_a_wrong_launch_is_refused_in_one_line(arguments: list[str], words: str,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_are_refused_naming_the_difference(tmp_path: Path) -> None:
     output = f"output={tmp_path / 'run'}"
     done = run_ranks([output], [output, "lr=0.3"])

@@ -127,6 +127,7 @@ def test_weight_decay_spares_norms_and_biases_in_every_stage(tmp_path: Path) -> 
     assert seen == {name: 0.1 if p.ndim > 1 else 0.0 for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow  # the demo of `make test` trains by the same recipe
 def test_petra_learns_digits(tmp_path: Path) -> None:
     """A short version of the demo: far above chance, through a pipeline of four stages."""
     recipe = load_recipe("digits/petra_revnet_tiny", ["epochs=5", "seed=1", f"output={tmp_path / 'run'}"])
