@@ -1,6 +1,6 @@
 """One GPU: what a training step and a tick cost, in kernel time, host time and memory.
 
-    python benchmarks/gpu/run.py --output benchmarks/gpu/results.json        # about 4 minutes on one H200
+    python benchmarks/gpu/run.py --output benchmarks/gpu/results.json        # about 2 minutes on one H200
     python benchmarks/gpu/run.py --size 32 --batches 2,4 --networks 18 --ticks petra_revnet_tiny:16:4:2   # any CPU
 
 Steps are forward and backward under bf16 autocast, without an optimizer: the same images, the same loss. ``eager``: the

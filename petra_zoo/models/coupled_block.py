@@ -39,7 +39,7 @@ class CoupledBasicBlock(BasicBlock):
         """The activation behind the block."""
         return self.act2(b)
 
-    def step(self, x: Tensor, g: float = 0.0, grid: float = 0.0) -> Tensor:
+    def coupled_step(self, x: Tensor, g: float = 0.0, grid: float = 0.0) -> Tensor:
         """(1 - g) * shortcut(x) + F(x), as a stream, from the activation x."""
         if torch.jit.is_scripting():
             h = x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
@@ -61,9 +61,9 @@ class CoupledBasicBlock(BasicBlock):
             grid: > 0 for exact inversion.
         """
         if a is None:
-            b = self.step(x, 0.0, grid)
+            b = self.coupled_step(x, 0.0, grid)
         else:
-            b = couple(self.step(x, g, grid), a, g)
+            b = couple(self.coupled_step(x, g, grid), a, g)
             if grid > 0.0 and not torch.jit.is_scripting():
                 check_range(b, grid)
         return self.activate(b) if is_zero(g) else b
@@ -89,7 +89,7 @@ class CoupledBottleneck(Bottleneck):
         """The activation behind the block."""
         return self.act3(b)
 
-    step = CoupledBasicBlock.step
+    coupled_step = CoupledBasicBlock.coupled_step
     forward = CoupledBasicBlock.forward
 
 

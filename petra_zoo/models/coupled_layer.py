@@ -190,7 +190,7 @@ class CoupledLayer(nn.Sequential):
         a: Optional[Tensor] = None  # noqa: UP045 - TorchScript; inside a run, the stream a and act(a)
         h_before: Optional[Tensor] = None  # noqa: UP045
         for i, block in enumerate(self):
-            if hasattr(block, "branch"):
+            if hasattr(block, "coupled_step"):
                 in_run = block.downsample is None and (i > 0 or self.starts)
                 if not in_run and h_before is not None:
                     h = merge(h, h_before, g)
@@ -245,7 +245,7 @@ class CoupledLayer(nn.Sequential):
         found: list[Position] = []
         run_index = -1
         for i, (name, block) in enumerate(self._modules.items()):
-            coupled = hasattr(block, "branch")
+            coupled = hasattr(block, "coupled_step")  # a wrapped block has it too
             in_run = coupled and block.downsample is None and (i > 0 or self.starts)
             run_index = run_index + 1 if in_run else -1
             found.append(Position(name, block, coupled, in_run, max(0, run_index)))
@@ -348,7 +348,7 @@ def check_coupling(g: float) -> float:
 
 
 def _opening(block: Any, enter: Callable[..., Tensor], grid: float) -> Callable[..., Streams]:
-    return lambda *streams: (block.step(enter(*streams), 0.0, grid),)
+    return lambda *streams: (block.coupled_step(enter(*streams), 0.0, grid),)
 
 
 def _foreign(block: nn.Module, enter: Callable[..., Tensor]) -> Callable[..., Streams]:

@@ -56,6 +56,24 @@ def replace_by_a_signed_block(net: ResNet) -> None:
     net.layer1[1] = nn.Conv2d(8, 8, 1)  # its output may be negative: no activation behind it
 
 
+class OwnBlock(nn.Module):
+    """A block of one's own that calls a part of it as coupled blocks do."""
+
+    downsample = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.branch(x)
+
+
+def replace_by_a_block_with_a_branch(net: ResNet) -> None:
+    torch.manual_seed(3)
+    net.layer1[1] = OwnBlock()
+
+
 def append(net: ResNet) -> None:
     torch.manual_seed(3)
     net.layer3.append(with_trained_statistics(BasicBlock(12, 12)))
@@ -94,6 +112,7 @@ SURGERY = [
     replace_the_last,
     replace_by_an_inplace_activation,
     replace_by_a_signed_block,
+    replace_by_a_block_with_a_branch,
     append,
     append_a_copy,
     insert_a_down_sampling_block,
