@@ -33,6 +33,7 @@ test-oldest: $(OLDEST)/.installed
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	ln -sfn ../converters petra_zoo/converters  # mypy looks for petra_zoo.converters where it is installed
 	$(BIN)/mypy
 
 # The browser for the tests marked browser (Debian and Ubuntu, as root); without it they are skipped.

@@ -1,11 +1,11 @@
 """Installed as petra_zoo.converters: from trained networks to reversible ones."""
 
-from .back_to_resnet import to_resnet
-from .choose import Run
-from .convert import convert
-from .report import Fidelity, compare
-from .save import save_converted
-from .source import load_source
-from .statistics import re_estimate
+from petra_zoo.converters.back_to_resnet import to_resnet
+from petra_zoo.converters.choose import Run
+from petra_zoo.converters.conversion import convert
+from petra_zoo.converters.reestimation import re_estimate
+from petra_zoo.converters.report import Fidelity, compare
+from petra_zoo.converters.save import save_converted
+from petra_zoo.converters.source import load_source
 
 __all__ = ["Fidelity", "Run", "compare", "convert", "load_source", "re_estimate", "save_converted", "to_resnet"]

@@ -11,11 +11,11 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
+from petra_zoo.data.datasets import ImageDataset, Split, open_dataset
+from petra_zoo.data.loader import ImageLoader, create_loader
 from petra_zoo.errors import UserError
-from petra_zoo.training.datasets import ImageDataset, Split, open_dataset
-from petra_zoo.training.image_dataset import BadImagePolicy
-from petra_zoo.training.loader import ImageLoader, create_loader
-from petra_zoo.training.settings import Augmentation
+from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.settings.types import BadImagePolicy
 
 BATCH_SIZE = 64
 

@@ -11,20 +11,18 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor
 
+from petra_zoo.checkpoints.load import check_image_size, load_model
+from petra_zoo.converters.back_to_resnet import to_resnet
+from petra_zoo.converters.calibration import open_images
+from petra_zoo.converters.checks import name_of
+from petra_zoo.converters.choose import SHORT_RUN, Purpose, Run, measure
+from petra_zoo.converters.conversion import convert, noise
+from petra_zoo.converters.memory_report import activation_memory
+from petra_zoo.converters.report import Fidelity, compare
+from petra_zoo.converters.report_files import Report, check_report, write_report
+from petra_zoo.converters.save import check_output, save_converted, save_for_timm
+from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
-from petra_zoo.training.build import check_image_size
-from petra_zoo.training.checkpoint_evaluation import load_model
-
-from .back_to_resnet import to_resnet
-from .calibration import open_images
-from .checks import name_of
-from .choose import SHORT_RUN, Purpose, Run, measure
-from .convert import convert, noise
-from .memory import activation_memory
-from .report import Fidelity, compare
-from .report_files import Report, check_report, write_report
-from .save import check_output, save_converted, save_for_timm
-from .source import load_source
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer, PetraRevNet
 from petra_zoo.models.branch_scaling import scale_branches
 from petra_zoo.models.petra_revnet import LAYERS
 from petra_zoo.reversible import CoupledUnit, Streams, untouched
-
-from .statistics import batch_statistics
 
 Purpose = Literal["one-device", "petra"]
 CANDIDATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)

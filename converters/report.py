@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petra_zoo.converters.calibration import image_batches
+from petra_zoo.converters.choose import Run, measure
+from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
-
-from .calibration import image_batches
-from .choose import Run, measure
-from .statistics import batch_statistics
 
 MEASURED_IMAGES = 16  # of the first batch, for the reconstruction error
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from petra_zoo.checkpoints.public import public_dataset, public_source
+from petra_zoo.converters.report import Fidelity
 from petra_zoo.errors import UserError
-from petra_zoo.hub.public import public_dataset, public_source
-from petra_zoo.models.activation_memory import StepBytes
+from petra_zoo.models.training_memory import StepBytes
 from petra_zoo.strict_json import to_json
-
-from .report import Fidelity
 
 MIB = 2**20
 

@@ -14,12 +14,11 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
+from petra_zoo.converters.checks import name_of
+from petra_zoo.converters.conversion import noise
 from petra_zoo.errors import UserError
 from petra_zoo.files import apply_umask, check_free
 from petra_zoo.models import PetraRevNet
-
-from .checks import name_of
-from .convert import noise
 
 
 def check_output(output: Path) -> None:

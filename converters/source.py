@@ -15,12 +15,10 @@ from timm.models import load_state_dict
 from timm.models.resnet import ResNet
 from torch import Tensor
 
+from petra_zoo.checkpoints.load import create_model, load_model
+from petra_zoo.converters.checks import check_blocks, check_source, fit_weights
+from petra_zoo.converters.torchvision_source import PREFIX, load_torchvision
 from petra_zoo.errors import UserError
-from petra_zoo.training.build import create_model
-from petra_zoo.training.checkpoint_evaluation import load_model
-
-from .checks import check_blocks, check_source, fit_weights
-from .torchvision_source import PREFIX, load_torchvision
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 PREFIXES = (PREFIX, "hf-hub:", "hf_hub:", "local-dir:")

@@ -12,10 +12,9 @@ import timm
 import torchvision.models
 from timm.models.resnet import ResNet
 
+from petra_zoo.checkpoints.load import create_model
+from petra_zoo.converters.checks import check_blocks, check_source, fit_weights
 from petra_zoo.errors import UserError
-from petra_zoo.training.build import create_model
-
-from .checks import check_blocks, check_source, fit_weights
 
 PREFIX = "torchvision:"
 

@@ -26,7 +26,7 @@ import timm
 import torch
 
 from petra_zoo.models.petra_revnet import DIGITS_WEIGHTS
-from petra_zoo.training.recipe import load_recipe
+from petra_zoo.settings.recipe_files import load_recipe
 
 RECIPE = "digits/petra_revnet_tiny"
 SEEDS = (0, 1, 2, 3, 4)  # besides the recipe's own

@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from petra_zoo.converters import compare, convert
 from petra_zoo.converters.choose import measure
-from petra_zoo.converters.convert import noise
-from petra_zoo.converters.memory import activation_memory
+from petra_zoo.converters.conversion import noise
+from petra_zoo.converters.memory_report import activation_memory
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from petra_zoo.training.datasets import open_dataset
-from petra_zoo.training.loader import create_loader
-from petra_zoo.training.settings import Augmentation
+from petra_zoo.data.datasets import open_dataset
+from petra_zoo.data.loader import create_loader
+from petra_zoo.settings.augmentation import Augmentation
 
 RESULTS, README = (Path(__file__).with_name(name) for name in ("results.json", "README.md"))
 DEPTHS = (18, 34, 50, 101, 152)

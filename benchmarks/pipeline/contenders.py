@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from petra_zoo.models import PetraPaperRevNet
 from petra_zoo.petra import Pipeline, Profile, World
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.performance import split_units
+from petra_zoo.planning.performance import split_units
 
 
 @dataclass(frozen=True)

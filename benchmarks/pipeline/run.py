@@ -12,7 +12,7 @@ round, and its median over the rounds is reported beside best over best.
 Memory is a separate pass, untimed: live bytes (petra_zoo.reversible.LiveBytes) that a contender makes in each process
 from its construction on, gradients and optimizer state included, parameters, batch-norm buffers and the images apart.
 
-`--validate-plan` measures the machine's links, predicts PETRA and 1F1B with `petra_zoo.petra.performance`, measures
+`--validate-plan` measures the machine's links, predicts PETRA and 1F1B with `petra_zoo.planning.performance`, measures
 them, and writes benchmarks/plan/results.json.
 """
 
@@ -41,7 +41,7 @@ from report import markdown
 from torch.multiprocessing.spawn import start_processes
 
 from petra_zoo.petra import Profile, World, measure
-from petra_zoo.petra.performance import METHODS, Cluster, predict
+from petra_zoo.planning.performance import METHODS, Cluster, predict
 from petra_zoo.reversible import LiveBytes
 
 HERE = Path(__file__).parent

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from petra_zoo.evaluation.checkpoint_evaluation import Report, evaluate_checkpoints
+from petra_zoo.evaluation.comparison import Comparison, compare
 from petra_zoo.strict_json import to_json
-from petra_zoo.training.checkpoint_evaluation import Report, evaluate_checkpoints
-from petra_zoo.training.comparison import Comparison, compare
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from petra_zoo.errors import UserError
-from petra_zoo.hub.export import export_model
+from petra_zoo.evaluation.export import export_model
 
 
 def export(

@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from petra_zoo.petra.performance import Cluster
-from petra_zoo.petra.plan import COLUMNS, draw, make_plan
-from petra_zoo.petra.quantities import parse_bandwidth, parse_bytes, parse_seconds
+from petra_zoo.planning.performance import Cluster
+from petra_zoo.planning.plan import COLUMNS, draw, make_plan
+from petra_zoo.planning.profiles import find_profile
+from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
 from petra_zoo.strict_json import to_json
-from petra_zoo.training.profiles import find_profile
 
 
 def plan(

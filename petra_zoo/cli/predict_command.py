@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from petra_zoo.hub.prediction import predict_images
+from petra_zoo.evaluation.prediction import predict_images
 from petra_zoo.strict_json import to_json
 
 

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from petra_zoo.settings.recipe_files import copy_recipe, list_recipes, load_recipe, recipe_text
 from petra_zoo.strict_json import to_json
-from petra_zoo.training.recipe import copy_recipe, list_recipes, load_recipe, recipe_text
 from petra_zoo.training.recipe_validation import validate_recipes
 
 app = typer.Typer(help="List, show, copy and try the recipes that come with the package.", no_args_is_help=True)

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from petra_zoo.petra import global_rank
+from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.launch import launch
-from petra_zoo.training.recipe import load_recipe
-from petra_zoo.training.train import train as run_training
+from petra_zoo.training.run import train as run_training
 
 
 def train(

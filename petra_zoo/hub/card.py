@@ -10,12 +10,12 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from timm.models import is_model_pretrained
 
+from petra_zoo.checkpoints.public import is_hub_id
 from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint
-from petra_zoo.hub.public import is_hub_id
-from petra_zoo.models.activation_memory import activation_memory
 from petra_zoo.models.describe import describe_model
-from petra_zoo.training.recipe import Recipe
+from petra_zoo.models.training_memory import activation_memory
+from petra_zoo.settings.recipe import Recipe
 
 # Data sets of ours that the Hub has too; its leaderboards and links know no others.
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}

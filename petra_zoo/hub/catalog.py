@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from timm.models import get_pretrained_cfg
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.activation_memory import ActivationMemory, activation_memory
 from petra_zoo.models.describe import Description, create_meta, describe_model
+from petra_zoo.models.training_memory import ActivationMemory, activation_memory
 
 
 @dataclass(frozen=True)

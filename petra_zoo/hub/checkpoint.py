@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petra_zoo.checkpoints.load import load_model
+from petra_zoo.checkpoints.provenance import ENVIRONMENT, EVALUATION, sha256
+from petra_zoo.checkpoints.public import public_recipe, public_record, without_places
 from petra_zoo.errors import UserError
-from petra_zoo.hub.public import public_recipe, public_record, without_places
-from petra_zoo.training.checkpoint_evaluation import load_model
-from petra_zoo.training.provenance import ENVIRONMENT, EVALUATION, sha256
-from petra_zoo.training.recipe import Recipe, load_recipe
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import load_recipe
 
 FIDELITY = "fidelity.json"
 PROBES = 4  # images on which logits are compared

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from petra_zoo.hub.files import Files, digest, read
-from petra_zoo.training.hub_errors import is_of_the_transport
+from petra_zoo.checkpoints.hub_errors import is_of_the_transport
+from petra_zoo.hub.repository import Files, digest, read
 
 ATTEMPTS, LONGEST_WAIT = 3, 60.0  # seconds
 

@@ -4,7 +4,7 @@ A run gets its coupling by its length alone. g = 1/8 keeps predictions close wit
 anew (nobody has images at hand while weights load), and can be inverted over four blocks with a relative error below
 1e-4 in float32 (tests/models/test_resnet_weights.py measures it). Longer runs keep their streams every four blocks,
 and runs of one or two blocks, where an inverse would save nothing, stay as they are.
-`petra_zoo.converters.convert` chooses by measuring instead, and estimates statistics.
+`petra_zoo.converters.conversion` chooses by measuring instead, and estimates statistics.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from petra_zoo.reversible.coupling import (
     snap,
     uncouple,
 )
-from petra_zoo.reversible.memory import LiveBytes
+from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
 from petra_zoo.reversible.state import untouched
 from petra_zoo.reversible.unit import CoupledUnit, FunctionUnit, Reversal, Streams, Unit, as_weights

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.reversible.batch_statistics import RememberStatistics, Statistics, UseStatistics
 from petra_zoo.reversible.state import Held
-from petra_zoo.reversible.statistics import RememberStatistics, Statistics, UseStatistics
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:

@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from petra_zoo.checkpoints.hub_errors import first_line
+from petra_zoo.checkpoints.load import check_image_size, create_model
+from petra_zoo.data.datasets import ImageDataset, open_dataset
+from petra_zoo.data.labels import number_like
+from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
 from petra_zoo.petra.stage import Loss
-from petra_zoo.training.datasets import ImageDataset, open_dataset
+from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
 from petra_zoo.training.head import arrange_head
-from petra_zoo.training.hub_errors import explain, first_line
-from petra_zoo.training.labels import number_like
-from petra_zoo.training.loader import ImageLoader, create_loader
-from petra_zoo.training.recipe import Recipe
 
 NamedParameters = list[tuple[str, nn.Parameter]]
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the GPU where there is one.
-
-    Raises:
-        UserError: there is no such device, here or anywhere.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.accelerator.current_accelerator(check_available=True)
-    known = ["cpu", *([found.type] if found else [])]
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device={name}: there is no such device; expected {' or '.join(known)}") from error
-    if device.type not in known:
-        kind = "CUDA" if device.type == "cuda" else device.type
-        raise UserError(f"device={name}: torch sees no {kind} device here; use device={known[-1]}")
-    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    if device.index is not None and device.index >= count:
-        raise UserError(f"device={name}: there are {count} such devices here, from {device.type}:0 on")
-    return device
 
 
 def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -76,39 +53,6 @@ def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, Ima
             f"set num_classes={train.num_classes}, or leave it out"
         )
     return train, val
-
-
-def check_image_size(model: Any, name: str, size: int) -> None:
-    """Refuses images smaller than what the network reduces one pixel from.
-
-    Raises:
-        UserError: the image is too small; names a model that takes it.
-    """
-    reduction = model.feature_info[-1]["reduction"]
-    if size < reduction:
-        raise UserError(
-            f"images of {size}x{size} are too small for {name}, which reduces by {reduction}: "
-            f"use img_size={reduction} or more, or a model for small images (petra_revnet_tiny, petra_revnet18_cifar)"
-        )
-
-
-def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
-    """`timm.create_model` with one clear line where the model does not exist; `zoo_only` wants one with units.
-
-    Raises:
-        UserError: no such model, one without units, or arguments that it does not take.
-    """
-    local = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    architecture = name.split(".", 1)[0]
-    known = timm.list_models("petra_*" if zoo_only else "*")
-    if not local and architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
-        what = "is timm's, but not reversible" if timm.is_model(architecture) else "is unknown"
-        raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")
-    try:
-        return timm.create_model(name, **kwargs)
-    except Exception as error:  # a repository can hold anything
-        raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
 
 
 def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None = None) -> Any:

@@ -14,7 +14,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer
 from petra_zoo.models.branch_scaling import branch_scales
 from petra_zoo.reversible import COUPLING_STEPS
-from petra_zoo.training.settings import Recipe
+from petra_zoo.settings.recipe import Recipe
 
 SHORT_RUN = 2  # blocks; one block is inverted, which even g = 1/256 allows
 

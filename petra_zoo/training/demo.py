@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint, load_model
-from petra_zoo.training.datasets import open_dataset
-from petra_zoo.training.recipe import load_recipe
-from petra_zoo.training.train import train
+from petra_zoo.checkpoints.load import load_model
+from petra_zoo.data.datasets import open_dataset
+from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
+from petra_zoo.settings.recipe_files import load_recipe
+from petra_zoo.training.run import train
 
 RECIPE = "digits/petra_revnet_tiny"
 SHADES = " .:-=+*#%@"

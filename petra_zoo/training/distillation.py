@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from timm.task import DistillationTeacher, LogitDistillationTask
 from torch import Tensor, nn
 
+from petra_zoo.checkpoints.load import load_model
+from petra_zoo.data.image_dataset import ImageDataset
+from petra_zoo.data.labels import all_named, classes_of
 from petra_zoo.errors import UserError
-from petra_zoo.training.checkpoint_evaluation import load_model
-from petra_zoo.training.image_dataset import ImageDataset
-from petra_zoo.training.labels import all_named, classes_of
-from petra_zoo.training.settings import Recipe
+from petra_zoo.settings.recipe import Recipe
 
 Channels = tuple[float, ...]
 

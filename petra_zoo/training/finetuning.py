@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from petra_zoo.data.labels import names_of, positions
 from petra_zoo.errors import UserError
-from petra_zoo.training.labels import names_of, positions
-from petra_zoo.training.settings import Recipe
+from petra_zoo.settings.recipe import Recipe
 
 BACKBONE = "backbone"
 

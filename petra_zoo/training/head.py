@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from petra_zoo.training.labels import all_named, names_of, positions
+from petra_zoo.data.labels import all_named, names_of, positions
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from petra_zoo.evaluation.scores import Evaluation
 from petra_zoo.petra import Pipeline
-from petra_zoo.training.evaluation import Evaluation
-from petra_zoo.training.recipe import Recipe
+from petra_zoo.settings.recipe import Recipe
 
 
 class Reporter:

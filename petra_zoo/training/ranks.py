@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World, join
 from petra_zoo.petra.process_links import wait_for
-from petra_zoo.training.build import choose_device
-from petra_zoo.training.recipe import Recipe
+from petra_zoo.settings.recipe import Recipe
 
 T = TypeVar("T")
 HELD_TAG = 192  # apart from the links' messages and those of `petra_zoo.petra.gather`

@@ -15,20 +15,14 @@ from typing import Any
 
 import torch
 
+from petra_zoo.data.generated_files import write_dataset
+from petra_zoo.data.loader import ImageLoader
+from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import Output, Pipeline, World
-from petra_zoo.training.build import (
-    build_loaders,
-    build_model,
-    build_pipeline,
-    choose_device,
-    data_config,
-    memory_format,
-    open_data,
-)
-from petra_zoo.training.generated_files import write_dataset
-from petra_zoo.training.loader import ImageLoader
-from petra_zoo.training.recipe import Recipe, list_recipes, load_recipe
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import list_recipes, load_recipe
+from petra_zoo.training.build import build_loaders, build_model, build_pipeline, data_config, memory_format, open_data
 
 UPDATES = 2
 _IMAGES = 2  # per micro-batch

@@ -19,12 +19,23 @@ import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
+from petra_zoo.checkpoints.provenance import (
+    ENVIRONMENT,
+    EVALUATION,
+    describe_environment,
+    now,
+    peak_memory,
+    sha256,
+    write_json,
+)
+from petra_zoo.data.labels import all_named
 from petra_zoo.errors import Failure, UserError
+from petra_zoo.evaluation.scores import Evaluation
 from petra_zoo.files import apply_umask, check_free
 from petra_zoo.petra import first_not_finite
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import save_recipe
 from petra_zoo.strict_json import to_json
-from petra_zoo.training.labels import all_named
-from petra_zoo.training.recipe import Recipe, save_recipe
 
 RECIPE, MODEL = "recipe.yaml", "model.safetensors"
 
@@ -145,3 +156,33 @@ class _Writing:
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def record_run(
+    path: Path, recipe: Recipe, evaluation: Evaluation, processes: int, *, wall_seconds: float, training_seconds: float
+) -> None:
+    """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    seconds = {"wall_seconds": wall_seconds, "training_seconds": training_seconds}
+    try:
+        write_json(path / ENVIRONMENT, {**describe_environment(), "processes": processes, **seconds, **peak_memory()})
+        write_json(path / EVALUATION, evaluation_record(recipe.dataset, evaluation, path / "model.safetensors"))
+    except OSError as error:
+        raise UserError(f"the model is saved, but {path} takes no more files: {error.strerror}") from error
+
+
+def evaluation_record(dataset: str, evaluation: Evaluation, weights: Path) -> dict[str, Any]:
+    """What was measured of which weights."""
+    return {
+        "dataset": dataset,
+        "split": "val",
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "loss": evaluation.loss,
+        "images": evaluation.images,
+        "date": now(),
+        "weights_sha256": sha256(weights),
+    }

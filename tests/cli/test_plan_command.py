@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from petra_zoo.petra import Profile
-from petra_zoo.petra.performance import METHODS
+from petra_zoo.planning.performance import METHODS
 from tests.cli.test_main import petra_zoo
 
 QUICK = ("--batch-size", "2", "--input-size", "3", "8", "8", "--device", "cpu")

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from tests.cli.test_main import petra_zoo
+from tests.evaluation.test_prediction import LABELS, image
 from tests.hub.saved_models import save
-from tests.hub.test_prediction import LABELS, image
 
 
 def test_each_image_is_followed_by_its_classes_in_percent(tmp_path: Path) -> None:

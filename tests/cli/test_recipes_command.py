@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from petra_zoo.cli.recipes_command import app
 from petra_zoo.errors import UserError
-from petra_zoo.training.recipe import list_recipes, load_recipe
+from petra_zoo.settings.recipe_files import list_recipes, load_recipe
 
 DIGITS = "digits/petra_revnet_tiny"
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
-from petra_zoo.training.datasets import Split, open_dataset
-from petra_zoo.training.loader import create_loader
+from petra_zoo.data.datasets import Split, open_dataset
+from petra_zoo.data.loader import create_loader
 from tests.models.networks import with_trained_statistics
 
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from petra_zoo.converters import convert, save_converted
 from petra_zoo.converters.choose import measure
-from petra_zoo.converters.convert import noise
+from petra_zoo.converters.conversion import noise
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from petra_zoo.converters import Fidelity, Run
-from petra_zoo.converters.memory import activation_memory
+from petra_zoo.converters.memory_report import activation_memory
 from petra_zoo.converters.report_files import Report, check_report, write_report
 from PIL import Image
 from timm.models import save_for_hf
 
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
-from petra_zoo.models.activation_memory import StepBytes
+from petra_zoo.models.training_memory import StepBytes
 from petra_zoo.reversible import LiveBytes
 from tests.cli.test_main import petra_zoo
 from tests.converters.networks import images, source

@@ -5,10 +5,11 @@ from pathlib import Path
 import timm
 from timm.models import save_for_hf
 
-from petra_zoo.training.evaluation import Evaluation
-from petra_zoo.training.provenance import EVALUATION, evaluation_record, write_json
-from petra_zoo.training.recipe import load_recipe
-from petra_zoo.training.train import Result, train
+from petra_zoo.checkpoints.provenance import EVALUATION, write_json
+from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.settings.recipe_files import load_recipe
+from petra_zoo.training.run import Result, train
+from petra_zoo.training.run_directory import evaluation_record
 
 QUICK = ["dataset=synthetic:4x8", "batch_size=256", "epochs=1", "workers=0", "img_size=8", "warmup_epochs=0"]
 

@@ -11,8 +11,8 @@ import pytest
 from petra_zoo.errors import UserError
 from petra_zoo.hub.catalog import Facts, Reference, Tag
 from petra_zoo.hub.page import Entry, entry, page, write_page
-from petra_zoo.models.activation_memory import ActivationMemory
 from petra_zoo.models.describe import Description
+from petra_zoo.models.training_memory import ActivationMemory
 from tests.cli.test_main import petra_zoo
 
 MIB = 2**20

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import petra_zoo.models
-from petra_zoo.models.activation_memory import activation_memory
+from petra_zoo.models.training_memory import activation_memory
 from petra_zoo.reversible import LiveBytes
 
 TINY = {"layers": (2, 2, 2, 2), "channels": (8, 8, 8, 8), "num_classes": 10}

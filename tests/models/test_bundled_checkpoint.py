@@ -11,10 +11,10 @@ import torch
 from timm.data import resolve_model_data_config
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
+from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
 from petra_zoo.models.petra_revnet import DIGITS_WEIGHTS
-from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint
-from petra_zoo.training.recipe import load_recipe
-from petra_zoo.training.train import train
+from petra_zoo.settings.recipe_files import load_recipe
+from petra_zoo.training.run import train
 
 RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks" / "bundled_checkpoint" / "results.json").read_text())
 

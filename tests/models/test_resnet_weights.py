@@ -8,7 +8,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from petra_zoo.converters.choose import measure
-from petra_zoo.converters.convert import noise
+from petra_zoo.converters.conversion import noise
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, save_for_hf

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from petra_zoo.petra import Pipeline
 from petra_zoo.petra.local import AuxiliaryHead, LocalStage, output_widths
 from petra_zoo.reversible import FunctionUnit, Unit
+from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.build import optimizer_factory
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.recipe import load_recipe
-from petra_zoo.training.train import train
+from petra_zoo.training.run import train
 from tests.petra.test_pipeline import SIZE, UNITS, batches, make_model, run, sgd
 
 DIGITS = "digits/petra_revnet_tiny"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from petra_zoo.reversible import FunctionUnit, backpropagate, segments
-from petra_zoo.reversible.statistics import RememberStatistics, UseStatistics
+from petra_zoo.reversible.batch_statistics import RememberStatistics, UseStatistics
 from tests.reversible.blocks import Coupling, gradients, make_run, parameters_of, relative, run_plainly, worst
 
 

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from petra_zoo.errors import Failure
 from petra_zoo.petra import Pipeline
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import save_recipe
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.recipe import Recipe, save_recipe
+from petra_zoo.training.run import Run, train
 from petra_zoo.training.run_directory import RunDirectory
-from petra_zoo.training.train import Run, train
 from tests.cli.test_main import petra_zoo
 from tests.training.test_feed import write_images
 from tests.training.test_train import QUICK

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from petra_zoo.data.loader import ImageLoader, create_loader
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
+from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
     autocast_type,
     build_loaders,
@@ -20,10 +22,8 @@ from petra_zoo.training.build import (
     learning_rates,
     open_data,
 )
-from petra_zoo.training.loader import ImageLoader, create_loader
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.recipe import Recipe
-from petra_zoo.training.train import train
+from petra_zoo.training.run import train
 from tests.training.test_train import QUICK, quick
 
 

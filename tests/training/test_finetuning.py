@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 
+from petra_zoo.checkpoints.load import load_model
 from petra_zoo.errors import UserError
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import load_recipe, make_recipe
 from petra_zoo.training.build import build_model, build_pipeline, data_config, open_data
-from petra_zoo.training.checkpoint_evaluation import load_model
 from petra_zoo.training.finetuning import start_lines
-from petra_zoo.training.recipe import Recipe, load_recipe, make_recipe
-from petra_zoo.training.train import train
+from petra_zoo.training.run import train
 from tests.cli.test_main import petra_zoo
 from tests.hub.saved_models import DIGITS, save
 from tests.hub_fixtures import hub, hub_server  # noqa: F401 - fixtures

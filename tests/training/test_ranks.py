@@ -11,9 +11,9 @@ import torch
 from petra_zoo.errors import UserError
 from petra_zoo.petra import LinkError, Profile, World
 from petra_zoo.petra.gather import keep_only
+from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import data_config, find_profile, open_data, share_profile
 from petra_zoo.training.ranks import average_statistics, held, together
-from petra_zoo.training.recipe import Recipe
 from tests.petra.processes import own_world, run_processes
 from tests.training.test_train import QUICK
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from petra_zoo.data.datasets import DataError, open_dataset
+from petra_zoo.data.generated_files import write_dataset
 from petra_zoo.errors import UserError
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import list_recipes, load_recipe
 from petra_zoo.training import build, recipe_validation
-from petra_zoo.training.datasets import DataError, open_dataset
-from petra_zoo.training.generated_files import write_dataset
-from petra_zoo.training.recipe import Recipe, list_recipes, load_recipe
 from petra_zoo.training.recipe_validation import try_recipe, validate_recipes
 
 DIGITS = "digits/petra_revnet_tiny"

@@ -8,11 +8,11 @@ import pytest
 import timm
 
 from petra_zoo.errors import UserError
+from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training import run_directory
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.recipe import Recipe
+from petra_zoo.training.run import train
 from petra_zoo.training.run_directory import RunDirectory
-from petra_zoo.training.train import train
 from tests.training.test_train import QUICK
 
 RECIPE = Recipe(**QUICK)

@@ -10,14 +10,16 @@ import timm
 import torch
 from rich.console import Console
 
+from petra_zoo.checkpoints.load import load_model
 from petra_zoo.errors import UserError
+from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
 from petra_zoo.petra import METHODS, Pipeline
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training import run_directory
 from petra_zoo.training.build import build_model, data_config, open_data
-from petra_zoo.training.checkpoint_evaluation import evaluate_checkpoint, load_model
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.recipe import Recipe, load_recipe
-from petra_zoo.training.train import Result, train
+from petra_zoo.training.run import Result, train
 
 BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8", "batch_size": 256, "workers": 0, "epochs": 1}
 QUICK = {**BASE, "lr": 0.05, "warmup_epochs": 0, "stages": 4, "hflip": 0.0, "train_crop_mode": "pad"}

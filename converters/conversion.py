@@ -1,0 +1,115 @@
+"""From a trained ResNet to a reversible network that predicts (almost) the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from timm.models.resnet import ResNet
+from torch import Tensor
+
+from petra_zoo.converters.calibration import Batches, image_batches
+from petra_zoo.converters.checks import check_source
+from petra_zoo.converters.choose import Purpose, anchor_layers, couple_layers
+from petra_zoo.converters.identity import take_identity
+from petra_zoo.converters.reestimation import re_estimate
+from petra_zoo.converters.report import MEASURED_IMAGES
+from petra_zoo.converters.source import load_source
+from petra_zoo.errors import UserError
+from petra_zoo.models import PetraRevNet
+from petra_zoo.models.coupled_layer import check_coupling
+from petra_zoo.models.petra_revnet import LAYERS
+
+EXACT_BITS = 12  # PetraRevNet's default grid
+NOISE_IMAGES, NOISE_SIZE = 8, 64
+
+
+def convert(
+    source: str | ResNet,
+    *,
+    coupling: Literal["auto"] | float | Sequence[float] = "auto",
+    purpose: Purpose = "one-device",
+    tolerance: float = 1e-4,
+    calibration: Batches | None = None,
+    exact: bool = False,
+) -> PetraRevNet:
+    """Converts a trained ResNet; the source is left as it is.
+
+    Where a run's coupling g is above 0, its branches are scaled by 1 + g and its inverse is measured: anchors are set
+    where the error would exceed `tolerance` without them. With `calibration`, batch-norm statistics are then estimated
+    anew, and the anchors set again for the errors that the new statistics give. With g = 0 everywhere the result
+    computes what the source computes, to the bit.
+
+    Args:
+        source: a timm ResNet of BasicBlocks or Bottlenecks, exactly, or what `load_source` takes (a timm name: its
+            pretrained weights).
+        coupling: g of all layers or one per layer, multiples of 1/256 in [0, 1]; 'auto': per run the smallest of 1/16,
+            1/8, 1/4, 1/2 whose error passes, else 1/2 with anchors.
+        purpose: 'one-device': 'auto' leaves runs of up to 2 blocks at 0, where nothing would be saved; 'petra': every
+            run gets an inverse.
+        tolerance: the largest relative error of a reconstructed input, in the weights' own precision.
+        calibration: normalised images [B, C, H, W], or batches of them, such as a loader (labels are not looked at);
+            the first ones are also what errors are measured on, noise without them.
+        exact: round the branches to a grid, so that reconstruction is exact at g = 1 (see `PetraRevNet`); without
+            effect where no run is reconstructed.
+
+    Returns:
+        The reversible network, on the source's device and in its mode. Where the source came from
+        `timm.create_model`, timm can save and load it under the name of a `petra_revnet`.
+
+    Raises:
+        UserError: the source has no reversible form or is one already, its weights are not finite, or an argument is
+            out of range.
+    """
+    network = load_source(source) if isinstance(source, str) else source
+    check_source(network)
+    wanted = _per_layer(coupling)
+    if not tolerance > 0.0:
+        raise UserError(f"tolerance={tolerance:g}: expected a relative error above 0, such as 1e-4")
+    try:
+        model = PetraRevNet.from_resnet(network)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if exact:
+        for layer in model.coupled_layers():
+            layer.grid = 2.0**-EXACT_BITS
+    batches = image_batches(calibration if calibration is not None else ())
+    first = next(batches, None)
+    if first is None and calibration is not None:
+        raise UserError("there is not one batch of images to calibrate on")
+    images = noise(model) if first is None else first[:MEASURED_IMAGES]
+    try:
+        runs = couple_layers(model, images, wanted, purpose, tolerance)
+        if not any(run.g > 0.0 for run in runs):
+            exact = False  # nothing is reconstructed: keep the source's function to the bit
+            for layer in model.coupled_layers():
+                layer.grid = 0.0
+        elif first is not None:
+            re_estimate(model, chain([first], batches), network)
+            anchor_layers(model, images, tolerance)  # other statistics, other errors
+    except ValueError as error:  # exact mode: a stream is too large for the grid
+        raise UserError(str(error)) from error
+    take_identity(model, {"exact": True} if exact else {})
+    return model
+
+
+def noise(model: Any) -> Tensor:
+    """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
+    height, width = (min(NOISE_SIZE, n) for n in size[1:])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
+
+
+def _per_layer(coupling: Literal["auto"] | float | Sequence[float]) -> list[float | Literal["auto"]]:
+    if coupling == "auto":
+        return ["auto"] * len(LAYERS)
+    values = [coupling] * len(LAYERS) if isinstance(coupling, int | float) else list(coupling)
+    if len(values) != len(LAYERS):
+        raise UserError(f"coupling is 'auto', one number or {len(LAYERS)}, one per layer; got {len(values)}")
+    try:
+        return [check_coupling(g) for g in values]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"coupling={coupling!r}: expected 'auto' or multiples of 1/256 between 0 and 1") from error

@@ -1,0 +1,76 @@
+"""Where a run's weights come from: environment.json (machine, versions, time, memory) and evaluation.json (measured).
+
+The model card that `petra-zoo push` writes takes its facts from these two files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from petra_zoo.strict_json import to_json
+
+ENVIRONMENT, EVALUATION = "environment.json", "evaluation.json"
+PACKAGES = ("petra-zoo", "torch", "torchvision", "timm", "numpy")
+
+
+def describe_environment() -> dict[str, Any]:
+    """The machine, its devices and the versions of what runs on it."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+    }
+
+
+def peak_memory() -> dict[str, Any]:
+    """Most bytes at once so far: what torch allocated on the GPU, or this process's resident set."""
+    if torch.cuda.is_available():
+        return {"peak_memory": torch.cuda.max_memory_allocated(), "peak_memory_is": "allocated on one GPU"}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory": peak, "peak_memory_is": "resident set of one process"}
+
+
+def now() -> str:
+    """UTC, to the second, as ISO 8601 writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes beside, then renames: the file is complete or not there. Null where a number is not finite."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

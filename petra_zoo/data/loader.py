@@ -1,0 +1,351 @@
+"""Batches of augmented images, every one of them a function of (seed, epoch, index) alone."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.mixup import Mixup, mixup_target
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from petra_zoo.data.image_dataset import BadImage, DataError, ImageDataset
+from petra_zoo.data.transforms import Transform, build_transform, seeded_generators
+from petra_zoo.errors import UserError
+from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.settings.types import BadImagePolicy
+
+# The label of an image that could not be read in an evaluation: torch's losses pass over it, and so does `score`.
+LEFT_OUT = -100
+
+# One number per purpose, so that no two draws share a seed.
+_SHUFFLE, _SAMPLE, _MIX = range(3)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the sampler hands to the data set: carrying the epoch here takes it into persistent workers too."""
+
+    epoch: int
+    index: int
+
+
+class _Sample(NamedTuple):
+    image: Tensor
+    label: int
+    bad: list[BadImage]
+    fingerprint: bytes = b""
+
+
+class _Batch(NamedTuple):
+    images: Tensor
+    labels: Tensor
+    bad: list[BadImage]
+    fingerprints: list[bytes]
+
+
+@dataclass
+class _Batches:
+    """The batch sampler: lists of places. The order is drawn from (seed, epoch)."""
+
+    length: int
+    batch_size: int
+    shuffle: bool
+    seed: int
+    drop_last: bool
+    drop_single: bool = False  # leave out a last batch of one image
+    shard: int = 0
+    shards: int = 1
+    epoch: int = 0
+    start: int = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.length, self.batch_size)
+        keeps_rest = rest > 0 and not self.drop_last and not (self.drop_single and rest == 1 and full > 0)
+        return (full + keeps_rest) // self.shards  # every shard has as many, so that replicas stay in step
+
+    @property
+    def left_out(self) -> int:
+        """How many images are in no batch of an epoch."""
+        return max(0, self.length - len(self) * self.shards * self.batch_size)
+
+    def __iter__(self) -> Iterator[list[_Place]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((_SHUFFLE, self.seed, self.epoch)).permutation(self.length)
+        places = [at * self.shards + self.shard for at in range(self.start, len(self))]
+        chunks = [order[at * self.batch_size : (at + 1) * self.batch_size] for at in places]
+        return iter([[_Place(self.epoch, int(index)) for index in chunk] for chunk in chunks])
+
+
+class _Samples(Dataset[_Sample | DataError]):
+    """The data set as workers see it: images transformed, trouble handed over as a value.
+
+    An error raised in a worker would reach the main process as a traceback in text; returned, it stays one line.
+    """
+
+    def __init__(
+        self,
+        source: ImageDataset,
+        transform: Transform,
+        *,
+        size: tuple[int, int, int],
+        on_bad_image: BadImagePolicy,
+        leave_out: bool,
+        fingerprints: bool,
+        seed: int | None,
+        policy: str | None,
+    ) -> None:
+        self._source, self._transform, self._size, self._on_bad_image = source, transform, size, on_bad_image
+        self._leave_out, self._fingerprints, self._seed, self._policy = leave_out, fingerprints, seed, policy
+
+    def __getitem__(self, place: _Place) -> _Sample | DataError:
+        try:
+            if self._leave_out and self._on_bad_image == "skip":
+                found = self._source.try_load(place.index)
+                if isinstance(found, BadImage):  # batches keep their size, in every process
+                    return _Sample(torch.zeros(self._size), LEFT_OUT, [found])
+                bad: list[BadImage] = []
+                image, label = found
+            else:
+                image, label, bad = self._source.load(place.index, self._on_bad_image)
+        except DataError as error:
+            return error
+        fingerprint = _fingerprint(image) if self._fingerprints else b""
+        if self._size[0] == 1:
+            image = image.convert("L")
+        try:
+            return _Sample(self._transformed(image, place), label, bad, fingerprint)
+        except Exception as error:  # third parties' code, on whatever images there are
+            with_policy = f" with aa={self._policy}" if self._policy else ""
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return DataError(f"{self._source.source(place.index)}: its transformation{with_policy} fails ({reason})")
+
+    def _transformed(self, image: Image.Image, place: _Place) -> Tensor:
+        if self._seed is None:
+            return self._transform(image)
+        with seeded_generators(_SAMPLE, self._seed, place.epoch, place.index):
+            return self._transform(image)
+
+
+def _fingerprint(image: Image.Image) -> bytes:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+
+
+def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
+    good: list[_Sample] = []
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+        good.append(sample)
+    labels = torch.tensor([sample.label for sample in good])
+    return _Batch(
+        torch.stack([sample.image for sample in good]),
+        labels,
+        [bad for one in good for bad in one.bad],
+        [sample.fingerprint for sample in good],
+    )
+
+
+class ImageLoader:
+    """Iterates over batches of one epoch; see `create_loader`.
+
+    Attributes:
+        fingerprints: of the decoded images that the latest iteration has given, in its order, where they are asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        samples: Dataset[_Sample | DataError],
+        batches: _Batches,
+        *,
+        mixing: Augmentation | None,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        self.dataset = dataset
+        self.fingerprints: list[bytes] = []
+        self._batches = batches
+        self._mixing = mixing
+        self._mixup: Mixup | None = None
+        if mixing and (mixing.mixup or mixing.cutmix):
+            self._mixup = Mixup(
+                mixing.mixup,
+                mixing.cutmix,
+                prob=mixing.mixup_prob,
+                switch_prob=mixing.mixup_switch_prob,
+                label_smoothing=mixing.smoothing,
+                num_classes=dataset.num_classes,
+            )
+        self._loader: DataLoader[_Sample | DataError] = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def left_out(self) -> int:
+        """How many images an epoch leaves out: other ones each time where it shuffles."""
+        return self._batches.left_out
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order and the augmentation of the next iterations; the first epoch is 0."""
+        self._batches.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.iter_from(0)
+
+    def iter_from(self, batch_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterates from batch `batch_index` of the epoch on, without loading the earlier ones.
+
+        Yields:
+            Images, float32 [B, C, H, W], and labels: int64 [B], or float32 [B, classes] where training mixes images or
+            smooths labels. `LEFT_OUT` labels a blank.
+
+        Raises:
+            DataError: An image is bad and the policy is 'fail', none can be read, a label is out of range, or a
+                transformation fails.
+        """
+        self._batches.start = batch_index
+        self.fingerprints = []
+        epoch = self._batches.epoch
+        for at, batch in enumerate(self._loader, start=batch_index):
+            if isinstance(batch, DataError):
+                # A new one: raising a local variable ties error and frame into a cycle, and workers that only the
+                # garbage collector reaches take 5 seconds each to stop.
+                raise DataError(str(batch))
+            self.dataset.note_bad(batch.bad)
+            if len(self.dataset.bad_images) == len(self.dataset):
+                first = next(iter(self.dataset.bad_images.values()))
+                raise DataError(f"none of the {len(self.dataset)} images can be read; the first: {first}")
+            self.fingerprints += batch.fingerprints
+            yield self._mix(batch.images, batch.labels, epoch, at)
+
+    def _mix(self, images: Tensor, labels: Tensor, epoch: int, batch_index: int) -> tuple[Tensor, Tensor]:
+        if self._mixing is None:
+            return images, labels
+        smoothed = mixup_target(labels, self.dataset.num_classes, 1.0, self._mixing.smoothing)
+        if self._mixup is None:
+            return images, smoothed
+        even = len(images) // 2 * 2  # timm mixes pairs and refuses odd batches: the last image of one stays as it is
+        place = batch_index * self._batches.shards + self._batches.shard
+        with seeded_generators(_MIX, self._batches.seed, epoch, place):
+            _, smoothed[:even] = self._mixup(images[:even], labels[:even])  # mixes the images in place
+        return images, smoothed
+
+
+def check_channels(input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Checks that images, which are grey or in colour, can be made into what a network takes.
+
+    Raises:
+        UserError: It takes neither 1 nor 3 channels, or there is not one `mean` and `std` value for each.
+    """
+    channels = input_size[0]
+    if channels not in (1, 3) or len(mean) != channels or len(std) != channels:
+        raise UserError(
+            f"input_size={tuple(input_size)} with {len(mean)} mean and {len(std)} std values; expected 1 or 3 channels "
+            "and one value for each"
+        )
+
+
+def create_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    train: bool,
+    input_size: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    workers: int = 0,
+    on_bad_image: BadImagePolicy = "fail",
+    leave_out: bool = False,
+    drop_last: bool = False,
+    shard: int = 0,
+    shards: int = 1,
+    pin_memory: bool = False,
+    crop_mode: str | None = None,
+    fingerprints: bool = False,
+) -> ImageLoader:
+    """Makes an iterable of batches over a data set.
+
+    A sample's augmentation is drawn from (seed, epoch, index), the order from (seed, epoch), mixing from (seed, epoch,
+    batch): the number of workers changes nothing, and the process's own generators are never touched.
+
+    Args:
+        dataset: What to load. Its `bad_images` counts the skipped ones, whichever process met them.
+        batch_size: Images per batch.
+        train: Whether to shuffle, augment and mix, and to leave out a last batch of one image, of which no batch norm
+            can tell the variance (unless it is the only batch). Validation goes through the data set in order.
+        input_size: C, H, W of the network's input; C = 1 makes the images grey.
+        mean: Normalisation, C values for images scaled to 0..1.
+        std: Likewise.
+        augmentation: What to do to the images; a `Recipe` is one too. timm's defaults where None.
+        seed: The run's seed, not negative.
+        workers: Processes that read and augment; they stay alive between epochs. 0 for this process.
+        on_bad_image: `skip` puts the next readable sample in the place of an undecodable one; `fail` raises.
+        leave_out: Let `skip` put a blank with the label `LEFT_OUT` there instead, so that no sample counts twice.
+        drop_last: Leave out the last batch where it is smaller.
+        shard: Which of `shards` replicas this is: of the epoch's batches it takes every `shards`-th.
+        shards: How many replicas share the epoch's batches; what does not divide is left out.
+        pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
+        crop_mode: How validation crops: timm's `center`, `squash` or `border`; timm's default where None.
+        fingerprints: Whether to keep a fingerprint of every decoded image.
+
+    Raises:
+        UserError: `mean` or `std` does not fit `input_size`, or there is not even one batch.
+    """
+    augmentation = augmentation or Augmentation()
+    check_channels(input_size, mean, std)
+    batches = _Batches(
+        len(dataset),
+        batch_size,
+        shuffle=train,
+        seed=seed,
+        drop_last=drop_last,
+        drop_single=train,
+        shard=shard,
+        shards=shards,
+    )
+    if not len(batches):
+        most = len(dataset) // shards
+        each = f" for each of {shards} replicas" if shards > 1 else ""
+        raise UserError(
+            f"batch_size={batch_size}{each} is more than the {len(dataset)} images give; expected at most {most}"
+        )
+    transform = build_transform(
+        augmentation,
+        train=train,
+        input_size=input_size,
+        mean=mean,
+        std=std,
+        native_size=dataset.image_size,
+        crop_mode=crop_mode,
+    )
+    random = train and not augmentation.no_aug
+    samples = _Samples(
+        dataset,
+        transform,
+        size=input_size,
+        on_bad_image=on_bad_image,
+        leave_out=leave_out,
+        fingerprints=fingerprints,
+        seed=seed if random else None,
+        policy=augmentation.aa if random else None,
+    )
+    mixes = random and (augmentation.mixup or augmentation.cutmix or augmentation.smoothing)
+    return ImageLoader(
+        dataset, samples, batches, mixing=augmentation if mixes else None, workers=workers, pin_memory=pin_memory
+    )

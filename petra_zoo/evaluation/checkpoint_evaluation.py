@@ -1,0 +1,260 @@
+"""Evaluating a saved run, a checkpoint or a named model on a data set, with the preprocessing that travels with it."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+
+from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source
+from petra_zoo.checkpoints.provenance import now, sha256
+from petra_zoo.data.datasets import ImageDataset, open_dataset
+from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
+from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.device import choose_device
+from petra_zoo.errors import Failure, UserError
+from petra_zoo.evaluation.scores import Evaluation, evaluate
+from petra_zoo.evaluation.watch import Watched, is_out_of_memory
+from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.settings.recipe_files import load_recipe
+from petra_zoo.settings.types import BadImagePolicy
+
+# timm's results files (validate.py --results-file), and the memory that timm does not tell
+TIMM_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
+COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation and what was evaluated.
+
+    Attributes:
+        batch_size: with which it went through; smaller than asked for after a retry.
+        peak_memory: bytes of weights, images and activations at once, for that batch size: what CUDA allocated at most,
+            or, on the CPU, the live tensors of the first batch.
+        class_names: of the model's classes, which predictions and labels count.
+        predictions: the best class of every image that counted, in the data set's order [images].
+        labels: of these images.
+        fingerprints: of these images as they were decoded; none where they were not asked for.
+        weights_sha256: of model.safetensors where the source is a directory.
+    """
+
+    model: str
+    dataset: str
+    evaluation: Evaluation
+    parameters: int
+    config: dict[str, Any]
+    class_names: list[str]
+    bad_images: int
+    batch_size: int
+    peak_memory: int
+    predictions: Tensor
+    labels: Tensor
+    fingerprints: list[bytes]
+    weights_sha256: str | None
+    date: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; saved as evaluation.json in the directory, it is what `petra-zoo push` puts on the card."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "split": "val",
+            "top1": self.evaluation.top1,
+            "top5": self.evaluation.top5,
+            "loss": self.evaluation.loss,
+            "images": self.evaluation.images,
+            "bad_images": self.bad_images,
+            "param_count": self.parameters,
+            "img_size": self.config["input_size"][-1],
+            "batch_size": self.batch_size,
+            "peak_memory": self.peak_memory,
+            "worst_classes": self.evaluation.worst_classes(self.class_names),
+            "date": self.date,
+            "weights_sha256": self.weights_sha256,
+        }
+
+    def as_row(self) -> dict[str, Any]:
+        """A row of timm's results CSV: percent to 3 decimals, parameters in millions."""
+        top1, top5 = round(self.evaluation.top1, 3), round(self.evaluation.top5, 3)
+        values = (
+            self.model,
+            top1,
+            round(100 - top1, 3),
+            top5,
+            round(100 - top5, 3),
+            round(self.parameters / 1e6, 2),
+            self.config["input_size"][-1],
+            round(self.config["crop_pct"], 3),
+            self.config["interpolation"],
+            round(self.peak_memory / 2**20, 2),
+        )
+        return dict(zip(COLUMNS, values, strict=True))
+
+
+def evaluate_checkpoint(
+    source: str,
+    dataset: str | None = None,
+    *,
+    data_dir: Path | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str | None = None,
+    amp: bool = False,
+    on_bad_image: BadImagePolicy = "fail",
+    retry: bool = False,
+    use_train_size: bool = False,
+    fingerprints: bool = False,
+    cache_dir: Path | None = None,
+) -> Report:
+    """Accuracy of a checkpoint on the validation split of a data set; without one, on what the run was trained on.
+
+    Labels are matched by name where checkpoint and data have names (`petra_zoo.data.labels`). Data with a part of
+    the checkpoint's classes is evaluated without telling the model which part: it may answer with any class it knows.
+
+    Args:
+        source: see `load_model`.
+        on_bad_image: `skip` leaves out what cannot be read; `fail` raises.
+        retry: where memory runs out, start again with half the batch size.
+        use_train_size: like timm's option, go by the checkpoint's `input_size` and `crop_pct` even where it has a
+            `test_input_size` or `test_crop_pct`.
+        fingerprints: keep what `compare` needs of every image.
+        cache_dir: where what comes from the Hub is kept; default: HF_HUB_CACHE.
+
+    Raises:
+        UserError: model or data cannot be had, do not fit each other, or need more memory than there is.
+        Failure: the model's logits are not finite.
+    """
+    resolve_source(source)
+    split_name = None
+    if dataset is None:
+        dataset, data_dir, split_name = _trained_on(source, data_dir)
+    data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name)
+    where = choose_device(device)
+    model = load_model(source, where, cache_dir)
+    class_names = _number_as_the_model(data, model, source, f"data set {dataset}")
+    config = resolve_model_data_config(model, use_test_size=not use_train_size)
+    check_image_size(model, source, config["input_size"][-1])
+    batch_size = min(batch_size, len(data))
+    while True:
+        loader = _load(data, config, batch_size, workers=workers, on_bad_image=on_bad_image, fingerprints=fingerprints)
+        watched = Watched(model, where, amp)
+        try:
+            result = evaluate(watched.predict, watched.labelled(loader), model.num_classes, where)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not retry or batch_size == 1:
+                fix = "use a smaller --batch-size, or --retry to find one" if batch_size > 1 else "use a larger device"
+                raise UserError(f"{source}: out of memory with a batch size of {batch_size}: {fix}") from error
+            batch_size //= 2
+            del watched, loader  # what they hold is what is missing
+        torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
+    if not math.isfinite(result.loss):  # its best classes would be those of argmax over numbers that are none
+        raise Failure(f"{source} gives logits on {dataset} that are not finite: its training has diverged")
+    weights = Path(source) / "model.safetensors"
+    labels = torch.cat(watched.labels)
+    counted = labels >= 0
+    decoded = zip(loader.fingerprints, counted.tolist(), strict=True) if fingerprints else ()
+    return Report(
+        model=source,
+        dataset=dataset,
+        evaluation=result,
+        parameters=sum(p.numel() for p in model.parameters()),
+        config=config,
+        class_names=class_names,
+        bad_images=len(data.bad_images),
+        batch_size=batch_size,
+        peak_memory=watched.peak_memory(),
+        predictions=torch.cat(watched.predictions)[counted],
+        labels=labels[counted],
+        fingerprints=[fingerprint for fingerprint, counts in decoded if counts],
+        weights_sha256=sha256(weights) if weights.is_file() else None,
+        date=now(),
+    )
+
+
+def evaluate_checkpoints(
+    sources: Sequence[str], dataset: str | None = None, *, results_file: Path | None = None, **options: Any
+) -> Iterator[Report]:
+    """One checkpoint after the other, as they are done; the results file is written anew after each.
+
+    Args:
+        sources: see `load_model`; all are looked for before the first is evaluated.
+        results_file: a CSV, see `write_results`.
+        options: see `evaluate_checkpoint`, like `dataset`.
+
+    Raises:
+        UserError: see `evaluate_checkpoint`; what was evaluated before is in the results file.
+    """
+    for source in sources:
+        resolve_source(source)
+    reports: list[Report] = []
+    for source in sources:
+        reports.append(evaluate_checkpoint(source, dataset, **options))
+        if results_file is not None:
+            write_results(results_file, reports)
+        yield reports[-1]
+
+
+def write_results(path: Path, reports: list[Report]) -> None:
+    """Writes timm's results CSV.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(report.as_row() for report in reports)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _load(data: ImageDataset, config: dict[str, Any], batch_size: int, **options: Any) -> ImageLoader:
+    """Batches as a checkpoint's preprocessing wants them; see `create_loader` for the options."""
+    return create_loader(
+        data,
+        batch_size=batch_size,
+        train=False,
+        input_size=config["input_size"],
+        mean=config["mean"],
+        std=config["std"],
+        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
+        crop_mode=config["crop_mode"],
+        leave_out=True,
+        **options,
+    )
+
+
+def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, str | None]:
+    recipe_file = Path(source) / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise UserError(f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ...")
+    recipe = load_recipe(str(recipe_file))
+    return recipe.dataset, data_dir or recipe.data_dir, recipe.val_split
+
+
+def _number_as_the_model(data: ImageDataset, model: Any, source: str, name: str) -> list[str]:
+    """Numbers the data's classes as the model does, by their names; gives the names of the model's classes."""
+    shown = shown_names(model)
+    classes = classes_of(model, source, data.class_names, data.named, name)
+    if classes is not None:
+        data.number_as(classes, shown)
+    elif model.num_classes < data.num_classes:
+        raise UserError(
+            f"{source} tells {model.num_classes} classes apart, {name} has {data.num_classes}: "
+            "fine-tune the model on it first"
+        )
+    elif names_of(model) is None:
+        return all_named(data.class_names, model.num_classes)
+    return shown

@@ -1,0 +1,1 @@
+"""What training would cost on devices that are not here."""

@@ -1,0 +1,173 @@
+"""Everything a recipe can say, with timm's names for what timm has too."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.settings.types import (
+    AtLeastOne,
+    BadImagePolicy,
+    Count,
+    NotNegative,
+    Place,
+    Positive,
+    Probability,
+    Source,
+    WireType,
+)
+
+_TIMM_LR_BASE = 0.1
+
+
+class Recipe(Augmentation):
+    """One training run: the network, the data, the method, the optimizer and its schedule.
+
+    Attributes:
+        pretrained: Start from the model's published weights, from those of a tag (`digits`), or from a checkpoint:
+            `hf-hub:ORG/NAME`, `local-dir:DIR` or a run directory. The head is replaced where the classes differ.
+        freeze: What is not trained, its batch-norm statistics included: `backbone` (all but the classifier), or parts
+            by their names in the model, such as `[conv1, bn1, layer1]`.
+        freeze_bn: All batch norms keep their scale and shift, and normalise with their running statistics.
+        batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
+        layer_decay: Learning rate of a layer relative to the one above it, as in timm.
+        split: Units per stage, one entry per stage; None to let the engine balance them.
+        last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
+        data_parallel: Replicas of the pipeline, each with micro-batches of its own; an update takes
+            `data_parallel` times as many images.
+        balance: Costs that the partition goes by: `measured` on rank 0 (or read from `profile`), `operations` counted;
+            `auto` measures where there are several processes. A measured partition is saved as `profile.json`.
+        device_speed: Speed of each rank's device relative to each other.
+        wire_up, wire_down: The type in which streams, and streams with gradients, travel between stages.
+        link_timeout: Seconds that a message may take after the first tick.
+        sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
+        num_classes, img_size: None to take them from the data.
+        mean, std: Normalisation of images scaled to 0..1, one value per channel; None for the data set's own.
+        train_split, val_split: What a data set opened through timm calls its splits.
+        lr, lr_base: The learning rate, or the one that belongs to `lr_base_size` images per update; see
+            `learning_rate`.
+        kd_model_name: Distil from this teacher: a run, `hf-hub:`, `local-dir:` or timm name with its trained weights.
+            `kd_temperature` and both weights are timm's; see `petra_zoo.training.distillation`.
+        coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
+        epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
+        amp_dtype: The type autocast uses where `amp` is set.
+        val_interval, log_interval: Epochs between validations; updates between log lines.
+        output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
+    """
+
+    model: str
+    pretrained: bool | Source = False
+    freeze: str | list[str] | None = None
+    freeze_bn: bool = False
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    drop: Probability = 0.0
+    drop_path: Probability = 0.0
+
+    dataset: str
+    data_dir: Place | None = None
+    dataset_download: bool = False
+    train_split: str | None = None
+    val_split: str | None = None
+    num_classes: AtLeastOne | None = None
+    img_size: AtLeastOne | None = None
+    in_chans: Literal[1, 3] = 3
+    mean: list[float] | None = None
+    std: list[Positive] | None = None
+    batch_size: AtLeastOne = 128
+    validation_batch_size: AtLeastOne | None = None
+    workers: Count = 4
+    on_bad_image: BadImagePolicy = "fail"
+
+    method: Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"] = "petra"
+    stages: AtLeastOne = 1
+    split: list[AtLeastOne] | None = None
+    accumulation_steps: AtLeastOne = 1
+    last_stage: Literal["graph", "recompute"] = "graph"
+    data_parallel: AtLeastOne = 1
+    balance: Literal["auto", "measured", "operations"] = "auto"
+    profile: Place | None = None
+    device_speed: list[Positive] | None = None
+    wire_up: WireType | None = None
+    wire_down: WireType | None = None
+    link_timeout: Positive = 60.0
+    sync_bn: bool = False
+
+    opt: str = "sgd"
+    lr: Positive | None = None
+    lr_base: Positive | None = None
+    lr_base_size: AtLeastOne = 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 2e-5
+    opt_eps: Positive | None = None
+    opt_betas: tuple[Probability, Probability] | None = None
+    opt_kwargs: dict[str, Any] = Field(default_factory=dict)
+    clip_grad: Positive | None = None
+    layer_decay: Positive | None = None
+
+    kd_model_name: Source | None = None
+    kd_temperature: Positive = 4.0
+    task_loss_weight: NotNegative | None = None
+    distill_loss_weight: NotNegative | None = None
+    coupling_epochs: Count = 0
+
+    sched: Literal["cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none"] = "cosine"
+    epochs: AtLeastOne = 300
+    warmup_epochs: Count = 5
+    warmup_lr: NotNegative = 1e-5
+    warmup_prefix: bool = False
+    min_lr: NotNegative = 0.0
+    decay_epochs: Positive | None = None
+    decay_milestones: list[AtLeastOne] = Field(default=[90, 180, 270])
+    decay_rate: Positive = 0.1
+    cooldown_epochs: Count = 0
+
+    device: str | None = None
+    amp: bool = False
+    amp_dtype: Literal["bfloat16"] = "bfloat16"
+    channels_last: bool = False
+    model_ema: bool = False
+    model_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
+    seed: Count = 42
+    log_interval: AtLeastOne = 50
+    val_interval: AtLeastOne = 1
+    output: Place | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: `lr`, or `lr_base` (0.1 unless given) scaled linearly to the images per update."""
+        if self.lr is not None:
+            return self.lr
+        images = self.batch_size * self.accumulation_steps * self.data_parallel
+        return (self.lr_base or _TIMM_LR_BASE) * images / self.lr_base_size
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str | None) -> str | None:
+        if device is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
+            raise ValueError("expected cpu, cuda or cuda:N")
+        return device
+
+    @field_validator("opt")
+    @classmethod
+    def _optimizer_is_timms(cls, opt: str) -> str:
+        from timm.optim import list_optimizers  # with torch behind it: only where a recipe is used
+
+        if opt.removeprefix("lookahead_") not in list_optimizers():
+            raise ValueError("expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw")
+        return opt
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        if self.lr is not None and self.lr_base is not None:
+            raise ValueError("lr and lr_base are both set; set one of them to null")
+        if self.layer_decay is not None and self.sched == "none":
+            raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.in_chans:
+                raise ValueError(f"{name}={values} has {len(values)} values; expected one per channel, {self.in_chans}")
+        if self.split is not None and len(self.split) != self.stages:
+            raise ValueError(
+                f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"
+            )
+        return self

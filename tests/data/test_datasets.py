@@ -1,0 +1,206 @@
+"""The data sets: what they hold, where they come from, and what they say when something is missing or broken."""
+
+import builtins
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from petra_zoo.data.datasets import DataError, ImageDataset, open_dataset
+
+
+def write_images(folder: Path, count: int = 1) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (10, 12), (number, 50, 200)).save(folder / f"{number}.png")
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        for name in ("c2", "c10"):
+            write_images(tmp_path / split / name, 3)
+    return tmp_path
+
+
+def pixels(dataset: ImageDataset, index: int) -> list[int]:
+    return np.asarray(dataset[index][0]).ravel().tolist()
+
+
+def test_digits_are_1797_small_images_split_by_class() -> None:
+    train, val = open_dataset("digits", "train"), open_dataset("digits", "val")
+    assert (len(train), len(val)) == (1437, 360)
+    assert train.num_classes == 10
+    assert train[0][0].size == (8, 8)
+    assert train[0][0].mode == "RGB"
+    shares = np.bincount([val[index][1] for index in range(len(val))])
+    assert shares.min() >= 34
+
+
+def test_digits_split_does_not_follow_the_seed() -> None:
+    assert pixels(open_dataset("digits", "val", seed=1), 5) == pixels(open_dataset("digits", "val", seed=2), 5)
+
+
+def test_digits_without_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def without_sklearn(name: str, *rest: Any) -> Any:
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real_import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_sklearn)
+    with pytest.raises(DataError, match=r"pip install 'petra-zoo\[demo\]'"):
+        open_dataset("digits", "train")
+
+
+def test_a_drawn_sample_depends_on_seed_split_and_index_alone() -> None:
+    shapes = open_dataset("shapes", "train", seed=3)
+    first = pixels(shapes, 7)
+    assert pixels(open_dataset("shapes", "train", seed=3), 7) == first
+    assert pixels(open_dataset("shapes", "train", seed=4), 7) != first
+    assert pixels(open_dataset("shapes", "val", seed=3), 7) != first
+    assert pixels(shapes, 17) != first
+
+
+def test_shapes_are_balanced_and_fast_to_draw() -> None:
+    shapes = open_dataset("shapes", "val")
+    assert len(open_dataset("shapes", "train")) == 4000
+    start = time.process_time()
+    labels = [shapes[index][1] for index in range(len(shapes))]
+    assert time.process_time() - start < 3  # about 0.7 s: room for a busy machine
+    assert np.bincount(labels).tolist() == [100] * 10
+
+
+def test_synthetic_takes_classes_and_size_from_its_name() -> None:
+    noise = open_dataset("synthetic:1000x24", "train")
+    assert (noise.num_classes, noise.image_size, noise[0][0].size) == (1000, 24, (24, 24))
+    assert open_dataset("synthetic", "train").image_size == 32
+
+
+def test_unknown_name_gives_the_nearest() -> None:
+    with pytest.raises(DataError, match="unknown data set 'cifar11'; did you mean cifar10"):
+        open_dataset("cifar11", "train")
+
+
+def test_a_stream_is_refused() -> None:
+    with pytest.raises(DataError, match="stream"):
+        open_dataset("wds/imagenet", "train")
+
+
+def test_cifar10_is_read_from_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torchvision checks the real files' checksums; the small ones here have others.
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    data = np.zeros((4, 3072), dtype=np.uint8)
+    data[:, :1024] = 255  # the red plane comes first
+    for name in ("data_batch_1", "test_batch"):
+        (folder / name).write_bytes(pickle.dumps({"data": data, "labels": [0, 1, 2, 9]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"name {label}" for label in range(10)]}))
+
+    cifar = open_dataset("cifar10", "val", data_dir=tmp_path)
+    assert len(cifar) == 4
+    assert cifar.class_names[9] == "name 9"
+    image, label = cifar[3]
+    assert (image.getpixel((31, 31)), label) == ((255, 0, 0), 9)
+
+
+def test_missing_cifar_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no complete cifar100 in .*cifar-100-python.*dataset_download=true"):
+        open_dataset("cifar100", "train", data_dir=tmp_path)
+
+
+def write_imagenet32(folder: Path, labels: list[int]) -> None:
+    data = np.zeros((len(labels), 3072), dtype=np.uint8)
+    data[:, 2048:] = 255  # blue comes last
+    for name in ["val_data"] + [f"train_data_batch_{number}" for number in range(1, 11)]:
+        np.savez(folder / f"{name}.npz", data=data, labels=np.array(labels))
+
+
+def test_imagenet32_is_read_from_npz_batches(tmp_path: Path) -> None:
+    write_imagenet32(tmp_path, [1, 1000])
+    train = open_dataset("imagenet32", "train", data_dir=tmp_path)
+    assert (len(train), train.num_classes, train.image_size) == (20, 1000, 32)
+    image, label = train[19]
+    assert (image.getpixel((0, 0)), label) == ((0, 0, 255), 999)
+
+
+def test_a_label_out_of_range_names_sample_and_label(tmp_path: Path) -> None:
+    write_imagenet32(tmp_path, [5, 1001])
+    with pytest.raises(DataError, match=r"index 1\) has label 1000; expected 0..999"):
+        open_dataset("imagenet32", "val", data_dir=tmp_path)
+
+
+def test_imagenet32_refuses_pickled_objects(tmp_path: Path) -> None:
+    np.savez(tmp_path / "val_data.npz", data=np.array([{}], dtype=object), labels=np.array([1]))
+    with pytest.raises(DataError, match="allow_pickle=False"):
+        open_dataset("imagenet32", "val", data_dir=tmp_path)
+
+
+def test_a_missing_imagenet32_batch_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train_data_batch_1\.npz is missing"):
+        open_dataset("imagenet32", "train", data_dir=tmp_path)
+
+
+def test_folder_classes_are_in_timms_order(image_folder: Path) -> None:
+    train = open_dataset("folder", "train", data_dir=image_folder)
+    assert train.class_names == ["c2", "c10"]
+    assert [train[index][1] for index in range(len(train))].count(1) == 3
+    assert train.image_size is None
+
+
+def test_a_class_without_validation_images_shifts_no_label(image_folder: Path) -> None:
+    write_images(image_folder / "train" / "c1")
+    val = open_dataset("folder", "val", data_dir=image_folder)
+    assert val.num_classes == 3
+    assert {val[index][1] for index in range(len(val))} == {1, 2}
+
+
+def test_a_validation_class_that_training_lacks_is_refused(image_folder: Path) -> None:
+    write_images(image_folder / "val" / "c3")
+    with pytest.raises(DataError, match="c3 is a class that"):
+        open_dataset("folder", "val", data_dir=image_folder)
+
+
+def test_missing_and_empty_folders_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist; expected DIR/train/CLASS/IMAGE"):
+        open_dataset("folder", "train", data_dir=tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"has no 'train' folder; expected DIR/train/CLASS/IMAGE"):
+        open_dataset("folder", "train", data_dir=tmp_path)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"holds no images; expected DIR/train/CLASS/IMAGE"):
+        open_dataset("folder", "train", data_dir=tmp_path)
+    with pytest.raises(DataError, match="needs data_dir=DIR"):
+        open_dataset("folder", "train")
+
+
+def test_a_bad_image_is_named(image_folder: Path) -> None:
+    bad = image_folder / "train" / "c2" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:45])  # cut in its pixels, behind a whole header
+    train = open_dataset("folder", "train", data_dir=image_folder)
+    broken = next(index for index in range(len(train)) if train.source(index) == str(bad))
+    with pytest.raises(DataError, match=r"c2/1\.png cannot be read"):
+        train[broken]
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "timm/any"])
+def test_timm_opens_prefixed_names(image_folder: Path, name: str) -> None:
+    dataset = open_dataset(name, "val", data_dir=image_folder)
+    assert sorted(dataset.class_names) == ["c10", "c2"]
+    image, label = dataset[0]
+    assert image.mode == "RGB"
+    assert dataset.class_names[label] in dataset.source(0)
+
+
+def test_what_timm_cannot_open_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="timm cannot open data set 'torch/nothing'") as caught:
+        open_dataset("torch/nothing", "val", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,85 @@
+"""Exported files compute what the model computes."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from petra_zoo.errors import UserError
+from petra_zoo.evaluation import export as export_module
+from petra_zoo.evaluation.export import export_model
+from tests.hub.saved_models import save
+
+
+def run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
+    return torch.export.load(str(path)).module()(images)
+
+
+@pytest.mark.parametrize("coupling", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, 1.0])
+def test_onnx_computes_the_models_logits_for_every_coupling(tmp_path: Path, coupling: float) -> None:
+    pytest.importorskip("onnxscript")
+    model = save(tmp_path / "model", coupling=coupling)
+    done = export_model(str(tmp_path / "model"), tmp_path / "model.onnx", dynamic_batch=coupling == 0.5)
+    images = torch.randn(5 if done.dynamic_batch else 1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(run_onnx(done.path, images), model(images), rtol=1e-4, atol=1e-4)
+    assert done.input_size == (3, 8, 8)
+    assert done.error < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx"]
+
+
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_torch_export_computes_the_models_logits_at_another_size(tmp_path: Path, dynamic: bool) -> None:
+    model = save(tmp_path / "model", coupling=0.25)
+    done = export_model(
+        str(tmp_path / "model"),
+        tmp_path / "model.pt2",
+        format="torch-export",
+        image_size=(16, 12),
+        dynamic_batch=dynamic,
+    )
+    images = torch.randn(7 if dynamic else 1, 3, 16, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(run_program(done.path, images), model(images))
+
+
+def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "model")
+    output = tmp_path / "model.pt2"
+    output.write_bytes(b"what was here before")
+    real = export_module._write_program
+
+    def wrong(model: Any, *arguments: Any) -> None:
+        with torch.no_grad():
+            model.fc.bias += 1.0
+        real(model, *arguments)
+
+    monkeypatch.setattr(export_module, "_write_program", wrong)
+    with pytest.raises(UserError, match="differs from the model by"):
+        export_model(str(tmp_path / "model"), output, format="torch-export")
+    assert output.read_bytes() == b"what was here before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.pt2"]
+
+
+def test_a_missing_extra_is_named_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'petra-zoo\[export\]'"):
+        export_model("no/such/model", tmp_path / "model.onnx")
+
+
+def test_bad_places_and_sizes_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    with pytest.raises(UserError, match="there is no directory"):
+        export_model(str(tmp_path / "model"), tmp_path / "no" / "model.pt2", format="torch-export")
+    with pytest.raises(UserError, match="too small"):
+        export_model(str(tmp_path / "model"), tmp_path / "model.pt2", format="torch-export", image_size=(4, 64))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        export_model(str(tmp_path / "model"), tmp_path / "folder", format="torch-export")
