@@ -15,9 +15,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from petra_zoo.errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _log = logging.getLogger(__name__)
 _loaded: set[str] = set()  # groups of entry points
@@ -31,6 +34,8 @@ def load_entry_points(group: str) -> None:
     """
     if group in _loaded:
         return
+    from importlib.metadata import entry_points
+
     _loaded.add(group)  # first: what is imported may itself look into the registry that this fills
     for entry in entry_points(group=group):
         try:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+else:  # Python asks for no base class, and importlib.abc brings importlib.resources along
+    Loader = object
 
 
 def register_with_timm() -> None:
@@ -23,7 +28,7 @@ def _register() -> None:
     importlib.import_module("petra_zoo.models")
 
 
-class _Timm(MetaPathFinder):
+class _Timm:
     """Finds timm where Python would, and has the models registered behind it."""
 
     def find_spec(

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
-from typing import Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 import typer
 
 from petra_zoo.strict_json import to_json
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 _REGISTERED = re.compile(r"^@register_model\s+def (\w+)", re.MULTILINE)
 
@@ -69,16 +72,18 @@ def _values(key: str) -> list[str]:
         return []
     default = field.get_default(call_default_factory=True)
     example = default if isinstance(default, str) else to_json(default)
-    return list(dict.fromkeys([*_words(field.annotation), example]))
+    return list(dict.fromkeys([*_words(field), example]))
 
 
-def _words(kind: type | None) -> Iterator[str]:
-    if kind is bool:
-        yield from ("true", "false")
-    elif kind is NoneType:
-        yield "null"
-    elif get_origin(kind) is Literal:
-        yield from map(str, get_args(kind))
-    else:
-        for part in get_args(kind):
-            yield from _words(part)
+def _words(field: FieldInfo) -> Iterator[str]:
+    """The few words that a setting takes: those of its Literal, and those for truth and nothing."""
+    kinds = [field.annotation]
+    for kind in kinds:
+        if kind is bool:
+            yield from ("true", "false")
+        elif kind is NoneType:
+            yield "null"
+        elif get_origin(kind) is Literal:
+            yield from map(str, get_args(kind))
+        else:
+            kinds.extend(get_args(kind))  # the parts of a union

@@ -45,9 +45,20 @@ app.command("plan")(plan_command.plan)
 app.add_typer(recipes_command.app, name="recipes")
 
 
-@app.callback(invoke_without_command=True)
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from petra_zoo import __version__
+
+        typer.echo(f"petra-zoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and leave.", callback=_say_version, is_eager=True),
+    ] = False,
     imports: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,11 +66,6 @@ def _options(
         ),
     ] = None,
 ) -> None:
-    if version:
-        from petra_zoo import __version__
-
-        typer.echo(f"petra-zoo {__version__}")
-        raise typer.Exit
     import_modules(imports or [])
 
 
