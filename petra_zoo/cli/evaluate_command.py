@@ -9,7 +9,7 @@ import typer
 
 from petra_zoo.evaluation.checkpoint_evaluation import Report, evaluate_checkpoints
 from petra_zoo.evaluation.comparison import Comparison, compare
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import Json, to_json
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def evaluate(
     comparison = compare(*reports) if compared else None
     if as_json:
         rows = [report.as_dict() for report in reports]
-        value = (
+        value: Json = (
             {"models": rows, "comparison": comparison.as_dict()} if comparison else rows if len(rows) > 1 else rows[0]
         )
         typer.echo(to_json(value, indent=2))
