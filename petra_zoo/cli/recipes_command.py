@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from petra_zoo.settings.recipe_files import copy_recipe, list_recipes, load_recipe, recipe_text
+from petra_zoo.settings.recipe_files import copy_recipe, list_recipes, load_recipe, recipe_text, recipe_yaml
 from petra_zoo.strict_json import to_json
 from petra_zoo.training.recipe_validation import validate_recipes
 
@@ -38,9 +38,14 @@ def list_command(
 
 
 @app.command("show")
-def show_command(name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")]) -> None:
+def show_command(
+    name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print all settings, with those of the recipes that it extends.")
+    ] = False,
+) -> None:
     """Print a recipe's YAML."""
-    typer.echo(recipe_text(name), nl=False)
+    typer.echo(recipe_yaml(load_recipe(name)) if resolved else recipe_text(name), nl=False)
 
 
 @app.command("cp")
