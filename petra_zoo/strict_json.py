@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+# Read-only containers, so that a dict of floats or a tuple of names is one too.
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+JsonObject: TypeAlias = dict[str, Json]
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
+def to_json(value: Json, indent: int | None = None) -> str:
     """The value as JSON text; null in the place of numbers that are not finite."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: Json) -> Json:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

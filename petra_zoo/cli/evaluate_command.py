@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from petra_zoo.cli.completion import complete_model
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import Json, to_json
 
 if TYPE_CHECKING:
     from petra_zoo.evaluation.checkpoint_evaluation import Report
@@ -72,7 +72,7 @@ def evaluate(
     comparison = compare(*reports) if compared else None
     if as_json:
         rows = [report.as_dict() for report in reports]
-        value = (
+        value: Json = (
             {"models": rows, "comparison": comparison.as_dict()} if comparison else rows if len(rows) > 1 else rows[0]
         )
         typer.echo(to_json(value, indent=2))

@@ -10,9 +10,11 @@ import typer
 
 from petra_zoo.cli.completion import complete_recipe, complete_setting
 from petra_zoo.cli.output import on_terminal, print_lines, print_table
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import Json, to_json
 
 app = typer.Typer(help="List, show, copy and try the recipes that come with the package.", no_args_is_help=True)
+
+_COLUMNS = ("model", "dataset", "method", "stages", "epochs")
 
 
 @app.command("ls")
@@ -27,37 +29,31 @@ def list_command(
     if as_json:
         typer.echo(to_json([_row(name) for name in names], indent=2))
     elif on_terminal():
-        columns = ("recipe", "model", "dataset", "method", "stages", "epochs")
-        print_table(columns, [[str(value) for value in _row(name).values()] for name in names])
+        print_table(("recipe", *_COLUMNS), [[str(value) for value in _row(name).values()] for name in names])
     else:
         print_lines(names)
 
 
-def _row(name: str) -> dict[str, str | int]:
-    """What a recipe is about, as it stands in the file: to check all settings, torch and timm are needed."""
+def _row(name: str) -> dict[str, Json]:
+    """What a recipe is about, as its file says it: to check all settings takes torch and timm."""
     from petra_zoo.settings.recipe import Recipe
-    from petra_zoo.settings.recipe_files import recipe_text
-    from petra_zoo.settings.yaml12 import read_yaml
+    from petra_zoo.settings.recipe_files import recipe_settings
 
-    recipe = Recipe.model_construct(**read_yaml(recipe_text(name)))
-    return {
-        "name": name,
-        "model": recipe.model,
-        "dataset": recipe.dataset,
-        "method": recipe.method,
-        "stages": recipe.stages,
-        "epochs": recipe.epochs,
-    }
+    settings = recipe_settings(name)
+    return {"name": name} | {key: settings.get(key, Recipe.model_fields[key].default) for key in _COLUMNS}
 
 
 @app.command("show")
 def show_command(
     name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.", autocompletion=complete_recipe)],
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print all settings, with those of the recipes that it extends.")
+    ] = False,
 ) -> None:
     """Print a recipe's YAML."""
-    from petra_zoo.settings.recipe_files import recipe_text
+    from petra_zoo.settings.recipe_files import load_recipe, recipe_text, recipe_yaml
 
-    typer.echo(recipe_text(name), nl=False)
+    typer.echo(recipe_yaml(load_recipe(name)) if resolved else recipe_text(name), nl=False)
 
 
 @app.command("cp")

@@ -16,22 +16,39 @@ from petra_zoo.reversible.coupling import (
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
 from petra_zoo.reversible.state import untouched
-from petra_zoo.reversible.unit import CoupledUnit, FunctionUnit, Reversal, Streams, Unit, as_weights
+from petra_zoo.reversible.unit import (
+    CoupledUnit,
+    Evaluation,
+    FunctionUnit,
+    Gradients,
+    Residue,
+    Reversal,
+    Streams,
+    Unit,
+    as_weights,
+    gradients_of,
+)
+from petra_zoo.reversible.unit_model import UnitModel, units_of
 
 __all__ = [
     "COUPLING_STEPS",
     "CoupledUnit",
+    "Evaluation",
     "FunctionUnit",
+    "Gradients",
     "LiveBytes",
+    "Residue",
     "Reversal",
     "Streams",
     "Unit",
+    "UnitModel",
     "advance",
     "as_stream",
     "as_weights",
     "backpropagate",
     "check_range",
     "couple",
+    "gradients_of",
     "has_hooks",
     "merge",
     "nearest_coupling",
@@ -40,5 +57,6 @@ __all__ = [
     "segments",
     "snap",
     "uncouple",
+    "units_of",
     "untouched",
 ]

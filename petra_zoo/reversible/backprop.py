@@ -1,9 +1,10 @@
 """Backpropagation through units without stored activations.
 
 A *segment* is a run of reversible units, or a single unit without an inverse. Of a run only the final streams are
-stored (and the pairs at anchors), of any other unit its input. The backward pass walks the units in reverse through
-the primitives of `unit.py` and returns parameter gradients from the autograd Function, so that DistributedDataParallel,
-tensor hooks and torch.autograd.grad see what they see with plain backpropagation.
+stored (the pairs at anchors too, and the residues of units that have any), of any other unit its input. The backward
+pass walks the units in reverse through the primitives of `unit.py` and returns parameter gradients from the autograd
+Function, so that DistributedDataParallel, tensor hooks and torch.autograd.grad see what they see with plain
+backpropagation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from petra_zoo.reversible.replay import Replay
 from petra_zoo.reversible.state import Held, version_of
-from petra_zoo.reversible.unit import Streams, Unit
+from petra_zoo.reversible.unit import Evaluation, Streams, Unit
 
 
 def segments(units: Sequence[Unit], reconstruct: bool = True) -> Iterator[list[Unit]]:
@@ -68,7 +69,8 @@ class _Segment(torch.autograd.Function):
         streams, parameters = tensors[:width], tensors[width:]
         device = streams[0].device
         kept: list[Tensor] = []
-        ctx.anchors = {}  # index of a unit -> where its input stands among the kept tensors
+        # Index of a unit -> where its input (at anchors, or without an inverse) and its residue stand among the kept.
+        ctx.anchors, ctx.residues = {}, {}
         ctx.replays = []
         for i, unit in enumerate(units):
             if not reverse or (i > 0 and unit.anchor):
@@ -76,7 +78,10 @@ class _Segment(torch.autograd.Function):
                 kept.extend(streams)
             inputs, versions = streams, [version_of(x) for x in streams]
             with Replay.recording(held[i], device) as replay:
-                streams = unit(*inputs)
+                streams, residue = unit.evaluate(*inputs) if reverse else Evaluation(unit(*inputs))
+            if residue:
+                ctx.residues[i] = slice(len(kept), len(kept) + len(residue))
+                kept.extend(residue)
             if [version_of(x) for x in inputs] != versions:
                 raise RuntimeError(
                     f"{unit.name} writes into its input, which its recomputation would read: "
@@ -84,6 +89,7 @@ class _Segment(torch.autograd.Function):
                 )
             ctx.replays.append(replay)
         if reverse:
+            ctx.outputs = slice(len(kept), len(kept) + len(streams))
             kept.extend(streams)
         ctx.units, ctx.counts, ctx.reverse, ctx.width = units, counts, reverse, width
         # Not through save_for_backward: the primitives need the very objects, not what a hook unpacks.
@@ -107,16 +113,17 @@ class _Segment(torch.autograd.Function):
                     "optimizer.step()"
                 )
         kept, parameters = ctx.saved_tensors, list(ctx.parameters)
-        streams: Streams = kept[-2:] if ctx.reverse else ()
+        streams: Streams = kept[ctx.outputs] if ctx.reverse else ()
         parameter_gradients: list[Tensor | None] = []
         for i in reversed(range(len(ctx.units))):
-            unit: Any = ctx.units[i]
+            unit = ctx.units[i]
             count = ctx.counts[i]
             own = parameters[len(parameters) - count :]
             del parameters[len(parameters) - count :]
             with ctx.replays[i]():
                 if ctx.reverse:
-                    reversal = unit.reverse(streams, gradients, own)
+                    residue = kept[ctx.residues[i]] if i in ctx.residues else ()
+                    reversal = unit.reverse(streams, gradients, own, residue)
                 else:
                     inputs = kept[ctx.anchors[i]]
                     needs_input = any(ctx.needs_input_grad[5 : 5 + ctx.width])

@@ -1,7 +1,8 @@
 """Units: the smallest things that can be scheduled, and the one primitive that goes backwards through them.
 
 A unit takes streams and gives streams; the stem takes images, the head gives logits. Streams are a tuple of tensors
-[B, C, H, W]: (b,) before a run and behind a unit without an inverse, (b, a) inside a run.
+of any layout whose first dimension is the batch ([B, C, H, W], [B, T, C], ...): (b,) before a run and behind a unit
+without an inverse, (b, a) inside a run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ from petra_zoo.reversible.state import ModuleState
 
 Streams = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
+Residue = tuple[Tensor, ...]
+
+
+class Evaluation(NamedTuple):
+    """What a unit's forward gives: its streams, and what its reversal needs beside them."""
+
+    streams: Streams
+    residue: Residue = ()
 
 
 class Reversal(NamedTuple):
@@ -65,6 +74,23 @@ class Unit(nn.Module):
 
     def forward(self, *streams: Tensor) -> Streams:
         raise NotImplementedError
+
+    def evaluate(self, *streams: Tensor) -> Evaluation:
+        """The forward of a training step: streams, and what `reverse` needs beside them (by default nothing)."""
+        return Evaluation(self(*streams))
+
+    def reverse(
+        self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
+    ) -> Reversal:
+        """Backwards through the unit from its *output*; a unit that is ever `reversible` has it.
+
+        Args:
+            outputs: the streams the unit gave, exact or reconstructed.
+            output_gradients: their gradients; None counts as zero.
+            parameters: the parameters whose gradients are wanted.
+            residue: what `evaluate` gave beside the outputs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} {self.name} has no inverse")
 
     def recompute(
         self,
@@ -169,16 +195,13 @@ class CoupledUnit(Unit):
         step = advance(h, self.branch(as_weights(h, self.block)), g)
         return snap(step, self.grid) if self.grid else step
 
-    def reverse(self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor]) -> Reversal:
-        """Backwards through the block from its *output*, with a single evaluation of F.
+    def reverse(
+        self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
+    ) -> Reversal:
+        """Backwards through the block from its *output* (b', a'), with a single evaluation of F.
 
         The primitive of reversible backpropagation and of PETRA: F's graph is built once, its value inverts the
         block and its vector-Jacobian product gives the gradients. One forward and one backward of F in all.
-
-        Args:
-            outputs: (b', a'), exact or reconstructed.
-            output_gradients: their gradients; None counts as zero.
-            parameters: the parameters whose gradients are wanted.
         """
         g = self.coupling()
         b_out, a_out = outputs

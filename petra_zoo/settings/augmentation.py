@@ -1,11 +1,13 @@
 """What happens to images, as a recipe says it; with timm's names for what timm has too."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from petra_zoo.settings.policy import check_policy
 from petra_zoo.settings.types import Count, Interpolation, NotNegative, Positive, Probability
+
+T = TypeVar("T")
 
 
 class Augmentation(BaseModel):
@@ -50,7 +52,7 @@ class Augmentation(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _truth_is_no_number(cls, value: T, info: ValidationInfo) -> T:
         """pydantic takes true for 1, and YAML yes and on for true."""
         if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("this setting is neither on nor off")

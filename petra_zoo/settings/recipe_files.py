@@ -1,10 +1,10 @@
-"""Recipes as files: finding, reading, overriding and saving them."""
+"""Recipes as files: finding, reading, extending, overriding and saving them."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from pydantic import ValidationError
@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from petra_zoo.errors import UserError
 from petra_zoo.files import expand_home
 from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.settings.merging import Settings, in_one_line, known_names, lay_over, nearest, override
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.yaml12 import read_yaml, write_yaml
+from petra_zoo.strict_json import Json
 
 __all__ = [
     "Augmentation",
@@ -22,25 +24,21 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "make_recipe",
+    "override_recipe",
+    "recipe_settings",
     "recipe_text",
+    "recipe_yaml",
     "save_recipe",
 ]
 
-# Two ways to say one thing: an override of one replaces the recipe's other.
-_INSTEAD_OF = {"lr": "lr_base", "lr_base": "lr"}
-_ALIASES = {"grad_accum_steps": "accumulation_steps"}
+EXTENDS = "extends"
+_BASES = "paper"  # the folder of recipes that are not complete: for others to extend, not to train by
+_FILES = (".yaml", ".yml")
 
 
 def list_recipes() -> list[str]:
     """Names the installed recipes, such as `digits/petra_revnet_tiny`, in alphabetical order."""
-    root = resources.files("petra_zoo.recipes")
-    return sorted(
-        f"{folder.name}/{file.name.removesuffix('.yaml')}"
-        for folder in root.iterdir()
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.name.endswith(".yaml")
-    )
+    return [name for name in _installed() if not name.startswith(f"{_BASES}/")]
 
 
 def recipe_text(name_or_path: str) -> str:
@@ -49,13 +47,13 @@ def recipe_text(name_or_path: str) -> str:
     Raises:
         UserError: There is no such recipe or file.
     """
-    names = list_recipes()
+    names = _installed()
     if name_or_path in names:
         return resources.files("petra_zoo.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = Path(expand_home(name_or_path))
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in _FILES:
         raise UserError(
-            f"unknown recipe '{name_or_path}'; did you mean {_nearest(name_or_path, names)}? (or give a .yaml file)"
+            f"unknown recipe '{name_or_path}'; did you mean {nearest(name_or_path, names)}? (or give a .yaml file)"
         )
     try:
         return path.read_text(encoding="utf-8")
@@ -64,53 +62,83 @@ def recipe_text(name_or_path: str) -> str:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies overrides to it.
+    """Reads a recipe, lays it over the one it extends, and applies overrides.
 
     Args:
         name_or_path: An installed recipe's name, or the path of a `.yaml` file.
         overrides: `KEY=VALUE` each, the value in YAML: `lr=0.1`, `split=[2,3]`, `data_dir=null`. Later ones win.
 
     Raises:
-        UserError: The recipe does not exist, is not a YAML mapping, has an unknown setting or a wrong value.
+        UserError: The recipe or its base does not exist, is not a YAML mapping, has an unknown setting or a wrong
+            value, or extends itself.
     """
+    return make_recipe(override(recipe_settings(name_or_path), overrides))
+
+
+def recipe_settings(name: str, below: tuple[str, ...] = ()) -> Settings:
+    """What a recipe's file says, laid over what the recipes say that it extends; no value is checked.
+
+    Args:
+        name: An installed recipe's name, or the path of a `.yaml` file.
+        below: The recipes that led here, each extending the next.
+
+    Raises:
+        UserError: The recipe or its base does not exist, is not a YAML mapping, has an unknown setting, or extends
+            itself.
+    """
+    this = str(Path(expand_home(name)).resolve()) if name.endswith(_FILES) else name
+    if this in below:
+        raise UserError(f"recipe {name} extends itself: {' -> '.join([*below[below.index(this) :], this])}")
     try:
-        settings = read_yaml(recipe_text(name_or_path))
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {name_or_path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"recipe {name_or_path} is not a YAML mapping; expected lines of KEY: VALUE")
-    merged = _known(settings)
-    for override in overrides:
-        chosen = _known(dict([_parse_override(override)]))
-        for key in chosen:
-            merged.pop(_INSTEAD_OF.get(key, ""), None)
-        merged |= chosen
-    return make_recipe(merged)
+        text = recipe_text(name)
+    except UserError as error:
+        if not below:
+            raise
+        raise UserError(f"recipe {below[-1]} extends another: {error}") from error
+    settings = _mapping(name, text)
+    base = _base_of(settings, name)
+    own = known_names({key: value for key, value in settings.items() if key != EXTENDS})
+    return own if base is None else lay_over(recipe_settings(base, (*below, this)), own)
 
 
-def make_recipe(settings: Mapping[str, Any]) -> Recipe:
+def make_recipe(settings: Mapping[str, Json]) -> Recipe:
     """Validates settings, as read from YAML, into a recipe.
 
     Raises:
         UserError: A setting is unknown or its value is wrong; the message names key, value and what was expected.
     """
-    known = _known(settings)
+    known = known_names(settings)
     try:
         return Recipe.model_validate(known)
     except ValidationError as error:
         _refuse(error, known)
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes all settings of a recipe as YAML; `load_recipe` gives an equal recipe back."""
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with overrides applied; see `load_recipe`.
+
+    Raises:
+        UserError: One is unknown or wrong.
+    """
+    return make_recipe(override(recipe.model_dump(mode="json"), overrides)) if overrides else recipe
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """All settings of a recipe as YAML, the network first."""
     own = [key for key in Recipe.model_fields if key not in Augmentation.model_fields]
     values = recipe.model_dump(mode="json")
-    ordered = {key: values[key] for key in [*own, *Augmentation.model_fields]}
-    path.write_text(write_yaml(ordered), encoding="utf-8")
+    return write_yaml({key: values[key] for key in [*own, *Augmentation.model_fields]})
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes all settings of a recipe as YAML; `load_recipe` gives an equal recipe back."""
+    path.write_text(recipe_yaml(recipe), encoding="utf-8")
 
 
 def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
     """Copies a recipe, comments included, to a file, or into a folder under its own name; makes missing folders.
+
+    What it extends stays where it is: installed ones have a name, and that of a file is written out.
 
     Returns:
         The file written.
@@ -124,6 +152,10 @@ def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
         destination /= f"{Path(name).stem}.yaml"
     if destination.exists() and not force:
         raise UserError(f"{destination} exists; choose another name, or overwrite it with --force")
+    base = _base_of(_mapping(name, text), name)
+    if base is not None and base.endswith(_FILES):
+        line = write_yaml({EXTENDS: str(Path(base).resolve())})
+        text = re.sub(rf"^{EXTENDS}:.*\n", lambda _: line, text, flags=re.MULTILINE)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         destination.write_text(text, encoding="utf-8")
@@ -132,32 +164,41 @@ def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
     return destination
 
 
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override '{override}' is not KEY=VALUE, such as lr=0.1")
+def _installed() -> list[str]:
+    """The installed recipes and what they extend."""
+    root = resources.files("petra_zoo.recipes")
+    return sorted(
+        f"{folder.name}/{file.name.removesuffix('.yaml')}"
+        for folder in root.iterdir()
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.name.endswith(".yaml")
+    )
+
+
+def _mapping(name: str, text: str) -> Settings:
     try:
-        return key.strip(), read_yaml(text)
+        settings = read_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML: {_one_line(error)}") from error
+        raise UserError(f"recipe {name} is not valid YAML: {in_one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"recipe {name} is not a YAML mapping; expected lines of KEY: VALUE")
+    return settings
 
 
-def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Resolves aliases before anything is merged, so that an override by alias replaces the recipe's own value."""
-    known = {_ALIASES.get(key, key): value for key, value in settings.items()}
-    for key in known:
-        if key not in Recipe.model_fields:
-            raise UserError(f"unknown setting '{key}'; did you mean {_nearest(str(key), Recipe.model_fields)}?")
-    return known
+def _base_of(settings: Settings, name: str) -> str | None:
+    """The recipe that one extends: a name, or the path of a file that stands beside it."""
+    base = settings.get(EXTENDS)
+    if base is None:
+        return None
+    if not isinstance(base, str):
+        raise UserError(f"recipe {name}: extends={base!r}: expected a recipe's name, or a .yaml file beside it")
+    if not base.endswith(_FILES):
+        return base
+    return str(Path(expand_home(name)).parent / expand_home(base))
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    candidates = list(names)
-    near = difflib.get_close_matches(name, candidates, n=1) or difflib.get_close_matches(name, candidates, 1, 0)
-    return f"'{near[0]}'"
-
-
-def _refuse(error: ValidationError, settings: Mapping[str, Any]) -> NoReturn:
+def _refuse(error: ValidationError, settings: Mapping[str, Json]) -> NoReturn:
     """Says what pydantic found in one line: its own text takes several lines per setting and names its classes."""
     found: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
@@ -185,7 +226,3 @@ def _expected(kind: str, message: str) -> str:
     }.items():
         message = message.replace(pydantic_words, ours, 1)
     return message
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

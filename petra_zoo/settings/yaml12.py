@@ -7,9 +7,11 @@ are understood, 1.2's and 1.1's.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Hashable
 
 import yaml
+
+from petra_zoo.strict_json import Json
 
 _INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 # The core schema, section 10.3.2 of the specification, and the characters that such text begins with.
@@ -31,7 +33,7 @@ class _Loader(yaml.SafeLoader):
         text = str(self.construct_scalar(node))
         return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Json]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
@@ -55,7 +57,7 @@ for _tag, _pattern, _first in _NUMBERS:
 _Loader.add_constructor(_INT, _Loader.construct_whole_number)
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Json:
     """What the text says, as plain Python values.
 
     Raises:
@@ -67,6 +69,6 @@ def read_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: Json) -> str:
     """YAML that readers of 1.1 and of 1.2 understand alike; keys keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

@@ -49,6 +49,13 @@ def test_show_prints_the_file_with_its_comments() -> None:
     assert "petra-zoo train digits/petra_revnet_tiny" in output
 
 
+def test_show_can_print_what_a_recipe_comes_to(tmp_path: Path) -> None:
+    name = "cifar10/petra_revnet18_cifar"
+    assert "extends: paper/cifar10" in run("show", name)
+    (tmp_path / "resolved.yaml").write_text(run("show", name, "--resolved"))
+    assert load_recipe(str(tmp_path / "resolved.yaml")) == load_recipe(name)
+
+
 def test_show_of_an_unknown_recipe_is_a_user_error() -> None:
     with pytest.raises(UserError, match="unknown recipe"):
         run("show", "digits/nothing")

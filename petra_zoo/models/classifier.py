@@ -1,0 +1,95 @@
+"""What timm gives every network beside `nn.Module`: the types that its attributes have, for whoever reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict, TypeGuard
+
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.reversible import Unit
+
+
+class ModelConfig(TypedDict, total=False):
+    """timm's `pretrained_cfg`: where weights come from, what images they want, and what their classes are called."""
+
+    architecture: str
+    tag: str | None
+    hf_hub_id: str | None
+    url: str | None
+    num_classes: int
+    input_size: tuple[int, int, int]
+    test_input_size: tuple[int, int, int] | None
+    pool_size: tuple[int, int] | None
+    crop_pct: float
+    test_crop_pct: float | None
+    crop_mode: str
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    first_conv: str | None
+    classifier: str | None
+    license: str | None
+    origin_url: str | None
+    label_names: Sequence[str] | Mapping[int | str, str] | None
+    label_descriptions: Mapping[str, str] | None
+
+
+class Feature(TypedDict):
+    """One entry of timm's `feature_info`."""
+
+    num_chs: int
+    reduction: int
+    module: str
+
+
+class Classifier(nn.Module):
+    """A network of images as timm makes it: to annotate with, not to inherit from; `as_classifier` checks for it.
+
+    Attributes:
+        num_classes: of its logits; 0: it gives features.
+        in_chans: channels of an image.
+        pretrained_cfg: see `ModelConfig`; `default_cfg` is timm's older name of the same.
+        feature_info: what each level of its features reduces the image by.
+    """
+
+    num_classes: int
+    in_chans: int
+    pretrained_cfg: ModelConfig
+    default_cfg: ModelConfig
+    feature_info: Sequence[Feature]
+    get_classifier: Callable[[], nn.Module]
+    reset_classifier: Callable[[int], None]
+    set_grad_checkpointing: Callable[[], None]
+    __call__: Callable[[Tensor], Tensor]
+
+
+class UnitClassifier(Classifier):
+    """A `Classifier` with units, which the engine trains."""
+
+    units: Callable[[], list[Unit]]
+
+
+def as_classifier(model: nn.Module) -> Classifier:
+    """The same model, known to be one of timm's kind.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not _is_classifier(model):
+        raise UserError(
+            f"{type(model).__name__} is no network of timm's kind: it needs num_classes and pretrained_cfg, which "
+            "timm.create_model gives"
+        )
+    return model
+
+
+def config_of(model: nn.Module) -> ModelConfig:
+    """The model's `pretrained_cfg`; empty where timm did not make it."""
+    config: ModelConfig | None = getattr(model, "pretrained_cfg", None)
+    return config or {}
+
+
+def _is_classifier(model: nn.Module) -> TypeGuard[Classifier]:
+    return hasattr(model, "num_classes") and hasattr(model, "pretrained_cfg")

@@ -1,0 +1,78 @@
+"""Settings that are laid over others: a recipe over the one it extends, KEY=VALUE from the command line over both."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+import yaml
+
+from petra_zoo.errors import UserError
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.yaml12 import read_yaml
+from petra_zoo.strict_json import Json
+
+Settings = dict[str, Json]
+
+# Two ways to say one thing: whoever says one of them takes back the other.
+_INSTEAD_OF = {"lr": "lr_base", "lr_base": "lr"}
+_ALIASES = {"grad_accum_steps": "accumulation_steps"}
+
+
+def lay_over(below: Mapping[str, Json], above: Mapping[str, Json]) -> Settings:
+    """The settings below, with those above in their place. A mapping or a list is one value and replaced as a whole."""
+    replaced = {_INSTEAD_OF.get(key) for key in above}
+    return {key: value for key, value in below.items() if key not in replaced} | dict(above)
+
+
+def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings:
+    """Settings with overrides laid over them, one after the other.
+
+    Args:
+        settings: with known names.
+        overrides: `KEY=VALUE` each, the value in YAML.
+
+    Raises:
+        UserError: one is not of that form, or of an unknown setting.
+    """
+    if isinstance(overrides, str):
+        raise UserError(f"overrides are a list of KEY=VALUE, such as ['lr=0.1'], not the text {overrides!r}")
+    merged = dict(settings)
+    for text in overrides:
+        merged = lay_over(merged, known_names(dict([_parse(text)])))
+    return merged
+
+
+def known_names(settings: Mapping[str, Json]) -> Settings:
+    """The settings under our names. Before anything is merged, so that an alias replaces what our own name says.
+
+    Raises:
+        UserError: a setting is unknown; gives the nearest.
+    """
+    known = {_ALIASES.get(key, key): value for key, value in settings.items()}
+    for key in known:
+        if key not in Recipe.model_fields:
+            raise UserError(f"unknown setting '{key}'; did you mean {nearest(str(key), Recipe.model_fields)}?")
+    return known
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The most similar of the names, in quotes."""
+    candidates = list(names)
+    near = difflib.get_close_matches(name, candidates, n=1) or difflib.get_close_matches(name, candidates, 1, 0)
+    return f"'{near[0]}'"
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's words without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def _parse(override: str) -> tuple[str, Json]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}' is not KEY=VALUE, such as lr=0.1")
+    try:
+        return key.strip(), read_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': the value is not valid YAML: {in_one_line(error)}") from error
