@@ -44,18 +44,21 @@ class Description:
         return asdict(self)
 
 
+def zoo_names(pattern: str = "*") -> list[str]:
+    """Registered networks whose names match: ours and those of extensions, which is all but timm's own."""
+    return [name for name in timm.list_models(pattern) if not model_entrypoint(name).__module__.startswith("timm.")]
+
+
 def model_names(pattern: str = "*") -> list[str]:
     """Registered networks of the zoo whose names match, with or without the prefix petra_.
 
     Raises:
         UserError: none does.
     """
-    names = [name for name in timm.list_models(pattern) if name.startswith("petra_")] or timm.list_models(
-        f"petra_*{pattern}"
-    )
+    names = zoo_names(pattern) or zoo_names(f"petra_*{pattern}")
     if not names:
         raise UserError(f"no model matches {pattern!r}; petra-zoo list shows all, wildcards are * and ?")
-    return list(names)
+    return names
 
 
 def describe(name: str) -> Description:
@@ -73,7 +76,7 @@ def create_meta(name: str) -> Any:
     Raises:
         UserError: no such network or tag; names the nearest.
     """
-    known = timm.list_models("petra_*")
+    known = zoo_names()
     architecture, _, tag = name.partition(".")
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
