@@ -12,7 +12,8 @@ from petra_zoo.registration import register_with_timm
 if TYPE_CHECKING:
     from petra_zoo import converters, models
     from petra_zoo.converters import convert
-    from petra_zoo.petra import Pipeline
+    from petra_zoo.petra import Method, Pipeline
+    from petra_zoo.reversible import UnitModel
     from petra_zoo.settings.recipe import Recipe
     from petra_zoo.settings.recipe_files import load_recipe
 
