@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from petra_zoo.data.datasets import ImageDataset, Split, open_dataset
-from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.data.loader import ImageLoader, Reading, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
-from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.types import BadImagePolicy
 
 BATCH_SIZE = 64
@@ -84,14 +83,6 @@ def open_images(
         DataError: the data is missing, or the name unknown.
     """
     data = _Part(open_dataset(dataset, split, data_dir=data_dir), count)
-    config = resolve_model_data_config(model)
-    return create_loader(
-        data,
-        batch_size=min(BATCH_SIZE, len(data)),
-        train=False,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
-        on_bad_image=on_bad_image,
-    )
+    preprocessing = Preprocessing.of(model)
+    reading = Reading(on_bad_image=on_bad_image)
+    return create_loader(data, preprocessing, batch_size=min(BATCH_SIZE, len(data)), reading=reading)

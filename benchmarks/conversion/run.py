@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.data.loader import create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.settings.augmentation import Augmentation
 
 RESULTS, README = (Path(__file__).with_name(name) for name in ("results.json", "README.md"))
@@ -96,10 +97,10 @@ def batches(name: str, split: Any, seed: int, train: bool) -> Any:
     data, settings = open_dataset(name, split), DATA[name]
     augmentation = Augmentation(train_crop_mode="pad", crop_padding=settings["size"] // 8, hflip=settings["hflip"])
     size = (3, settings["size"], settings["size"])
+    preprocessing = Preprocessing(size, data.mean, data.std, crop_pct=1.0 if size[-1] == data.image_size else 0.875)
     return create_loader(
-        data, batch_size=64, train=train, input_size=size, mean=data.mean, std=data.std, augmentation=augmentation,
-        seed=seed, drop_last=train,
-    )  # fmt: skip
+        data, preprocessing, batch_size=64, augmentation=augmentation if train else None, seed=seed, drop_last=train
+    )
 
 
 def train(name: str, seed: int) -> ResNet:

@@ -17,12 +17,12 @@ from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_sou
 from petra_zoo.checkpoints.provenance import now, sha256
 from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
-from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.data.loader import ImageLoader, Reading, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Evaluation, evaluate
 from petra_zoo.evaluation.watch import Watched, is_out_of_memory
-from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.settings.types import BadImagePolicy
 
@@ -221,19 +221,9 @@ def write_results(path: Path, reports: list[Report]) -> None:
 
 
 def _load(data: ImageDataset, config: dict[str, Any], batch_size: int, **options: Any) -> ImageLoader:
-    """Batches as a checkpoint's preprocessing wants them; see `create_loader` for the options."""
-    return create_loader(
-        data,
-        batch_size=batch_size,
-        train=False,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
-        crop_mode=config["crop_mode"],
-        leave_out=True,
-        **options,
-    )
+    """Batches as a checkpoint's preprocessing wants them; see `Reading` for the options."""
+    reading = Reading(leave_out=True, **options)
+    return create_loader(data, Preprocessing(**config), batch_size=batch_size, reading=reading)
 
 
 def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, str | None]:

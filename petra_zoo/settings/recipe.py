@@ -32,6 +32,8 @@ class Recipe(Augmentation):
         freeze_bn: All batch norms keep their scale and shift, and normalise with their running statistics.
         batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
         layer_decay: Learning rate of a layer relative to the one above it, as in timm.
+        loss: What is minimised: `cross_entropy`, `bce` (timm's), or a registered one (`petra_zoo.training.losses`).
+            Validation always tells the cross-entropy.
         split: Units per stage, one entry per stage; None to let the engine balance them.
         last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
         data_parallel: Replicas of the pipeline, each with micro-batches of its own; an update takes
@@ -104,6 +106,7 @@ class Recipe(Augmentation):
     opt_kwargs: dict[str, Any] = Field(default_factory=dict)
     clip_grad: Positive | None = None
     layer_decay: Positive | None = None
+    loss: str = "cross_entropy"
 
     kd_model_name: Source | None = None
     kd_temperature: Positive = 4.0
@@ -140,6 +143,11 @@ class Recipe(Augmentation):
             return self.lr
         images = self.batch_size * self.accumulation_steps * self.data_parallel
         return (self.lr_base or _TIMM_LR_BASE) * images / self.lr_base_size
+
+    @property
+    def total_epochs(self) -> int:
+        """With cooldown, and with the warm-up where it comes on top."""
+        return self.epochs + self.cooldown_epochs + (self.warmup_epochs if self.warmup_prefix else 0)
 
     @field_validator("device")
     @classmethod

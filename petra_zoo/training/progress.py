@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from petra_zoo.evaluation.scores import Evaluation
 from petra_zoo.petra import Pipeline
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.training.callbacks import ValidationEvent
 
 
 class Reporter:
@@ -26,7 +33,7 @@ class Reporter:
         self.console = console or Console(highlight=False)
         self.quiet = quiet
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task = TaskID(0)
         self._plain_interval = 0
 
     def start(self, recipe: Recipe, pipeline: Pipeline, batches: int, epochs: int) -> None:
@@ -72,12 +79,11 @@ class Reporter:
             shown = f"loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {seconds:.0f} s left"
             self.line(f"epoch {epoch + 1}  {done}/{total}  {shown}")
 
-    def epoch(self, epoch: int, train_loss: float | None, result: Evaluation, seconds: float) -> None:
+    def epoch(self, event: ValidationEvent) -> None:
         """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
-        shown = "pipeline filling" if train_loss is None else f"train loss {train_loss:.4f}"
-        self.line(
-            f"epoch {epoch + 1:>3}  {shown}  val loss {result.loss:.4f}  val top-1 {result.top1:.2f} %  {seconds:.1f} s"
-        )
+        shown = "pipeline filling" if event.train_loss is None else f"train loss {event.train_loss:.4f}"
+        validation = f"val loss {event.loss:.4f}  val top-1 {event.top1:.2f} %"
+        self.line(f"epoch {event.epoch + 1:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
 
     def line(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -97,21 +103,3 @@ class Reporter:
     ) -> None:
         if self._bar:
             self._bar.stop()
-
-
-class Speed:
-    """Images per second over a sliding window of about five seconds."""
-
-    def __init__(self) -> None:
-        self._marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
-        self._images = 0
-
-    def add(self, images: int) -> float:
-        """Counts images and gives the present speed."""
-        now = time.perf_counter()
-        self._images += images
-        self._marks.append((now, self._images))
-        while len(self._marks) > 2 and now - self._marks[0][0] > 5.0:
-            self._marks.pop(0)
-        then, before = self._marks[0]
-        return (self._images - before) / max(now - then, 1e-9)

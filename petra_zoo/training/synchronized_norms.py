@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Self
 
+import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,8 +23,7 @@ def synchronize_statistics(model: nn.Module, world: World) -> None:
     Raises:
         UserError: not on CUDA, where torch has none.
     """
-    if world.device.type != "cuda":
-        raise UserError("sync_bn=true: torch synchronises batch norms on CUDA only; leave it out, or use group norm")
+    require_cuda(world.device)
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if not isinstance(norm, _BatchNorm) or is_frozen_norm(norm):
@@ -32,6 +32,16 @@ def synchronize_statistics(model: nn.Module, world: World) -> None:
             # mypy looks for a class's hash in its instances.
             synchronized.__class__ = _copied_with_its_group(type(synchronized))  # type: ignore[arg-type]
             parent.add_module(name, synchronized)
+
+
+def require_cuda(device: torch.device) -> None:
+    """Refuses a device on which torch cannot synchronise batch norms.
+
+    Raises:
+        UserError: it is none of CUDA's.
+    """
+    if device.type != "cuda":
+        raise UserError("sync_bn=true: torch synchronises batch norms on CUDA only; leave it out, or use group norm")
 
 
 class _Shared:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.data.loader import create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint, evaluate_checkpoints
 from petra_zoo.evaluation.comparison import compare, mcnemar
 from petra_zoo.evaluation.watch import is_out_of_memory
-from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe_files import make_recipe
 from petra_zoo.training.run_directory import RunDirectory
 from tests.cli.test_main import petra_zoo
@@ -162,8 +162,8 @@ def test_images_are_cropped_as_the_checkpoints_config_says(tmp_path: Path) -> No
     seen = []
     for crop_mode in ("center", "squash"):
         loader = create_loader(
-            open_dataset("folder", "val", data_dir=tmp_path), batch_size=1, train=False, input_size=(3, 8, 8),
-            mean=(0.0,) * 3, std=(1.0,) * 3, augmentation=Augmentation(crop_pct=1.0), crop_mode=crop_mode,
+            open_dataset("folder", "val", data_dir=tmp_path),
+            Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0, crop_mode=crop_mode), batch_size=1,
         )  # fmt: skip
         seen.append(float(next(iter(loader))[0].mean()))
     assert seen == pytest.approx([1.0, 1 / 3], abs=0.02)

@@ -16,7 +16,7 @@ QUICK = ["dataset=synthetic:4x8", "batch_size=256", "epochs=1", "workers=0", "im
 
 def trained(path: Path) -> Result:
     """A run of a few seconds."""
-    return train(load_recipe("digits/petra_revnet_tiny", [*QUICK, f"output={path}"]), "quick")
+    return train(load_recipe("digits/petra_revnet_tiny", [*QUICK, f"output={path}"]), name="quick")
 
 
 def untrained(path: Path, **kwargs: object) -> Path:

@@ -15,7 +15,7 @@ from petra_zoo.petra import Pipeline
 from petra_zoo.petra.local import AuxiliaryHead, LocalStage, output_widths
 from petra_zoo.reversible import FunctionUnit, Unit
 from petra_zoo.settings.recipe_files import load_recipe
-from petra_zoo.training.build import optimizer_factory
+from petra_zoo.training.optimization import optimizer_factory
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import train
 from tests.petra.test_pipeline import SIZE, UNITS, batches, make_model, run, sgd

@@ -8,6 +8,7 @@ from petra_zoo.converters import convert
 from timm.task import LogitDistillationTask
 from torch import nn
 
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Pipeline
 from petra_zoo.training.distillation import Distillation
@@ -18,7 +19,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def distillation(teacher: nn.Module, **kwargs: float) -> Distillation:
-    return Distillation(teacher, num_classes=5, mean=MEAN, std=STD, **kwargs)
+    return Distillation(teacher, num_classes=5, preprocessing=Preprocessing((3, 32, 32), MEAN, STD), **kwargs)
 
 
 @pytest.mark.parametrize("weights", [{}, {"task_loss_weight": 0.3}, {"distill_loss_weight": 2.0}])

@@ -12,7 +12,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra import LinkError, Profile, World
 from petra_zoo.petra.gather import keep_only
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.training.build import data_config, find_profile, open_data, share_profile
+from petra_zoo.training.build import find_profile, open_data, preprocessing_for, share_profile
 from petra_zoo.training.ranks import average_statistics, held, together
 from tests.petra.processes import own_world, run_processes
 from tests.training.test_train import QUICK
@@ -67,7 +67,7 @@ def setting(**settings: Any) -> tuple[Recipe, Any, dict[str, Any]]:
     recipe = Recipe(**QUICK | settings)
     data, _ = open_data(recipe)
     model = timm.create_model("petra_revnet_tiny", num_classes=4)
-    return recipe, model, data_config(recipe, data, model)
+    return recipe, model, preprocessing_for(recipe, data, model).as_dict()
 
 
 def test_one_rank_finds_the_profile_for_all(tmp_path: Path) -> None:
