@@ -110,8 +110,9 @@ def try_recipe(recipe: Recipe, processes: int | None = None) -> None:
             split.named = False  # made-up names are none
         prepared = prepare(small, world=World(device=device), data=data, teacher_from=lambda *_: teacher)
         if not generated:  # else there is no knowing how many images there are
+            whole = recipe.model_copy(update={"workers": 0})
             replicas = replace(prepared.world, replicas=recipe.data_parallel)
-            check_batches(recipe, build_loaders(recipe, *data, prepared.preprocessing, replicas)[0])
+            check_batches(whole, build_loaders(whole, *data, prepared.preprocessing, replicas)[0])
         check_norms(recipe, len(data[0]), prepared.model, prepared.preprocessing)
         check_ranks(recipe, prepared.pipeline, processes)
         _train(prepared)

@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_recipe_is_the_reason(overrides: list[str], reason:
     ("overrides", "reason"),
     [
         (["batch_size=2000"], "batch_size=2000 is more than the 1437 training images"),
-        (["accumulation_steps=50"], "accumulation_steps=50 is more than the 44 micro-batches of an epoch"),
+        (["accumulation_steps=50"], "accumulation_steps=50 is more than the 45 micro-batches of an epoch"),
         (["batch_size=1", "stages=1"], "batch_size=1: a norm of petra_revnet_tiny sees one value per channel"),
         (["loss=cross_entropi"], "unknown loss 'cross_entropi'; did you mean cross_entropy?"),
         (["profile=/nowhere/profile.json"], "cannot read the profile /nowhere/profile.json"),
@@ -149,7 +149,7 @@ def test_the_moving_average_is_what_is_evaluated(monkeypatch: pytest.MonkeyPatch
         ([], 5, "5 processes for 4 stages: launch 1 to 4"),
         (["data_parallel=2"], 8, None),
         (["data_parallel=2"], 3, "data_parallel=2 does not divide 3 processes"),
-        (["data_parallel=2", "batch_size=1000"], None, "batch_size=1000 for each of 2 replicas is more than"),
+        (["data_parallel=2", "batch_size=1500"], None, "batch_size=1500 for each of 2 replicas is more than"),
         (["data_parallel=2", "sync_bn=true", "device=cpu"], None, "torch synchronises batch norms on CUDA only"),
         (["wire_up=bfloat16", "wire_down=bfloat16"], 2, None),
     ],
@@ -168,7 +168,7 @@ def no_network(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("teacher", "reason"),
     [
-        ("resnet18.a1_in1k", "the teacher tells 1000 classes apart, the network 10"),
+        ("resnet18.a1_in1k", "the teacher resnet18.a1_in1k does not know class '0' of data set digits"),
         ("resnet19", "model 'resnet19' is unknown; nearest: resnet18"),
         ("resnet18.nothing", "Invalid pretrained tag (nothing) for resnet18"),
         ("petra_revnet18_cifar", "timm has no trained weights of it"),
@@ -187,7 +187,9 @@ def test_a_teacher_is_tried_without_a_download(
 
 
 def test_a_teacher_that_lies_here_gives_the_number_of_classes_of_made_up_images(tmp_path: Path) -> None:
-    run = train(Recipe(**TINY, dataset="synthetic:7x8", output=tmp_path / "run"), reporter=Reporter(quiet=True)).path
+    run = train(
+        Recipe(**TINY, workers=0, dataset="synthetic:7x8", output=tmp_path / "run"), reporter=Reporter(quiet=True)
+    ).path
     settings = {**TINY, "dataset": "folder", "img_size": 16, "kd_model_name": str(run), "coupling_epochs": 1}
     try_recipe(Recipe(**settings))
     with pytest.raises(UserError, match="the teacher tells 7 classes apart, the network 3"):
@@ -197,7 +199,9 @@ def test_a_teacher_that_lies_here_gives_the_number_of_classes_of_made_up_images(
 def test_a_teacher_from_the_hub_is_tried_as_its_config_in_the_cache_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = train(Recipe(**TINY, dataset="synthetic:10x8", output=tmp_path / "run"), reporter=Reporter(quiet=True)).path
+    run = train(
+        Recipe(**TINY, workers=0, dataset="synthetic:10x8", output=tmp_path / "run"), reporter=Reporter(quiet=True)
+    ).path
     (run / "model.safetensors").unlink()  # the weights are not looked at
     monkeypatch.setattr("petra_zoo.training.teachers.try_to_load_from_cache", lambda *_, **__: str(run / "config.json"))
     monkeypatch.setattr(socket.socket, "connect", no_network)
