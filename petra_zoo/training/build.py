@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from petra_zoo.data.labels import number_like
 from petra_zoo.data.loader import ImageLoader, create_loader
 from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
-from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
-from petra_zoo.petra.stage import Loss
+from petra_zoo.petra import Costs, Layout, Optimization, Pipeline, Profile, Wire, World, find_method, measure
+from petra_zoo.petra.part import Loss
+from petra_zoo.reversible import units_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
 from petra_zoo.training.head import arrange_head
@@ -240,13 +242,13 @@ def check_feed(recipe: Recipe, loader: ImageLoader, model: Any, config: dict[str
         ) from error
 
 
-def find_profile(recipe: Recipe, model: Any, config: dict[str, Any], world: World) -> Profile | None:
+def profile_for_run(recipe: Recipe, model: Any, config: dict[str, Any], world: World) -> Profile | None:
     """The measured costs that the partition goes by: read or measured on one rank; None on the others, or to count.
 
     Raises:
         UserError: the file is not a profile, or is another model's.
     """
-    units = len(model.units())
+    units = len(units_of(model))
     if world.rank > 0 or world.replica > 0:  # all go by one: see `share_profile`
         return None
     if recipe.profile is not None:
@@ -282,29 +284,34 @@ def build_pipeline(
     Raises:
         UserError: stages, split or the number of processes do not fit the model.
     """
-    try:
-        return Pipeline(
-            model,
-            None if recipe.split else recipe.stages,
-            split=recipe.split,
-            method=recipe.method,
-            accumulation_steps=recipe.accumulation_steps,
-            optimizer=optimizer_factory(recipe, model),
-            scheduler=scheduler_factory(recipe, batches_per_epoch),
-            loss=loss,
-            autocast=autocast_type(recipe),
-            clip_grad=recipe.clip_grad,
-            last_stage=recipe.last_stage,
-            seed=recipe.seed,
-            input_size=config["input_size"],
-            profile=profile,
-            device_speed=recipe.device_speed,
-            world=world,
-            wire=Wire(*(name and getattr(torch, name) for name in (recipe.wire_up, recipe.wire_down))),
-            timeout=recipe.link_timeout,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    up, down = (getattr(torch, name) if name else None for name in (recipe.wire_up, recipe.wire_down))
+    world = replace(world or World(device=next(model.parameters()).device), wire=Wire(up, down, recipe.link_timeout))
+    method = find_method(recipe.method).with_last_stage(recipe.last_stage)
+    layout = Layout.of(
+        model,
+        recipe.split or recipe.stages,
+        method=method,
+        ranks=world.size,
+        costs=None if profile is None else Costs.measured(profile, method),
+        input_size=config["input_size"],
+        device_speed=recipe.device_speed,
+    )
+    optimization = Optimization(
+        optimizer_factory(recipe, model),
+        scheduler_factory(recipe, batches_per_epoch),
+        recipe.accumulation_steps,
+        recipe.clip_grad,
+    )
+    return Pipeline(
+        model,
+        layout,
+        method=method,
+        optimization=optimization,
+        loss=loss,
+        autocast=autocast_type(recipe),
+        seed=recipe.seed,
+        world=world,
+    )
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -103,8 +103,9 @@ def try_recipe(recipe: Recipe) -> None:
         before = [p.detach().clone() for p in model.parameters()]
         outputs = _train(small, pipeline, train_loader, device)
         _check_training(small, pipeline, before, outputs)
-        images = next(iter(val_loader))[0].to(device, memory_format=memory_format(small))
-        logits = pipeline.evaluate(images)
+        images, labels = next(iter(val_loader))
+        images = images.to(device, memory_format=memory_format(small))
+        ((logits, _),) = pipeline.predict([(images, labels.to(device))])
     if logits.shape != (len(images), model.num_classes) or not logits.isfinite().all():
         raise UserError(f"evaluation gave {list(logits.shape)} logits that are wrong in number, or not finite")
 

@@ -28,10 +28,10 @@ from petra_zoo.training.build import (
     build_pipeline,
     check_feed,
     data_config,
-    find_profile,
     learning_rates,
     memory_format,
     open_data,
+    profile_for_run,
     share_profile,
 )
 from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
@@ -99,7 +99,7 @@ def prepare(recipe: Recipe, name: str, reporter: Reporter, world: World) -> Run:
         return train_data, model, config, loaders
 
     train_data, model, config, loaders = together(world, build)
-    profile = share_profile(together(world, lambda: find_profile(recipe, model, config, world)), world)
+    profile = share_profile(together(world, lambda: profile_for_run(recipe, model, config, world)), world)
 
     def start() -> tuple[Pipeline, RunDirectory | None, CouplingSchedule | None, Distillation | None]:
         if recipe.sync_bn and world.replicas > 1:  # not before: a profile is measured by one process alone
@@ -140,7 +140,8 @@ class Run:
         self.train_loader, self.val_loader = loaders
         self.train_data, self.directory, self.reporter = train_data, directory, reporter
         self.schedule, self.distillation = schedule, distillation
-        self.model, self.world = pipeline.model, pipeline.world
+        self.model: Any = pipeline.model
+        self.world = pipeline.world
         self.device = self.world.device
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
         self.rate = learning_rates(recipe, len(self.train_loader))
@@ -220,7 +221,7 @@ class Run:
             images_fed = self.recipe.batch_size * self.recipe.data_parallel
             done, images_per_second = epoch * batches + i + 1, speed.add(images_fed)
             loss, top1 = meter.recent()
-            fill = f"{self.pipeline.in_flight}/{2 * len(self.pipeline.partition) - 1}"
+            fill = f"{self.pipeline.in_flight}/{2 * len(self.pipeline.layout.stages) - 1}"
             self.reporter.batch(epoch, done, epochs * batches, images_fed, loss, top1, images_per_second, fill)
             if self.pipeline.fed % (self.recipe.log_interval * k) == 0 and loss is not None and self.directory:
                 self.directory.log(
