@@ -36,7 +36,7 @@ def train(
     layout: Any,
     options: dict[str, Any],
     channels_last: bool,
-    wire: Wire = AS_IT_IS,
+    wire: Wire = PLAIN,
 ) -> dict[str, Any]:
     """Trains with dropout and stochastic depth, evaluates with micro-batches in flight, trains on, drains."""
     model = make_model(torch.float32, drop_rate=0.1, drop_path_rate=0.2, coupling=[1.0, 0.5, 0.0, 1.0])
