@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from petra_zoo.planning.performance import Cluster
+from petra_zoo.planning.cluster import Cluster
 from petra_zoo.planning.plan import COLUMNS, draw, make_plan
-from petra_zoo.planning.profiles import find_profile
+from petra_zoo.planning.profiles import profile_of
 from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
 from petra_zoo.strict_json import to_json
 
@@ -40,7 +40,7 @@ def plan(
         parse_seconds(latency, "--latency"),
         None if memory is None else parse_bytes(memory, "--memory"),
     )
-    found = find_profile(model, profile, batch_size=batch_size, input_size=input_size, device=device)
+    found = profile_of(model, profile, batch_size=batch_size, input_size=input_size, device=device)
     if save_profile is not None:
         found.save(save_profile)
     result = make_plan(found, devices, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)

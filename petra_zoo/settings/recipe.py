@@ -1,6 +1,7 @@
 """Everything a recipe can say, with timm's names for what timm has too."""
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -81,7 +82,7 @@ class Recipe(Augmentation):
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
 
-    method: Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"] = "petra"
+    method: str = "petra"
     stages: AtLeastOne = 1
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1
@@ -155,6 +156,18 @@ class Recipe(Augmentation):
         if device is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
             raise ValueError("expected cpu, cuda or cuda:N")
         return device
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_registered(cls, method: str) -> str:
+        from petra_zoo.petra.methods import METHODS  # with torch behind it: only where a recipe names one
+
+        if method not in METHODS:
+            *names, last = map(repr, METHODS)
+            near = get_close_matches(method, METHODS, n=1)
+            nearest = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"expected {', '.join(names)} or {last}{nearest}")
+        return method
 
     @field_validator("opt")
     @classmethod

@@ -1,31 +1,26 @@
-"""The parts of a run, each from the settings of a recipe; `preparation` puts them together."""
+"""What is trained on what: data, model and loaders, each from the settings of a recipe."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from petra_zoo.checkpoints.load import check_image_size, create_model
 from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import number_like
 from petra_zoo.data.loader import ImageLoader, Reading, Sharding, create_loader
-from petra_zoo.data.preprocessing import DataConfig, Preprocessing
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, UnitClassifier
-from petra_zoo.petra import Pipeline, Profile, Wire, World, measure
-from petra_zoo.petra.partition import owners
-from petra_zoo.petra.stage import Loss
+from petra_zoo.petra import World
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
 from petra_zoo.training.head import arrange_head
-from petra_zoo.training.optimization import optimizer_factory, scheduler_factory
 
 
 def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -126,33 +121,6 @@ def build_loaders(
     )
 
 
-def check_ranks(recipe: Recipe, pipeline: Pipeline, processes: int | None = None) -> None:
-    """Refuses numbers of processes over which the stages cannot be spread.
-
-    Args:
-        recipe: the settings.
-        pipeline: of one process.
-        processes: of all replicas together; default: one per replica, or as `device_speed` says.
-
-    Raises:
-        UserError: says how many would do.
-    """
-    speeds, replicas = recipe.device_speed, recipe.data_parallel
-    processes = processes or replicas * len(speeds or [1.0])
-    if processes % replicas:
-        raise UserError(f"data_parallel={replicas} does not divide {processes} processes: launch a multiple of it")
-    ranks = processes // replicas
-    if speeds is not None and len(speeds) != ranks:
-        raise UserError(f"device_speed={speeds} must give one speed for each of {ranks} processes")
-    owners(pipeline.partition, ranks, pipeline.costs, speeds)
-
-
-def autocast_type(recipe: Recipe) -> torch.dtype | None:
-    """What autocast computes in; None without it."""
-    found: torch.dtype | None = getattr(torch, recipe.amp_dtype) if recipe.amp else None
-    return found
-
-
 def check_batches(recipe: Recipe, loader: ImageLoader) -> None:
     """Refuses micro-batches that the data does not fill, or too few for an update.
 
@@ -189,73 +157,6 @@ def check_norms(recipe: Recipe, images: int, model: UnitClassifier, preprocessin
             f"batch_size=1: a norm of {recipe.model} sees one value per channel at this image size and cannot tell "
             "their variance; expected batch_size=2 or more, larger images, or freeze_bn=true"
         ) from error
-
-
-def find_profile(recipe: Recipe, model: Any, config: DataConfig, world: World) -> Profile | None:
-    """The measured costs that the partition goes by: read or measured on one rank; None on the others, or to count.
-
-    Raises:
-        UserError: the file is not a profile, or is another model's.
-    """
-    units = len(model.units())
-    if world.rank > 0 or world.replica > 0:  # all go by one: see `share_profile`
-        return None
-    if recipe.profile is not None:
-        profile = Profile.load(recipe.profile)
-        if len(profile.units) != units:
-            raise UserError(
-                f"{recipe.profile} has {len(profile.units)} units, {recipe.model} has {units}: measure anew"
-            )
-        return profile
-    given = recipe.split is not None or recipe.stages in (1, units)
-    if recipe.balance == "operations" or given or (recipe.balance == "auto" and world.size == 1):
-        return None
-    measured = copy.deepcopy(model).to(world.device)
-    return measure(measured, recipe.batch_size, config["input_size"], autocast=autocast_type(recipe))
-
-
-def share_profile(found: Profile | None, world: World) -> Profile | None:
-    """The profile that one rank found, in every process: all of them must cut the model alike."""
-    return next((profile for profile in world.gather(found) if profile is not None), None)
-
-
-def build_pipeline(
-    recipe: Recipe,
-    model: Any,
-    batches_per_epoch: int,
-    config: DataConfig,
-    world: World | None = None,
-    profile: Profile | None = None,
-    loss: Loss = F.cross_entropy,
-) -> Pipeline:
-    """The engine for a recipe.
-
-    Raises:
-        UserError: stages, split or the number of processes do not fit the model.
-    """
-    try:
-        return Pipeline(
-            model,
-            None if recipe.split else recipe.stages,
-            split=recipe.split,
-            method=recipe.method,
-            accumulation_steps=recipe.accumulation_steps,
-            optimizer=optimizer_factory(recipe, model),
-            scheduler=scheduler_factory(recipe, batches_per_epoch),
-            loss=loss,
-            autocast=autocast_type(recipe),
-            clip_grad=recipe.clip_grad,
-            last_stage=recipe.last_stage,
-            seed=recipe.seed,
-            input_size=config["input_size"],
-            profile=profile,
-            device_speed=recipe.device_speed,
-            world=world,
-            wire=Wire(*(name and getattr(torch, name) for name in (recipe.wire_up, recipe.wire_down))),
-            timeout=recipe.link_timeout,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

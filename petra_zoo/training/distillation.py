@@ -20,7 +20,7 @@ from petra_zoo.data.labels import all_named, classes_of
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier
-from petra_zoo.petra.stage import Loss
+from petra_zoo.petra.part import Loss
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.losses import find_loss
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 
-from petra_zoo.petra.stage import Loss
+from petra_zoo.petra.part import Loss
 from petra_zoo.registry import Registry
 
 LOSSES: Registry[Loss] = Registry("loss", "petra_zoo.losses")

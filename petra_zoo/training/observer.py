@@ -78,7 +78,7 @@ class Observer:
         if self.directory:
             parameters = sum(p.numel() for p in run.model.parameters())  # on the meta device too
             processes = run.world.size * run.world.replicas
-            stages = len(run.pipeline.partition)
+            stages = len(run.pipeline.layout.stages)
             event = StartEvent(self.directory.path, self.epochs, batches, stages, processes, parameters)
             for callback in self.callbacks:
                 callback.on_start(event)
@@ -98,7 +98,7 @@ class Observer:
         images_fed = recipe.batch_size * recipe.data_parallel
         speed = self.speed.add(images_fed)
         loss, top1 = self.meter.recent()
-        fill = f"{pipeline.in_flight}/{2 * len(pipeline.partition) - 1}"
+        fill = f"{pipeline.in_flight}/{2 * len(pipeline.layout.stages) - 1}"
         total = self.epochs * len(self.run.train_loader)
         self.reporter.batch(self.epoch, self.batches_done, total, images_fed, loss, top1, speed, fill)
         if loss is not None and pipeline.fed % (recipe.log_interval * recipe.accumulation_steps) == 0:

@@ -23,17 +23,15 @@ from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
     build_loaders,
     build_model,
-    build_pipeline,
     check_batches,
     check_norms,
-    find_profile,
     memory_format,
     open_data,
     preprocessing_for,
-    share_profile,
 )
 from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
 from petra_zoo.training.distillation import Distillation, build_distillation, load_teacher
+from petra_zoo.training.engine import build_pipeline, profile_for_run, share_profile
 from petra_zoo.training.losses import find_loss
 from petra_zoo.training.ranks import together
 from petra_zoo.training.synchronized_norms import synchronize_statistics
@@ -109,7 +107,7 @@ def prepare(
     """
     world = world or World(device=choose_device(recipe.device))
     parts = together(world, lambda: _build_parts(recipe, data, world))
-    found = together(world, lambda: find_profile(recipe, parts.model, parts.preprocessing.as_dict(), world))
+    found = together(world, lambda: profile_for_run(recipe, parts.model, parts.preprocessing, world))
     profile = share_profile(found, world)
     return together(world, lambda: _assemble(recipe, name, world, parts, profile, teacher_from))
 
@@ -146,7 +144,7 @@ def _assemble(
     teacher = teacher_from(recipe, world.device) if world.first else None
     distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data)
     loss = distillation.loss if distillation else find_loss(recipe.loss)
-    pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing.as_dict(), world, profile, loss)
+    pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing, world, profile, loss)
     return Prepared(
         recipe=recipe,
         name=name,

@@ -39,19 +39,20 @@ class Reporter:
     def start(self, recipe: Recipe, pipeline: Pipeline, batches: int, epochs: int) -> None:
         """Says what is about to run: stages, and how evenly the work is spread where there are several ranks."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps
-        sizes = [len(owned) for owned in pipeline.partition]
-        if recipe.method in ("backprop", "reversible"):
+        layout, sizes = pipeline.layout, pipeline.layout.sizes
+        if not pipeline.method.delayed:
             how = f"{recipe.method} (exact, no delay)"
         else:
             how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
         self.line(f"{recipe.model} on {recipe.dataset}, {how}, {epochs} epochs of {batches} micro-batches")
         if pipeline.world.size > 1:
-            for rank, (stages, share) in enumerate(zip(pipeline.owners, pipeline.loads(), strict=True)):
+            for rank, (stages, share) in enumerate(zip(layout.ranks, layout.loads(), strict=True)):
                 owned = [str(sizes[j]) for j in stages]
                 self.line(
                     f"  rank {rank}  stages {stages[0]} to {stages[-1]}  units {'+'.join(owned)}  load {share:.0%}"
                 )
-            self.line(f"  predicted efficiency {pipeline.efficiency():.0%} of {pipeline.world.size} processes")
+            efficiency = layout.efficiency(pipeline.method.delayed)
+            self.line(f"  predicted efficiency {efficiency:.0%} of {pipeline.world.size} processes")
         if recipe.data_parallel > 1:
             self.line(f"  {recipe.data_parallel} replicas of it")
         if self.console.is_terminal and not self.quiet:

@@ -22,7 +22,8 @@ from petra_zoo.petra import Output, World
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import list_recipes, load_recipe
 from petra_zoo.strict_json import JsonObject
-from petra_zoo.training.build import build_loaders, check_batches, check_norms, check_ranks, open_data
+from petra_zoo.training.build import build_loaders, check_batches, check_norms, open_data
+from petra_zoo.training.engine import check_processes
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Run
@@ -114,7 +115,7 @@ def try_recipe(recipe: Recipe, processes: int | None = None) -> None:
             replicas = replace(prepared.world, replicas=recipe.data_parallel)
             check_batches(whole, build_loaders(whole, *data, prepared.preprocessing, replicas)[0])
         check_norms(recipe, len(data[0]), prepared.model, prepared.preprocessing)
-        check_ranks(recipe, prepared.pipeline, processes)
+        check_processes(recipe, prepared.model, prepared.preprocessing, processes)
         _train(prepared)
         _evaluate(prepared)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Layout, Optimization, Pipeline
 from petra_zoo.training.distillation import Distillation
 from tests.converters.networks import images
 from tests.training.test_coupling_schedule import small
@@ -66,10 +66,9 @@ def test_a_pipeline_distils_a_converted_network_from_its_source() -> None:
     ours.mean, ours.std = ours.teacher.mean_kd, ours.teacher.std_kd
     pipeline = Pipeline(
         model,
-        3,
+        Layout.balanced(model, 3, input_size=(3, 32, 32)),
         loss=ours.loss,
-        optimizer=lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9),
-        input_size=(3, 32, 32),
+        optimization=Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)),
     )
     losses = []
     for step in range(30):

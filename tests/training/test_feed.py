@@ -15,15 +15,14 @@ from petra_zoo.petra import World
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
-    autocast_type,
     build_loaders,
     build_model,
-    build_pipeline,
     check_batches,
     check_norms,
     open_data,
     preprocessing_for,
 )
+from petra_zoo.training.engine import autocast_type, build_pipeline
 from petra_zoo.training.optimization import learning_rates
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import train
@@ -143,7 +142,7 @@ def test_the_logged_learning_rate_is_the_schedules_not_a_scaled_layers(tmp_path:
     rates, plain = (learning_rates(one, 4) for one in (recipe, recipe.model_copy(update={"layer_decay": None})))
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
-    pipeline = build_pipeline(recipe, model, 4, preprocessing_for(recipe, data, model).as_dict())
+    pipeline = build_pipeline(recipe, model, 4, preprocessing_for(recipe, data, model))
     for updates in range(1, 16):
         for stage in pipeline.stages:
             stage.scheduler.step_update(updates)
@@ -159,6 +158,6 @@ def test_autocast_computes_in_the_type_that_the_recipe_says() -> None:
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
     for one, name in ((recipe, "torch.bfloat16"), (other, "torch.float16")):
-        pipeline = build_pipeline(one, model, 4, preprocessing_for(recipe, data, model).as_dict())
+        pipeline = build_pipeline(one, model, 4, preprocessing_for(recipe, data, model))
         assert str(pipeline.settings.autocast) == str(autocast_type(one)) == name
     assert autocast_type(recipe.model_copy(update={"amp": False})) is None

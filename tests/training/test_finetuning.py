@@ -13,7 +13,8 @@ from petra_zoo.checkpoints.load import load_model
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, make_recipe
-from petra_zoo.training.build import build_model, build_pipeline, open_data, preprocessing_for
+from petra_zoo.training.build import build_model, open_data, preprocessing_for
+from petra_zoo.training.engine import build_pipeline
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.run import train
 from tests.cli.test_main import petra_zoo
@@ -66,9 +67,9 @@ def test_images_are_normalised_as_the_checkpoint_is_used_to(tmp_path: Path) -> N
     save(tmp_path / "model")
     for channels in (3, 1):
         recipe, model = build(pretrained=str(tmp_path / "model"), in_chans=channels)
-        config = preprocessing_for(recipe, open_data(recipe)[0], model).as_dict()
-        assert config["mean"] == pytest.approx(DIGITS["mean"][:channels])
-        assert config["std"] == pytest.approx(DIGITS["std"][:channels])
+        config = preprocessing_for(recipe, open_data(recipe)[0], model)
+        assert config.mean == pytest.approx(DIGITS["mean"][:channels])
+        assert config.std == pytest.approx(DIGITS["std"][:channels])
     scratch, model = build()
     data = open_data(scratch)[0]
     assert preprocessing_for(scratch, data, model).mean == data.mean
@@ -165,7 +166,7 @@ def test_freezing_what_does_not_exist_or_everything_is_refused() -> None:
 @pytest.mark.parametrize("sched", ["cosine", "constant"])
 def test_layer_decay_scales_every_layers_learning_rate_in_its_stage(sched: str) -> None:
     recipe, model = build(layer_decay=0.5, lr=0.1, sched=sched)
-    pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, open_data(recipe)[0], model).as_dict())
+    pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, open_data(recipe)[0], model))
     names = {id(p): name for name, p in model.named_parameters()}
     rates: dict[str, float] = {}
     for stage in pipeline.stages:

@@ -13,7 +13,7 @@ from petra_zoo.data.generated_files import write_dataset
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import list_recipes, load_recipe
-from petra_zoo.training import build, preparation
+from petra_zoo.training import engine, preparation
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.recipe_validation import try_recipe, validate_recipes
 from petra_zoo.training.run import train
@@ -64,7 +64,7 @@ def test_two_updates_are_made_at_the_recipes_learning_rate(monkeypatch: pytest.M
     pipelines = []
 
     def record(recipe: Recipe, *args: Any) -> Any:
-        pipelines.append((recipe, build.build_pipeline(recipe, *args)))
+        pipelines.append((recipe, engine.build_pipeline(recipe, *args)))
         return pipelines[-1][1]
 
     monkeypatch.setattr(preparation, "build_pipeline", record)

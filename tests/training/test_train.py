@@ -118,9 +118,9 @@ def test_weight_decay_spares_norms_and_biases_in_every_stage(tmp_path: Path) -> 
     recipe = Recipe(**QUICK, weight_decay=0.1, opt="adamw")
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
-    from petra_zoo.training.build import build_pipeline
+    from petra_zoo.training.engine import build_pipeline
 
-    pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, data, model).as_dict())
+    pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, data, model))
     names = {id(p): name for name, p in model.named_parameters()}
     seen = {}
     for stage in pipeline.stages:
