@@ -8,6 +8,7 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.reversible import advance, as_stream, as_weights, check_range, couple, snap
 
 # They look at a tensor's type or values: torch.fx must not trace into them.
@@ -109,18 +110,18 @@ def couple_block(block: nn.Module) -> nn.Module:
     """Turns timm's BasicBlock or Bottleneck into its coupled form, in place; parameters and names stay.
 
     Raises:
-        ValueError: the block is of another class, or its activation has parameters.
+        UserError: the block is of another class, or its activation has parameters.
     """
     coupled = COUPLED_BLOCKS.get(type(block))
     if coupled is None:
-        raise ValueError(
+        raise UserError(
             f"{type(block).__name__} has no coupled form: only timm's BasicBlock and Bottleneck, exactly, do "
             "(resnet, resnext, wide_resnet, seresnet, ecaresnet and their stems)"
         )
     block.__class__ = coupled
     act: Any = block.act2 if isinstance(block, BasicBlock) else block.act3
     if next(act.parameters(), None) is not None:
-        raise ValueError(f"an activation with parameters ({type(act).__name__}) has no coupled form: use relu or silu")
+        raise UserError(f"an activation with parameters ({type(act).__name__}) has no coupled form: use relu or silu")
     if hasattr(act, "inplace"):
         act.inplace = False  # its argument lives on as a stream
     return block

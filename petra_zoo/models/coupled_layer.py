@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock, couple_block, is_zero
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.reversible import (
@@ -340,10 +341,10 @@ def check_coupling(g: float) -> float:
     """Returns g.
 
     Raises:
-        ValueError: g is not a multiple of 1/256 in [0, 1].
+        UserError: g is not a multiple of 1/256 in [0, 1].
     """
     if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
-        raise ValueError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
+        raise UserError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
     return float(g)
 
 

@@ -19,6 +19,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.layer_arguments import from_words
@@ -79,10 +80,10 @@ class PetraRevNet(MemoryModes, ResNet):
         """A coupled copy of a timm ResNet; with coupling 0 it computes the same to the bit.
 
         Raises:
-            ValueError: a block is neither BasicBlock nor Bottleneck, exactly.
+            UserError: a block is neither BasicBlock nor Bottleneck, exactly.
         """
         if type(source) is not ResNet:
-            raise ValueError(f"expected a timm ResNet, got {type(source).__name__}")
+            raise UserError(f"expected a timm ResNet, got {type(source).__name__}")
         model: Any = copy.deepcopy(source)
         model.__class__ = cls
         model._couple(coupling, anchor_every, 0.0)

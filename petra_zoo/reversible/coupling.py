@@ -20,6 +20,8 @@ import math
 import torch
 from torch import Tensor
 
+from petra_zoo.errors import UserError
+
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
 
 
@@ -113,14 +115,14 @@ def check_range(x: Tensor, grid: float) -> None:
     exported and vectorised networks are not inverted, and not checked.
 
     Raises:
-        ValueError: a value is too large.
+        UserError: a value is too large.
     """
     if not readable(x):
         return
     limit = grid * 2.0 ** (24 if x.dtype == torch.float32 else 53)
     largest = x.detach().abs().max() if x.numel() else x.new_zeros(())
     if not bool(largest < limit):
-        raise ValueError(
+        raise UserError(
             f"exact inversion needs |stream| < {limit:g} (grid {grid:g} in {x.dtype}), found {largest.item():g}: "
             "use a coarser grid (a smaller exact_bits) or exact=False"
         )
