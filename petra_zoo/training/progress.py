@@ -9,7 +9,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.evaluation.scores import Scores
 from petra_zoo.petra import Pipeline
 from petra_zoo.settings.recipe import Recipe
 
@@ -72,7 +72,7 @@ class Reporter:
             shown = f"loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {seconds:.0f} s left"
             self.line(f"epoch {epoch + 1}  {done}/{total}  {shown}")
 
-    def epoch(self, epoch: int, train_loss: float | None, result: Evaluation, seconds: float) -> None:
+    def epoch(self, epoch: int, train_loss: float | None, result: Scores, seconds: float) -> None:
         """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
         shown = "pipeline filling" if train_loss is None else f"train loss {train_loss:.4f}"
         self.line(

@@ -18,7 +18,7 @@ from torch import Tensor
 from petra_zoo.data.datasets import ImageDataset
 from petra_zoo.data.loader import ImageLoader
 from petra_zoo.errors import Failure
-from petra_zoo.evaluation.scores import Evaluation, score
+from petra_zoo.evaluation.scores import Scores, score
 from petra_zoo.files import check_free
 from petra_zoo.petra import NotFiniteError, Output, Pipeline, World, first_not_finite, leave
 from petra_zoo.settings.recipe import Recipe
@@ -58,7 +58,7 @@ class Result:
     """
 
     path: Path
-    evaluation: Evaluation
+    evaluation: Scores
     training_seconds: float
     interrupted: bool = False
     bad_images: int = 0
@@ -152,7 +152,7 @@ class Run:
         epochs = self.recipe.epochs + self.recipe.cooldown_epochs
         if self.recipe.warmup_prefix:
             epochs += self.recipe.warmup_epochs
-        evaluation: Evaluation | None = None
+        evaluation: Scores | None = None
         interrupted = False
         with self.reporter:
             self.reporter.start(self.recipe, self.pipeline, len(self.train_loader), epochs)
@@ -263,7 +263,7 @@ class Run:
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         meter.add(float(output.loss), int((output.logits.argmax(1) == hard).sum()), len(hard))
 
-    def validate_and_save(self, epoch: int | None, train_loss: float | None) -> Evaluation | None:
+    def validate_and_save(self, epoch: int | None, train_loss: float | None) -> Scores | None:
         """Evaluates the model (its moving average, where there is one), logs, and saves it.
 
         Through the pipeline of the first replica: what is in flight stays where it is.
@@ -279,7 +279,7 @@ class Run:
         with held(self.world):
             return self.validate(model, epoch, train_loss) if self.world.replica == 0 else None
 
-    def validate(self, model: Any, epoch: int | None, train_loss: float | None) -> Evaluation | None:
+    def validate(self, model: Any, epoch: int | None, train_loss: float | None) -> Scores | None:
         """`validate_and_save` in the first replica."""
         started = time.perf_counter()
         model.eval()
