@@ -20,15 +20,15 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer, PetraRevNet
 from petra_zoo.models.branch_scaling import scale_branches
 from petra_zoo.models.petra_revnet import LAYERS
+from petra_zoo.models.resnet_weights import SHORT_RUN
 from petra_zoo.reversible import CoupledUnit, Streams, untouched
 
 Purpose = Literal["one-device", "petra"]
 CANDIDATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-SHORT_RUN = 2  # blocks; on one device such a run saves nothing over recomputing each block from its input
 
 
 @dataclass(frozen=True)
-class Run:
+class CoupledRun:
     """A run of reversible blocks and how well it can be inverted.
 
     Attributes:
@@ -61,7 +61,7 @@ def couple_layers(
     coupling: Sequence[float | Literal["auto"]],
     purpose: Purpose,
     tolerance: float,
-) -> list[Run]:
+) -> list[CoupledRun]:
     """Gives every layer of an unconverted model its coupling, anchors and scaled branches, in place.
 
     Per layer the first candidate whose error stays within `tolerance` without anchors is taken; where none does, the
@@ -93,7 +93,7 @@ def couple_layers(
     return runs
 
 
-def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[Run]:
+def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[CoupledRun]:
     """Anchors every run anew, as widely as `tolerance` allows (not at all where it can), its coupling as it is.
 
     For a model whose statistics have changed since its couplings were chosen. Anchors do not change its function.
@@ -112,21 +112,21 @@ def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[
     return runs
 
 
-def measure(model: PetraRevNet, images: Tensor) -> list[Run]:
+def measure_runs(model: PetraRevNet, images: Tensor) -> list[CoupledRun]:
     """The runs of a converted model with their reconstruction error on images [B, C, H, W]."""
     runs = []
     inputs = _stem(model, images)
     for name in LAYERS:
         layer: CoupledLayer = getattr(model, name)
         error = _Trial(layer, inputs).error(layer.anchor_every)
-        runs.append(Run(name, len(layer.in_run()), layer.g(), layer.anchor_every, error))
+        runs.append(CoupledRun(name, len(layer.in_run()), layer.g(), layer.anchor_every, error))
         inputs = _behind(name, layer, inputs)
     return runs
 
 
 def _choose(
     name: str, layer: CoupledLayer, inputs: list[Tensor], couplings: Sequence[float], tolerance: float
-) -> tuple[CoupledLayer, Run]:
+) -> tuple[CoupledLayer, CoupledRun]:
     blocks = len(layer.in_run())
     for g in couplings:
         coupled = copy.deepcopy(layer)
@@ -137,18 +137,18 @@ def _choose(
         trial = _Trial(coupled, inputs)
         error = trial.error(0, tolerance)
         if error <= tolerance:
-            return coupled, Run(name, blocks, g, 0, error)
+            return coupled, CoupledRun(name, blocks, g, 0, error)
     return coupled, _anchor(name, coupled, trial, tolerance)
 
 
-def _anchor(name: str, layer: CoupledLayer, trial: _Trial, tolerance: float) -> Run:
+def _anchor(name: str, layer: CoupledLayer, trial: _Trial, tolerance: float) -> CoupledRun:
     blocks = len(layer.in_run())
     for anchor_every in (0, *reversed(range(1, blocks))):
         error = trial.error(anchor_every, tolerance)
         if error <= tolerance:
             break
     layer.anchor_every = anchor_every
-    return Run(name, blocks, layer.g(), anchor_every, error)
+    return CoupledRun(name, blocks, layer.g(), anchor_every, error)
 
 
 class _Trial:

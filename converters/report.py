@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petra_zoo.converters.calibration import image_batches
-from petra_zoo.converters.choose import Run, measure
+from petra_zoo.converters.choose import CoupledRun, measure_runs
 from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
+from petra_zoo.strict_json import JsonObject
 
 MEASURED_IMAGES = 16  # of the first batch, for the reconstruction error
 
@@ -39,14 +39,14 @@ class Fidelity:
     kl: float
     source_top1: float | None
     converted_top1: float | None
-    runs: list[Run]
+    runs: list[CoupledRun]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return asdict(self)
 
 
-def compare(
+def measure_fidelity(
     source: nn.Module, converted: PetraRevNet, batches: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]]
 ) -> Fidelity:
     """Compares a converted network with its source.
@@ -62,12 +62,12 @@ def compare(
     """
     like = next(converted.parameters())
     sums = dict.fromkeys(("images", "labelled", "agree", "error", "kl", "source", "converted"), 0.0)
-    runs: list[Run] = []
+    runs: list[CoupledRun] = []
     with torch.no_grad(), batch_statistics(source, False), batch_statistics(converted, False):
         for batch in image_batches(batches) if isinstance(batches, Tensor) else batches:
             images, labels = (batch, None) if isinstance(batch, Tensor) else batch
             images = images.to(like.device, like.dtype)
-            runs = runs or measure(converted, images[:MEASURED_IMAGES])
+            runs = runs or measure_runs(converted, images[:MEASURED_IMAGES])
             expected, found = source(images).double(), converted(images).double()
             sums["images"] += len(images)
             sums["agree"] += float((expected.argmax(1) == found.argmax(1)).sum())

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from petra_zoo.checkpoints.public import public_dataset, public_source
 from petra_zoo.converters.report import Fidelity
 from petra_zoo.errors import UserError
 from petra_zoo.models.training_memory import StepBytes
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import JsonObject, to_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion cost and what it saves.
 
     Attributes:
@@ -27,7 +30,7 @@ class Report:
         tolerance: the largest reconstruction error that was allowed.
         fidelity: the comparison.
         input_size: (C, H, W) that memory was measured with.
-        memory: activations per image of source, checkpointed source and converted network; see `activation_memory`.
+        memory: activations per image of source, checkpointed source and converted network; see `conversion_memory`.
     """
 
     source: str
@@ -38,7 +41,7 @@ class Report:
     input_size: tuple[int, int, int]
     memory: dict[str, StepBytes]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON: one object, the comparison's numbers at its top level."""
         own = {name: getattr(self, name) for name in ("source", "output", "dataset", "tolerance", "input_size")}
         memory = {name: found._asdict() for name, found in self.memory.items()}
@@ -75,7 +78,7 @@ class Report:
         ]
         return "\n".join(lines) + "\n"
 
-    def draw(self) -> Any:
+    def draw(self) -> Figure:
         """The picture, a matplotlib figure: predictions, reconstruction errors and memory side by side."""
         figure_class = _matplotlib()
         figure = figure_class(figsize=(11, 3.4), layout="constrained")
@@ -125,7 +128,7 @@ def check_report(path: Path) -> None:
         _matplotlib()
 
 
-def write_report(report: Report, path: Path) -> list[Path]:
+def write_report(report: ConversionReport, path: Path) -> list[Path]:
     """Writes one file, or fidelity.json, fidelity.md and fidelity.png into a directory.
 
     Returns:
@@ -149,26 +152,26 @@ def _files(path: Path) -> list[Path]:
     return [path] if alone else [path / f"fidelity{suffix}" for suffix in _WRITERS]
 
 
-def _write_json(report: Report, path: Path) -> None:
+def _write_json(report: ConversionReport, path: Path) -> None:
     path.write_text(to_json(report.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def _write_markdown(report: Report, path: Path) -> None:
+def _write_markdown(report: ConversionReport, path: Path) -> None:
     path.write_text(report.as_markdown(), encoding="utf-8")
 
 
-def _write_picture(report: Report, path: Path) -> None:
+def _write_picture(report: ConversionReport, path: Path) -> None:
     report.draw().savefig(path, dpi=120)
 
 
-_WRITERS: dict[str, Callable[[Report, Path], None]] = {
+_WRITERS: dict[str, Callable[[ConversionReport, Path], None]] = {
     ".json": _write_json,
     ".md": _write_markdown,
     ".png": _write_picture,
 }
 
 
-def _matplotlib() -> Any:
+def _matplotlib() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.catalog import Facts, Reference, look_up
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import JsonObject, to_json
 
 MIB = 2**20
 COLUMNS = (
@@ -29,7 +28,7 @@ COLUMNS = (
 )
 TITLE = b"<title>petra-zoo: the networks</title>"  # as in page.html
 ELSEWHERE = "published with the source"
-Cell = tuple[Any, str]  # what a column is sorted by, and what is shown
+Cell = tuple[float | str, str]  # what a column is sorted by, and what is shown
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def write_page(names: Iterable[str], folder: Path) -> Path:
     path = folder / "index.html"
     if path.exists() and (not path.is_file() or TITLE not in path.read_bytes()):
         raise UserError(f"{path} exists already and is no page of petra-zoo: choose another directory, or move it away")
-    text = page([entry(name) for name in names])
+    text = render_page([entry(name) for name in names])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".page-") as scratch:
@@ -79,7 +78,7 @@ def write_page(names: Iterable[str], folder: Path) -> Path:
     return path
 
 
-def page(entries: Sequence[Entry]) -> str:
+def render_page(entries: Sequence[Entry]) -> str:
     """The page's HTML."""
     rows = [_cells(one) for one in entries]
     used = [i for i in range(len(COLUMNS)) if any(row[i][0] != "" for row in rows)]
@@ -93,8 +92,8 @@ def page(entries: Sequence[Entry]) -> str:
     return template
 
 
-def _facts(one: Entry) -> dict[str, Any]:
-    def common(facts: Facts) -> dict[str, Any]:
+def _facts(one: Entry) -> JsonObject:
+    def common(facts: Facts) -> JsonObject:
         return {
             "name": facts.network.name,
             "parameters": facts.network.parameters,

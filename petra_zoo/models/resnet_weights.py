@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from petra_zoo.models.petra_revnet import PetraRevNet
 
 COUPLING = 1 / 8
-SHORT_RUN = 2  # blocks
+SHORT_RUN = 2  # blocks; on one device such a run saves nothing over recomputing each block from its input
 _BITS_LOST, _LONGEST = 13, 6  # between two anchors: log2(1 + 1/g) per block, and how many blocks
 
 
