@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible.coupling import advance, check_range, couple, snap, uncouple
+from petra_zoo.reversible.coupling import coupled, step_of, uncouple
 from petra_zoo.reversible.state import ModuleState
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
 Streams = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
@@ -152,7 +153,7 @@ class CoupledUnit(Unit):
         coupling: reads g.
         starts: whether the block starts its run, that is, takes one stream.
         anchor: see `Unit`.
-        grid: > 0 rounds every step to multiples of it (exact inversion; the streams that enter must lie on it).
+        streams: their type; on a grid, the streams that enter must lie on it (exact inversion).
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class CoupledUnit(Unit):
         coupling: Callable[[], float],
         starts: bool = False,
         anchor: bool = False,
-        grid: float = 0.0,
+        streams: StreamType = FLOAT_STREAMS,
     ) -> None:
         super().__init__(name, anchor)
         self.block = block
@@ -173,7 +174,7 @@ class CoupledUnit(Unit):
         self.activate = activate
         self.coupling = coupling
         self.starts = starts
-        self.grid = grid
+        self.streams = streams
 
     @property
     def reversible(self) -> bool:
@@ -182,18 +183,13 @@ class CoupledUnit(Unit):
     def forward(self, *streams: Tensor) -> Streams:
         g = self.coupling()
         b = streams[0]
-        if self.starts or g == 0.0:
-            b_out = self._step(b, 0.0)
-        else:
-            b_out = couple(self._step(b, g), streams[1], g)
-            if self.grid:
-                check_range(b_out, self.grid)
+        h = self.activate(b)
+        a = None if self.starts or g == 0.0 else streams[1]
+        b_out = coupled(h, self._branch_of(h), a, g, self.streams)
         return (b_out, b) if g > 0.0 else (b_out,)
 
-    def _step(self, b: Tensor, g: float) -> Tensor:
-        h = self.activate(b)
-        step = advance(h, self.branch(as_weights(h, self.block)), g)
-        return snap(step, self.grid) if self.grid else step
+    def _branch_of(self, h: Tensor) -> Tensor:
+        return self.branch(self.streams.for_branch(h, self.block))
 
     def reverse(
         self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
@@ -209,7 +205,8 @@ class CoupledUnit(Unit):
         b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
         with self.untouched():  # as in `recompute`
             with torch.enable_grad():
-                step = self._step(b, 0.0 if self.starts else g)
+                h = self.activate(b)
+                step = step_of(h, self._branch_of(h), 0.0 if self.starts else g, self.streams)
             d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
         if d_a_out is not None:
             d_b = d_a_out if d_b is None else d_b + d_a_out
@@ -218,15 +215,6 @@ class CoupledUnit(Unit):
         a = uncouple(b_out, step.detach(), g)
         d_a = None if d_b_out is None else (d_b_out if g == 1.0 else g * d_b_out)
         return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
-
-
-def as_weights(x: Tensor, module: nn.Module) -> Tensor:
-    """x in the type of a module's weights, whatever wraps them; as it is where there are none."""
-    weight: Tensor | None = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weight is None:  # none, or all of them plain attributes, as in DataParallel's replicas
-        attributes = (value for m in module.modules() for value in vars(m).values())
-        weight = next((x for x in attributes if isinstance(x, Tensor) and x.is_floating_point()), None)
-    return x if weight is None else x.to(weight.dtype)
 
 
 def gradients_of(outputs: Streams, output_gradients: Gradients, wanted: Sequence[Tensor]) -> Gradients:
