@@ -1,10 +1,10 @@
 """Installed as petra_zoo.converters: from trained networks to reversible ones."""
 
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.choose import CoupledRun
 from petra_zoo.converters.conversion import convert
+from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
+from petra_zoo.converters.reconstruction import CoupledRun
 from petra_zoo.converters.reestimation import re_estimate
-from petra_zoo.converters.report import Fidelity, measure_fidelity
 from petra_zoo.converters.save import save_converted
 from petra_zoo.converters.source import load_source
 

@@ -1,4 +1,4 @@
-"""Images to calibrate and to compare on: given as tensors, or a random part of a data set, prepared for the network."""
+"""Images to calibrate, measure and compare on: tensors at hand, noise, or a random part of a data set, prepared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from petra_zoo.data.datasets import ImageDataset, Split, open_dataset
@@ -15,11 +17,11 @@ from petra_zoo.data.evaluation_batches import validation_loader
 from petra_zoo.data.loader import ImageLoader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier, config_of
 from petra_zoo.settings.types import BadImagePolicy
 
 BATCH_SIZE = 64
-
-
+NOISE_IMAGES, NOISE_SIZE = 8, 64
 Batches = Tensor | Iterable[Tensor | Sequence[Tensor]]
 
 
@@ -42,6 +44,14 @@ def image_batches(images: Batches) -> Iterator[Tensor]:
             raise UserError(f"expected images [B, C, H, W], or batches of them, but got {found}")
         if len(batch):
             yield batch
+
+
+def noise(model: ResNet | Classifier) -> Tensor:
+    """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
+    _, *size = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
+    height, width = (min(NOISE_SIZE, n) for n in size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
 
 
 @dataclass(frozen=True)

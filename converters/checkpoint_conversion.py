@@ -12,13 +12,13 @@ from timm.models.resnet import ResNet
 
 from petra_zoo.checkpoints.load import check_image_size, load_model
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.calibration import CalibrationImages, open_images
+from petra_zoo.converters.calibration import CalibrationImages, noise, open_images
 from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.choose import CoupledRun, measure_runs
-from petra_zoo.converters.conversion import TOLERANCE, ConversionOptions, convert, noise
+from petra_zoo.converters.conversion import TOLERANCE, ConversionOptions, convert
+from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
 from petra_zoo.converters.memory_report import conversion_memory
-from petra_zoo.converters.report import Fidelity, measure_fidelity
-from petra_zoo.converters.report_files import ConversionReport, check_report, write_report
+from petra_zoo.converters.reconstruction import CoupledRun, measure_runs
+from petra_zoo.converters.report import ConversionReport, check_report, write_report
 from petra_zoo.converters.save import check_output, save_converted, save_for_timm
 from petra_zoo.converters.source import load_source
 from petra_zoo.data.preprocessing import Preprocessing

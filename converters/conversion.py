@@ -6,25 +6,21 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Literal, TypedDict
 
-import torch
 from timm.models.resnet import ResNet
-from torch import Tensor
 
-from petra_zoo.converters.calibration import Batches, image_batches
+from petra_zoo.converters.calibration import Batches, image_batches, noise
 from petra_zoo.converters.checks import check_source
 from petra_zoo.converters.choose import Purpose, anchor_layers, couple_layers
 from petra_zoo.converters.identity import take_identity
+from petra_zoo.converters.reconstruction import MEASURED_IMAGES
 from petra_zoo.converters.reestimation import re_estimate
-from petra_zoo.converters.report import MEASURED_IMAGES
 from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
-from petra_zoo.models.classifier import Classifier, config_of
 from petra_zoo.models.coupled_layer import check_coupling
 from petra_zoo.models.petra_revnet import LAYERS
 
 EXACT_BITS = 12  # PetraRevNet's default grid
-NOISE_IMAGES, NOISE_SIZE = 8, 64
 TOLERANCE = 1e-4  # relative error of a reconstructed input
 
 
@@ -98,14 +94,6 @@ def convert(
         anchor_layers(model, images, tolerance)  # other statistics, other errors
     take_identity(model, {"exact": True} if exact else {})
     return model
-
-
-def noise(model: ResNet | Classifier) -> Tensor:
-    """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
-    _, *size = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
-    height, width = (min(NOISE_SIZE, n) for n in size)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
 
 
 def _per_layer(coupling: Literal["auto"] | float | Sequence[float]) -> list[float | Literal["auto"]]:

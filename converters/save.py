@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from timm.models.resnet import ResNet
 
+from petra_zoo.converters.calibration import noise
 from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.conversion import noise
 from petra_zoo.errors import UserError
 from petra_zoo.files import apply_umask, check_free
 from petra_zoo.models import PetraRevNet
@@ -63,6 +63,8 @@ def save_for_timm(model: ResNet, output: Path) -> None:
                 if not torch.equal(loaded(images), saved(images)):
                     raise UserError(f"timm rebuilds another network than the converted one as {architecture}")
             os.replace(new, output)
+    except UserError:
+        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot write {output}: {reason}; nothing was left there") from error

@@ -29,9 +29,9 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from petra_zoo.converters import convert, measure_fidelity
-from petra_zoo.converters.choose import measure_runs
-from petra_zoo.converters.conversion import noise
+from petra_zoo.converters.calibration import noise
 from petra_zoo.converters.memory_report import conversion_memory
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.data.loader import create_loader
 from petra_zoo.settings.augmentation import Augmentation

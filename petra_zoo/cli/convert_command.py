@@ -10,7 +10,7 @@ import typer
 
 from petra_zoo.converters.calibration import CalibrationImages
 from petra_zoo.converters.checkpoint_conversion import Conversion, convert_back, convert_checkpoint, count_blocks
-from petra_zoo.converters.choose import CoupledRun
+from petra_zoo.converters.reconstruction import CoupledRun
 from petra_zoo.errors import UserError
 from petra_zoo.hub import push as publish
 from petra_zoo.strict_json import to_json

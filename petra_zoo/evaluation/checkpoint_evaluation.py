@@ -29,7 +29,7 @@ from petra_zoo.strict_json import JsonObject
 
 # timm's results files (validate.py --results-file), and the memory that timm does not tell
 TIMM_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
-COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
+CSV_COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class EvaluationReport:
             self.preprocessing.interpolation,
             round(self.peak_memory / 2**20, 2),
         )
-        return dict(zip(COLUMNS, values, strict=True))
+        return dict(zip(CSV_COLUMNS, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def write_results(path: Path, reports: list[EvaluationReport]) -> None:
     """
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, CSV_COLUMNS)
             writer.writeheader()
             writer.writerows(report.as_row() for report in reports)
     except OSError as error:

@@ -21,7 +21,7 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 
 Format = Literal["onnx", "torch-export"]
-TOLERANCE = 1e-4  # of the largest logit: float32 in another order of operations stays well below
+_ROUNDING = 1e-4  # of the largest logit: float32 in another order of operations stays well below
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def export_model(
             run = _run_onnx if format == "onnx" else _run_program
             with _quiet():
                 error = max(_difference(y, run(new, x)) for x, y in zip(trials, expected, strict=True))
-            if not error <= TOLERANCE:  # also where it is nan
+            if not error <= _ROUNDING:  # also where it is nan
                 raise UserError(
                     f"the {format} file of {source} differs from the model by {error:.1e} of the largest logit "
-                    f"(at most {TOLERANCE:.0e} is rounding): {output} was not written"
+                    f"(at most {_ROUNDING:.0e} is rounding): {output} was not written"
                 )
             os.replace(new, output)
     except OSError as problem:

@@ -26,7 +26,7 @@ METRICS: dict[Literal["top1", "top5"], tuple[str, str]] = {
 }
 
 
-class Result(TypedDict):
+class _Row(TypedDict):
     """A row of the card's table of results."""
 
     dataset: str
@@ -132,14 +132,14 @@ def can_draw() -> bool:
     return True
 
 
-def _results(measured: Measured) -> list[Result]:
+def _results(measured: Measured) -> list[_Row]:
     dataset, n = measured["dataset"], measured["images"]
     rows = [
-        Result(dataset=dataset, images=n, metric=name, value=measured[key], interval=wilson(measured[key], n))
+        _Row(dataset=dataset, images=n, metric=name, value=measured[key], interval=wilson(measured[key], n))
         for key, (_, name) in METRICS.items()
         if key in measured
     ]
-    loss = Result(dataset=dataset, images=n, metric="cross-entropy", value=measured["loss"], interval=None)
+    loss = _Row(dataset=dataset, images=n, metric="cross-entropy", value=measured["loss"], interval=None)
     return [*rows, loss]
 
 

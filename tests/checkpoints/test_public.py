@@ -8,7 +8,7 @@ import yaml
 
 from petra_zoo.checkpoints.public import public_dataset, public_source, without_places
 from petra_zoo.converters import CoupledRun, Fidelity
-from petra_zoo.converters.report_files import ConversionReport, write_report
+from petra_zoo.converters.report import ConversionReport, write_report
 from petra_zoo.hub.card import hub_id
 from petra_zoo.hub.checkpoint import read_checkpoint
 from petra_zoo.hub.repository import Files, read, repository_files

@@ -10,8 +10,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from petra_zoo.converters import convert, save_converted
-from petra_zoo.converters.choose import measure_runs
-from petra_zoo.converters.conversion import noise
+from petra_zoo.converters.calibration import noise
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.branch_scaling import scale_branches

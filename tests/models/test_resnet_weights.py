@@ -14,8 +14,8 @@ from timm.models.resnet import ResNet
 from torch import Tensor
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
-from petra_zoo.converters.choose import measure_runs
-from petra_zoo.converters.conversion import noise
+from petra_zoo.converters.calibration import noise
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.resnet_weights import run_anchors, run_coupling
 from tests.converters.networks import source

@@ -10,7 +10,7 @@ from timm.models import save_for_hf
 
 from petra_zoo.converters import CoupledRun, Fidelity
 from petra_zoo.converters.memory_report import conversion_memory
-from petra_zoo.converters.report_files import ConversionReport, check_report, write_report
+from petra_zoo.converters.report import ConversionReport, check_report, write_report
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.training_memory import StepBytes
