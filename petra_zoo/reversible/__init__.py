@@ -12,7 +12,8 @@ from petra_zoo.reversible.coupling import (
     uncouple,
 )
 from petra_zoo.reversible.live_bytes import LiveBytes
-from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
+from petra_zoo.reversible.plain_path import needs_plain_path
+from petra_zoo.reversible.random_draws import may_draw
 from petra_zoo.reversible.readable import readable
 from petra_zoo.reversible.state import untouched
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
@@ -49,7 +50,7 @@ __all__ = [
     "couple",
     "coupled",
     "gradients_of",
-    "has_hooks",
+    "may_draw",
     "merge",
     "nearest_coupling",
     "needs_plain_path",
