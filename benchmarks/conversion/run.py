@@ -25,13 +25,13 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from petra_zoo.converters import compare, convert
-from petra_zoo.converters.choose import measure
-from petra_zoo.converters.conversion import noise
-from petra_zoo.converters.memory_report import activation_memory
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from petra_zoo.converters import convert, measure_fidelity
+from petra_zoo.converters.calibration import noise
+from petra_zoo.converters.memory_report import conversion_memory
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.data.loader import create_loader
 from petra_zoo.data.preprocessing import Preprocessing
@@ -73,10 +73,10 @@ def convert_depth(depth: int) -> list[dict[str, Any]]:
     for purpose in PURPOSES:
         model = convert(source, purpose=purpose, tolerance=TOLERANCE)
         runs = []
-        for run in measure(model, noise(model)):
+        for run in measure_runs(model, noise(model)):
             inverted = run.anchor_every or run.blocks
             runs.append(vars(run) | {"predicted_error": 6e-8 * run.g**-inverted if run.g and inverted else 0.0})
-        memory = activation_memory(source, model, (3, 224, 224))
+        memory = conversion_memory(source, model, (3, 224, 224))
         sizes = {name: use._asdict() for name, use in memory.items()}
         rows.append({"model": f"resnet{depth}", "purpose": purpose, "runs": runs, "bytes_per_image": sizes})
     return rows
@@ -137,7 +137,7 @@ def fidelity(name: str, seed: int) -> list[dict[str, Any]]:
                 tolerance=TOLERANCE,
                 calibration=calibration if estimated else None,
             )
-            found = compare(source, model, validation)
+            found = measure_fidelity(source, model, validation)
             rows.append(
                 {"dataset": name, "seed": seed, "coupling": coupling, "statistics_estimated": estimated}
                 | {key: value for key, value in found.as_dict().items() if key != "runs"}

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from petra_zoo.converters.calibration import CalibrationImages
 from petra_zoo.converters.checkpoint_conversion import Conversion, convert_back, convert_checkpoint, count_blocks
-from petra_zoo.converters.choose import Run
+from petra_zoo.converters.reconstruction import CoupledRun
 from petra_zoo.errors import UserError
 from petra_zoo.hub import push as publish
 from petra_zoo.strict_json import to_json
@@ -66,9 +67,7 @@ def convert(
         coupling="auto" if coupling == "auto" else _numbers(coupling),
         purpose=purpose,
         tolerance=tolerance,
-        dataset=calibrate,
-        data_dir=data_dir,
-        calibration_images=calibration_images,
+        images=CalibrationImages(calibrate, data_dir, calibration_images) if calibrate else None,
         report=report,
         exact=exact,
     )
@@ -96,15 +95,16 @@ def convert(
     typer.echo(f"next: python -i -c {shlex.quote(code)}")
 
 
-def _line(run: Run, done: Conversion) -> str:
+def _line(run: CoupledRun, done: Conversion) -> str:
     if not run.g:
         return f"not reversible (coupling 0): {done.why_not(run)}"
     anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
     return f"{count_blocks(run.blocks)} reversible, coupling {run.g:g}{anchors}, reconstruction error {run.error:.1e}"
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str) -> float | list[float]:
     try:
-        return [float(word) for word in text.split(",")]
+        numbers = [float(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"--coupling {text}: expected auto, one number, or four (one per layer)") from None
+    return numbers if len(numbers) > 1 else numbers[0]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from petra_zoo.evaluation.checkpoint_evaluation import Report, evaluate_checkpoints
+from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, EvaluationReport, evaluate_checkpoints
 from petra_zoo.evaluation.comparison import Comparison, compare
 from petra_zoo.strict_json import Json, to_json
 
@@ -40,21 +40,19 @@ def evaluate(
     """Evaluate trained models: top-1, top-5, loss, memory, and the classes they mistake most."""
     if compared and len(sources) != 2:
         raise typer.BadParameter(f"--compare takes two models, not {len(sources)}")
-    reports = []
-    for report in evaluate_checkpoints(
-        sources,
-        dataset,
-        results_file=results_file,
-        data_dir=data_dir,
+    options = EvaluationOptions(
         batch_size=batch_size,
+        retry=retry,
         workers=workers,
         device=device,
         amp=amp,
         on_bad_image=on_bad_image,
-        retry=retry,
         use_train_size=use_train_size,
         fingerprints=compared,
-        cache_dir=cache_dir,
+    )
+    reports = []
+    for report in evaluate_checkpoints(
+        sources, dataset, results_file=results_file, data_dir=data_dir, cache_dir=cache_dir, options=options
     ):
         reports.append(report)
         if not as_json:
@@ -70,7 +68,7 @@ def evaluate(
         _show_comparison(comparison)
 
 
-def _show(report: Report) -> None:
+def _show(report: EvaluationReport) -> None:
     result = report.evaluation
     of_all = f" of {result.images + report.bad_images}" if report.bad_images else ""
     typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images")

@@ -69,7 +69,7 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None
         arrange_head(model, train.class_names)
     check_image_size(model, recipe.model, image_size(recipe, train, model))
     freeze(recipe, model)
-    return model.to(device or choose_device(recipe.device), memory_format=memory_format(recipe))
+    return model.to(device or choose_device(recipe.device)).to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:

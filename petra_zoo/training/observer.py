@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from petra_zoo.errors import Failure
-from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.evaluation.scores import Scores
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import Output
 from petra_zoo.training.callbacks import Callback, EndEvent, LogEvent, StartEvent, ValidationEvent
@@ -117,7 +117,7 @@ class Observer:
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         self.meter.add(float(output.loss), int((output.logits.argmax(1) == hard).sum()), len(hard))
 
-    def validated(self, scores: Evaluation, whole: Classifier, seconds: float, ended: bool = True) -> None:
+    def validated(self, scores: Scores, whole: Classifier, seconds: float, ended: bool = True) -> None:
         """Saves a model that was validated.
 
         Args:
@@ -162,7 +162,7 @@ class Observer:
             for callback in self.callbacks:
                 callback.on_validation(event)
 
-    def complete(self, scores: Evaluation) -> Path:
+    def complete(self, scores: Scores) -> Path:
         """Completes the run directory of a model that was saved; gives it."""
         assert self.directory is not None
         path, wall = self.directory.path, time.perf_counter() - self.started
@@ -170,7 +170,7 @@ class Observer:
         record_run(path, self.run.recipe, scores, self.run.world.size, **seconds)
         return path
 
-    def end(self, scores: Evaluation, interrupted: bool) -> None:
+    def end(self, scores: Scores, interrupted: bool) -> None:
         """Says that the run is over."""
         if self.directory:
             path, seconds = self.directory.path, self.training_seconds

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from petra_zoo.errors import Failure
-from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import check_free
 from petra_zoo.petra import NotFiniteError, Output, World, first_not_finite, leave
 from petra_zoo.settings.recipe import Recipe
@@ -35,7 +35,7 @@ class Result:
     """
 
     path: Path
-    evaluation: Evaluation
+    evaluation: Scores
     training_seconds: float
     interrupted: bool = False
     bad_images: int = 0
@@ -102,7 +102,7 @@ class Run:
         """Runs all epochs, drains the pipeline and saves the model after every validation."""
         observer, world = self.observer, self.world
         together(world, observer.open_directory)
-        scores: Evaluation | None = None
+        scores: Scores | None = None
         interrupted = False
         with self.reporter:
             observer.start()
@@ -127,6 +127,8 @@ class Run:
                 scores = validate(self.prepared, observer, ended=False)
         bad_images = sum(world.gather(len(self.prepared.data.bad_images)))
         path, scores = world.from_reporter((observer.complete(scores) if scores else None, scores))
+        assert path is not None
+        assert scores is not None
         observer.end(scores, interrupted)
         return Result(path, scores, observer.training_seconds, interrupted, bad_images)
 

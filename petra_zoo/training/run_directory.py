@@ -30,7 +30,7 @@ from petra_zoo.checkpoints.provenance import (
 from petra_zoo.data.labels import all_named
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
-from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import apply_umask, check_free
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import first_not_finite
@@ -165,7 +165,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def record_run(
-    path: Path, recipe: Recipe, evaluation: Evaluation, processes: int, *, wall_seconds: float, training_seconds: float
+    path: Path, recipe: Recipe, evaluation: Scores, processes: int, *, wall_seconds: float, training_seconds: float
 ) -> None:
     """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
 
@@ -180,7 +180,7 @@ def record_run(
         raise UserError(f"the model is saved, but {path} takes no more files: {error.strerror}") from error
 
 
-def evaluation_record(dataset: str, evaluation: Evaluation, weights: Path) -> JsonObject:
+def evaluation_record(dataset: str, evaluation: Scores, weights: Path) -> JsonObject:
     """What was measured of which weights."""
     return {
         "dataset": dataset,

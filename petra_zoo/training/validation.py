@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 
-from petra_zoo.evaluation.scores import Evaluation, score
+from torch import nn
+
+from petra_zoo.evaluation.scores import Scores, score
+from petra_zoo.models.classifier import as_classifier
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import average_statistics, held
 
 
-def validate(run: Prepared, observer: Observer, *, ended: bool = True) -> Evaluation | None:
+def validate(run: Prepared, observer: Observer, *, ended: bool = True) -> Scores | None:
     """Evaluates the model through the pipeline of the first replica, and has it saved; what is in flight stays there.
 
     Args:
@@ -37,5 +40,6 @@ def validate(run: Prepared, observer: Observer, *, ended: bool = True) -> Evalua
         whole = run.pipeline.whole_model(model)
         if whole is None:
             return None
-        observer.validated(scores, whole, time.perf_counter() - started, ended)
+        assert isinstance(whole, nn.Module)
+        observer.validated(scores, as_classifier(whole), time.perf_counter() - started, ended)
         return scores

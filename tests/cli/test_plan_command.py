@@ -68,7 +68,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(
     ("arguments", "message"),
     [
         (["petra_revnet_tinny"], "nearest: petra_revnet_tiny"),
-        (["resnet18"], "not reversible"),
+        (["resnet18"], "ResNet has no units(): petra-zoo convert"),
         (["petra_revnet_tiny", "--bandwidth", "10GB"], "--bandwidth '10GB': the unit 'GB' is unknown"),
         (["petra_revnet_tiny", "--latency", "10"], "--latency '10': the unit is missing"),
         (["petra_revnet_tiny", "--memory", "lots"], "--memory 'lots' is not a number with a unit"),

@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from petra_zoo.converters import convert
 from timm.layers import BatchNormAct2d
 from timm.models.resnet import ResNet
 from timm.utils import ModelEmaV3
 
+from petra_zoo.converters import convert
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.petra import Layout, Optimization, Pipeline

@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from petra_zoo.converters import convert
 from timm.task import LogitDistillationTask
 from torch import nn
 
+from petra_zoo.converters import convert
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Layout, Optimization, Pipeline

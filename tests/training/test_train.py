@@ -165,7 +165,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"model": "petra_revnet5"}, "model 'petra_revnet5' is unknown; nearest: petra_revnet50"),
-        ({"model": "resnet50"}, "is timm's, but not reversible; nearest: petra_revnet50"),
+        ({"model": "resnet50"}, "model 'resnet50': ResNet has no units(): petra-zoo convert makes"),
         ({"model_kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"model_kwargs": {"coupling": 0.3}}, "multiple of 1/256"),
         ({"stages": 15}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
