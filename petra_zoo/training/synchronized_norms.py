@@ -8,11 +8,15 @@ from typing import Any, Self
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
 from petra_zoo.training.finetuning import is_frozen_norm
+
+_State = dict[str, Any]  # what pickle and copy hand over: a module's attributes
 
 
 def synchronize_statistics(model: nn.Module, world: World) -> None:
@@ -28,7 +32,7 @@ def synchronize_statistics(model: nn.Module, world: World) -> None:
         for name, norm in list(parent.named_children()):
             if not isinstance(norm, _BatchNorm) or is_frozen_norm(norm):
                 continue
-            synchronized: Any = convert_sync_batchnorm(norm, world.across)  # timm's keeps an activation inside
+            synchronized: nn.Module = convert_sync_batchnorm(norm, world.across)  # timm's keeps an activation inside
             # mypy looks for a class's hash in its instances.
             synchronized.__class__ = _copied_with_its_group(type(synchronized))  # type: ignore[arg-type]
             parent.add_module(name, synchronized)
@@ -47,21 +51,21 @@ def require_cuda(device: torch.device) -> None:
 class _Shared:
     """A value that all copies have in common."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: ProcessGroup | None) -> None:
         self.value = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, nn.Module]) -> Self:
         return self
 
 
 @cache
-def _copied_with_its_group(kind: type[Any]) -> type[Any]:
+def _copied_with_its_group(kind: type[nn.Module]) -> type[nn.Module]:
     """The class, but its copies belong to the same process group, which itself cannot be copied."""
 
-    def __getstate__(self: Any) -> dict[str, Any]:
+    def __getstate__(self: SyncBatchNorm) -> _State:
         return {**self.__dict__, "process_group": _Shared(self.process_group)}
 
-    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+    def __setstate__(self: SyncBatchNorm, state: _State) -> None:
         kind.__setstate__(self, {**state, "process_group": state["process_group"].value})
 
     return type(f"Replica{kind.__name__}", (kind,), {"__getstate__": __getstate__, "__setstate__": __setstate__})
