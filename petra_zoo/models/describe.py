@@ -14,7 +14,7 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.resnet_weights import couple_weights, run_coupling
+from petra_zoo.models.resnet_weights import choose_couplings
 from petra_zoo.reversible import segments
 
 
@@ -84,11 +84,10 @@ def create_meta(name: str) -> Any:
     tags = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
-    model: Any = timm.create_model(name, device="meta")
+    model = timm.create_model(name, device="meta")
     if tag and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):  # a ResNet's, coupled while they load
-        coupling = [run_coupling(len(layer.in_run())) for layer in model.coupled_layers()]
-        model = timm.create_model(name, device="meta", coupling=coupling)
-        couple_weights({}, model)  # sets the anchors
+        chosen = choose_couplings(model.named_layers())
+        return timm.create_model(name, device="meta", coupling=chosen.couplings, anchor_every=chosen.anchors)
     return model
 
 
