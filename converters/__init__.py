@@ -1,11 +1,20 @@
 """Installed as petra_zoo.converters: from trained networks to reversible ones."""
 
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.choose import Run
 from petra_zoo.converters.conversion import convert
+from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
+from petra_zoo.converters.reconstruction import CoupledRun
 from petra_zoo.converters.reestimation import re_estimate
-from petra_zoo.converters.report import Fidelity, compare
 from petra_zoo.converters.save import save_converted
 from petra_zoo.converters.source import load_source
 
-__all__ = ["Fidelity", "Run", "compare", "convert", "load_source", "re_estimate", "save_converted", "to_resnet"]
+__all__ = [
+    "CoupledRun",
+    "Fidelity",
+    "convert",
+    "load_source",
+    "measure_fidelity",
+    "re_estimate",
+    "save_converted",
+    "to_resnet",
+]

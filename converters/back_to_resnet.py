@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
 
 from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.identity import constructor_arguments
+from petra_zoo.converters.identity import Arguments, constructor_arguments
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
+from petra_zoo.models.classifier import as_classifier, config_of
 from petra_zoo.models.layer_arguments import from_words, to_words
 
 _REVERSIBLE_ONLY = {"coupling", "anchor_every", "exact", "exact_bits"}
 _GIVEN_ANYWAY = {"num_classes", "in_chans", "dtype", "device"}
 
 
-def to_resnet(model: Any) -> ResNet:
+def to_resnet(model: nn.Module) -> ResNet:
     """The plain ResNet of timm that computes, to the bit, what a reversible one with coupling 0 computes.
 
     Args:
@@ -49,28 +49,31 @@ def to_resnet(model: Any) -> ResNet:
     return source.eval()
 
 
-def _build(name: str, model: Any) -> Any:
+def _build(name: str, model: PetraRevNet) -> ResNet:
     architecture, arguments = _plain_identity(model)
-    source: Any = timm.create_model(
+    source = timm.create_model(
         architecture,
         num_classes=model.num_classes,
         in_chans=model.in_chans,
-        dtype=model.layer1.coupling.dtype,
+        dtype=model.coupled_layers()[0].coupling.dtype,
         **arguments,
     )
+    assert isinstance(source, ResNet)
     if repr(PetraRevNet.from_resnet(source)) != repr(model):
         raise UserError(f"timm has no plain ResNet like {name}: its stem or its widths are not those of a timm ResNet")
-    source.pretrained_cfg = {**model.pretrained_cfg, "architecture": architecture}
-    source.default_cfg = source.pretrained_cfg
+    built = as_classifier(source)
+    built.pretrained_cfg = built.default_cfg = {**config_of(model), "architecture": architecture}
     return source
 
 
-def _plain_identity(model: Any) -> tuple[str, dict[str, Any]]:
+def _plain_identity(model: PetraRevNet) -> tuple[str, Arguments]:
     """timm's name for the network and the arguments it takes besides: of all names, the one that takes fewest."""
-    given = {key: value for key, value in model._model_args.items() if key not in _REVERSIBLE_ONLY | _GIVEN_ANYWAY}
-    block = given.pop("block", BasicBlock if isinstance(model.layer1[0], BasicBlock) else Bottleneck)
+    arguments = as_classifier(model)._model_args
+    basic = isinstance(model.coupled_layers()[0][0], BasicBlock)
+    given = {key: value for key, value in arguments.items() if key not in _REVERSIBLE_ONLY | _GIVEN_ANYWAY}
+    block = given.pop("block", BasicBlock if basic else Bottleneck)
     wanted = {"layers": [len(layer) for layer in model.coupled_layers()], **given}
-    found = {"resnet18" if isinstance(model.layer1[0], BasicBlock) else "resnet50": wanted}
+    found = {"resnet18" if basic else "resnet50": wanted}
     for name in timm.list_models(module="resnet"):
         own = to_words(constructor_arguments(name) or {"block": None})
         if own.pop("block") == block and own.keys() <= wanted.keys():

@@ -1,25 +1,26 @@
-"""Images to calibrate and to compare on: given as tensors, or a random part of a data set, prepared for the network."""
+"""Images to calibrate, measure and compare on: tensors at hand, noise, or a random part of a data set, prepared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from timm.data import resolve_model_data_config
-from torch import Tensor
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
 
 from petra_zoo.data.datasets import ImageDataset, Split, open_dataset
-from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.data.loader import ImageLoader, Reading, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
-from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.models.classifier import Classifier, config_of
 from petra_zoo.settings.types import BadImagePolicy
 
 BATCH_SIZE = 64
-
-
+NOISE_IMAGES, NOISE_SIZE = 8, 64
 Batches = Tensor | Iterable[Tensor | Sequence[Tensor]]
 
 
@@ -44,6 +45,31 @@ def image_batches(images: Batches) -> Iterator[Tensor]:
             yield batch
 
 
+def noise(model: ResNet | Classifier) -> Tensor:
+    """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
+    _, *size = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
+    height, width = (min(NOISE_SIZE, n) for n in size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """A random part of a data set.
+
+    Attributes:
+        dataset: a name that `open_dataset` knows.
+        data_dir: where the data set's files are.
+        count: how many images, at least 1; fewer where a split has fewer.
+        on_bad_image: what to do about an unreadable image.
+    """
+
+    dataset: str
+    data_dir: Path | None = None
+    count: int = 1024
+    on_bad_image: BadImagePolicy = "fail"
+
+
 class _Part(ImageDataset):
     """Some images of a data set, drawn without replacement: an image folder's first ones are all of one class."""
 
@@ -62,36 +88,18 @@ class _Part(ImageDataset):
         return self._data.source(self._indices[index])
 
 
-def open_images(
-    model: Any,
-    dataset: str,
-    split: Split,
-    count: int,
-    data_dir: Path | None = None,
-    on_bad_image: BadImagePolicy = "fail",
-) -> ImageLoader:
-    """Batches of `count` images (fewer where the split has fewer) and their labels, the same ones every time.
+def open_images(model: nn.Module, images: CalibrationImages, split: Split) -> ImageLoader:
+    """Batches of some images of a split and their labels, the same ones every time.
 
     Args:
         model: whose preprocessing (size, crop, interpolation, mean, std) is applied.
-        dataset: a name that `open_dataset` knows.
+        images: of which data set, and how many.
         split: which part of it.
-        count: how many images, at least 1.
-        data_dir: where the data set's files are.
-        on_bad_image: what to do about an unreadable image.
 
     Raises:
         DataError: the data is missing, or the name unknown.
     """
-    data = _Part(open_dataset(dataset, split, data_dir=data_dir), count)
-    config = resolve_model_data_config(model)
-    return create_loader(
-        data,
-        batch_size=min(BATCH_SIZE, len(data)),
-        train=False,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
-        on_bad_image=on_bad_image,
-    )
+    data = _Part(open_dataset(images.dataset, split, data_dir=images.data_dir), images.count)
+    batch_size = min(BATCH_SIZE, len(data))
+    reading = Reading(on_bad_image=images.on_bad_image)
+    return create_loader(data, Preprocessing.of(model), batch_size=batch_size, reading=reading)

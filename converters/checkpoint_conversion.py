@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import torch
-from timm.data import resolve_model_data_config
-from torch import Tensor
+from timm.models.resnet import ResNet
 
 from petra_zoo.checkpoints.load import check_image_size, load_model
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.calibration import open_images
+from petra_zoo.converters.calibration import CalibrationImages, noise, open_images
 from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.choose import SHORT_RUN, Purpose, Run, measure
-from petra_zoo.converters.conversion import convert, noise
-from petra_zoo.converters.memory_report import activation_memory
-from petra_zoo.converters.report import Fidelity, compare
-from petra_zoo.converters.report_files import Report, check_report, write_report
+from petra_zoo.converters.conversion import TOLERANCE, ConversionOptions, convert
+from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
+from petra_zoo.converters.memory_report import conversion_memory
+from petra_zoo.converters.reconstruction import CoupledRun, measure_runs
+from petra_zoo.converters.report import ConversionReport, check_report, write_report
 from petra_zoo.converters.save import check_output, save_converted, save_for_timm
 from petra_zoo.converters.source import load_source
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
+from petra_zoo.models import PetraRevNet
+from petra_zoo.models.classifier import as_classifier, config_of
+from petra_zoo.models.resnet_weights import SHORT_RUN
+from petra_zoo.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Conversion:
     """What was converted into what.
 
     Attributes:
-        coupling, purpose: what was asked for.
+        coupling: what was asked for.
         architecture: the name under which timm rebuilds the network.
         calibration_images: how many images the batch-norm statistics were estimated on; 0: they are the source's.
         runs: coupling, anchors and reconstruction error of each layer's run, on validation images or noise.
@@ -40,11 +44,10 @@ class Conversion:
 
     source: str
     output: Path
-    coupling: Literal["auto"] | Sequence[float]
-    purpose: Purpose
+    coupling: Literal["auto"] | float | Sequence[float]
     architecture: str
     calibration_images: int
-    runs: list[Run]
+    runs: list[CoupledRun]
     fidelity: Fidelity | None
     report_files: list[Path]
 
@@ -53,7 +56,7 @@ class Conversion:
         """How many blocks are reconstructed in a training step; 0: the network is an ordinary ResNet."""
         return sum(run.blocks for run in self.runs if run.g > 0.0)
 
-    def why_not(self, run: Run) -> str:
+    def why_not(self, run: CoupledRun) -> str:
         """Why a run with coupling 0 has it."""
         if not run.blocks:
             return "its first block changes the shape, and there is no other"
@@ -72,7 +75,7 @@ class Conversion:
             "input; --for petra makes every run reversible, --coupling 0.25 (or four, one per layer) those you choose"
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return {
             "source": self.source,
@@ -91,67 +94,65 @@ def convert_checkpoint(
     output: Path,
     *,
     architecture: str | None = None,
-    coupling: Literal["auto"] | Sequence[float] = "auto",
-    purpose: Purpose = "one-device",
-    tolerance: float = 1e-4,
-    exact: bool = False,
-    dataset: str | None = None,
-    data_dir: Path | None = None,
-    calibration_images: int = 1024,
+    images: CalibrationImages | None = None,
     report: Path | None = None,
+    **options: Unpack[ConversionOptions],
 ) -> Conversion:
     """Loads, converts, compares and saves.
 
     Args:
         source: see `load_source`; `architecture` is that of a file of weights.
         output: the directory to write, absent or empty.
-        coupling: see `convert`, like `purpose`, `tolerance` and `exact`.
-        dataset: training images calibrate, validation images compare (their labels count where the data set has as
+        images: training images calibrate, validation images compare (their labels count where the data set has as
             many classes as the network).
-        data_dir: where its files are.
-        calibration_images: how many of each at most.
         report: where to write the comparison and the activation memory: a .json, .md or .png file, or a directory for
-            all three; needs `dataset`.
+            all three; needs `images`.
+        options: see `convert`.
 
     Raises:
         UserError: anything in the way; then nothing is written.
     """
     check_output(output)
     if report is not None:
-        if dataset is None:
+        if images is None:
             raise UserError("--report compares predictions on images: add --calibrate DATASET, such as digits")
         check_report(report)
-    network: Any = load_source(source, architecture)
-    calibration: Iterator[Tensor] | None = None
-    seen = 0
-    if dataset is not None:
-        loader = open_images(network, dataset, "train", calibration_images, data_dir)
-        check_image_size(network, source, network.pretrained_cfg["input_size"][-1])
-        calibration = (images for images, _ in loader)
-        seen = len(loader.dataset)
-    model = convert(
-        network,
-        coupling=coupling if coupling == "auto" or len(coupling) > 1 else coupling[0],
-        purpose=purpose,
-        tolerance=tolerance,
-        calibration=calibration,
-        exact=exact,
-    )
-    fidelity = None
-    if dataset is not None:
-        compared = open_images(network, dataset, "val", calibration_images, data_dir)
-        labelled = compared.dataset.num_classes == network.num_classes
-        fidelity = compare(network, model, compared if labelled else (images for images, _ in compared))
-    runs = fidelity.runs if fidelity else measure(model, noise(model))
+    network = load_source(source, architecture)
+    if images is None:
+        model, fidelity, seen = convert(network, **options), None, 0
+        runs = measure_runs(model, noise(model))
+    else:
+        loader = open_images(network, images, "train")
+        check_image_size(as_classifier(network), source, config_of(network)["input_size"][-1])
+        model, seen = convert(network, calibration=(batch for batch, _ in loader), **options), len(loader.dataset)
+        fidelity = _compare(network, model, images)
+        runs = fidelity.runs
     if not any(run.g > 0.0 for run in runs):
         seen = 0  # the source's own statistics are right
     save_converted(model, output)
     files = []
-    if report is not None and dataset is not None and fidelity is not None:
-        size = resolve_model_data_config(network)["input_size"]
-        memory = activation_memory(network, model, size)
-        files = write_report(Report(source, str(output), dataset, tolerance, fidelity, tuple(size), memory), report)
-    return Conversion(source, output, coupling, purpose, name_of(model), seen, runs, fidelity, files)
+    if report is not None and images is not None and fidelity is not None:
+        size = Preprocessing.of(network).input_size
+        memory = conversion_memory(network, model, size)
+        tolerance = options.get("tolerance", TOLERANCE)
+        found = ConversionReport(source, str(output), images.dataset, tolerance, fidelity, size, memory)
+        files = write_report(found, report)
+    return Conversion(
+        source=source,
+        output=output,
+        coupling=options.get("coupling", "auto"),
+        architecture=name_of(model),
+        calibration_images=seen,
+        runs=runs,
+        fidelity=fidelity,
+        report_files=files,
+    )
+
+
+def _compare(source: ResNet, converted: PetraRevNet, images: CalibrationImages) -> Fidelity:
+    loader = open_images(source, images, "val")
+    labelled = loader.dataset.num_classes == source.num_classes
+    return measure_fidelity(source, converted, loader if labelled else (batch for batch, _ in loader))
 
 
 def count_blocks(number: int) -> str:

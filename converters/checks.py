@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import config_of
 from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.models.petra_revnet import LAYERS
 
 _INSTEAD = "use a ResNet of timm's BasicBlock or Bottleneck instead, such as resnet50, seresnet50 or resnext50_32x4d"
 
 
-def check_source(network: Any) -> None:
-    """Refuses what cannot be converted.
+def check_source(network: nn.Module) -> ResNet:
+    """The same network; refuses what cannot be converted.
 
     Raises:
         UserError: see `check_blocks`; or a weight or statistic is not finite.
     """
-    check_blocks(network)
+    source = check_blocks(network)
     bad = [name for name, x in network.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"{name_of(network)}: {bad[0]}{more} holds values that are not finite")
+    return source
 
 
-def check_blocks(network: Any) -> None:
-    """Refuses networks that are not residual in the way that has a coupled form; works on the meta device.
+def check_blocks(network: nn.Module) -> ResNet:
+    """The same network; refuses what is not residual in the way that has a coupled form; works on the meta device.
 
     Raises:
         UserError: naming what the network is made of, and what could be used instead.
@@ -44,11 +44,12 @@ def check_blocks(network: Any) -> None:
         for block in layer:
             if type(block) not in (BasicBlock, Bottleneck):
                 raise UserError(f"{name} cannot be converted, its blocks are {type(block).__name__}: {_INSTEAD}")
+    return network
 
 
-def name_of(network: Any) -> str:
+def name_of(network: nn.Module) -> str:
     """The architecture's name where timm made the network, else its class."""
-    return (getattr(network, "pretrained_cfg", None) or {}).get("architecture") or type(network).__name__
+    return config_of(network).get("architecture") or type(network).__name__
 
 
 def fit_weights(weights: dict[str, Tensor], network: nn.Module, source: str, architecture: str) -> None:

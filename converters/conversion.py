@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
-import torch
 from timm.models.resnet import ResNet
-from torch import Tensor
 
-from petra_zoo.converters.calibration import Batches, image_batches
+from petra_zoo.converters.calibration import Batches, image_batches, noise
 from petra_zoo.converters.checks import check_source
 from petra_zoo.converters.choose import Purpose, anchor_layers, couple_layers
 from petra_zoo.converters.identity import take_identity
+from petra_zoo.converters.reconstruction import MEASURED_IMAGES
 from petra_zoo.converters.reestimation import re_estimate
-from petra_zoo.converters.report import MEASURED_IMAGES
 from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
@@ -23,7 +21,16 @@ from petra_zoo.models.coupled_layer import check_coupling
 from petra_zoo.models.petra_revnet import LAYERS
 
 EXACT_BITS = 12  # PetraRevNet's default grid
-NOISE_IMAGES, NOISE_SIZE = 8, 64
+TOLERANCE = 1e-4  # relative error of a reconstructed input
+
+
+class ConversionOptions(TypedDict, total=False):
+    """What to aim for; see `convert`."""
+
+    coupling: Literal["auto"] | float | Sequence[float]
+    purpose: Purpose
+    tolerance: float
+    exact: bool
 
 
 def convert(
@@ -31,7 +38,7 @@ def convert(
     *,
     coupling: Literal["auto"] | float | Sequence[float] = "auto",
     purpose: Purpose = "one-device",
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     calibration: Batches | None = None,
     exact: bool = False,
 ) -> PetraRevNet:
@@ -68,10 +75,7 @@ def convert(
     wanted = _per_layer(coupling)
     if not tolerance > 0.0:
         raise UserError(f"tolerance={tolerance:g}: expected a relative error above 0, such as 1e-4")
-    try:
-        model = PetraRevNet.from_resnet(network)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    model = PetraRevNet.from_resnet(network)
     if exact:
         for layer in model.coupled_layers():
             layer.grid = 2.0**-EXACT_BITS
@@ -80,27 +84,16 @@ def convert(
     if first is None and calibration is not None:
         raise UserError("there is not one batch of images to calibrate on")
     images = noise(model) if first is None else first[:MEASURED_IMAGES]
-    try:
-        runs = couple_layers(model, images, wanted, purpose, tolerance)
-        if not any(run.g > 0.0 for run in runs):
-            exact = False  # nothing is reconstructed: keep the source's function to the bit
-            for layer in model.coupled_layers():
-                layer.grid = 0.0
-        elif first is not None:
-            re_estimate(model, chain([first], batches), network)
-            anchor_layers(model, images, tolerance)  # other statistics, other errors
-    except ValueError as error:  # exact mode: a stream is too large for the grid
-        raise UserError(str(error)) from error
+    runs = couple_layers(model, images, wanted, purpose, tolerance)
+    if not any(run.g > 0.0 for run in runs):
+        exact = False  # nothing is reconstructed: keep the source's function to the bit
+        for layer in model.coupled_layers():
+            layer.grid = 0.0
+    elif first is not None:
+        re_estimate(model, chain([first], batches), network)
+        anchor_layers(model, images, tolerance)  # other statistics, other errors
     take_identity(model, {"exact": True} if exact else {})
     return model
-
-
-def noise(model: Any) -> Tensor:
-    """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
-    height, width = (min(NOISE_SIZE, n) for n in size[1:])
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
 
 
 def _per_layer(coupling: Literal["auto"] | float | Sequence[float]) -> list[float | Literal["auto"]]:
@@ -109,7 +102,6 @@ def _per_layer(coupling: Literal["auto"] | float | Sequence[float]) -> list[floa
     values = [coupling] * len(LAYERS) if isinstance(coupling, int | float) else list(coupling)
     if len(values) != len(LAYERS):
         raise UserError(f"coupling is 'auto', one number or {len(LAYERS)}, one per layer; got {len(values)}")
-    try:
-        return [check_coupling(g) for g in values]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"coupling={coupling!r}: expected 'auto' or multiples of 1/256 between 0 and 1") from error
+    if not all(isinstance(g, int | float) for g in values):
+        raise UserError(f"coupling={coupling!r}: expected 'auto' or multiples of 1/256 between 0 and 1")
+    return [check_coupling(g) for g in values]

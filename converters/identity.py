@@ -14,7 +14,10 @@ from timm.models import is_model, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from petra_zoo.models import PetraRevNet
+from petra_zoo.models.classifier import as_classifier, config_of
 from petra_zoo.models.layer_arguments import to_words
+
+Arguments = dict[str, Any]  # of a constructor: numbers, words, layers and blocks
 
 _NAMES = {
     (BasicBlock, (2, 2, 2, 2)): "petra_revnet18",
@@ -26,11 +29,11 @@ _NAMES = {
 _OTHER_DEPTHS = {BasicBlock: "petra_revnet18", Bottleneck: "petra_revnet50"}
 
 
-def constructor_arguments(architecture: str) -> dict[str, Any] | None:
+def constructor_arguments(architecture: str) -> Arguments | None:
     """The arguments, `block` and `layers` included, that timm's entry point gives to `ResNet`; None where unknown."""
     if not is_model(architecture):
         return None
-    entry: Any = model_entrypoint(architecture)
+    entry = model_entrypoint(architecture)
     if "_create_resnet" not in entry.__code__.co_names:
         return None
     stand_in = {**entry.__globals__, "_create_resnet": lambda variant, pretrained=False, **kwargs: kwargs}
@@ -38,7 +41,7 @@ def constructor_arguments(architecture: str) -> dict[str, Any] | None:
     return record()
 
 
-def take_identity(model: PetraRevNet, added: dict[str, Any]) -> None:
+def take_identity(model: PetraRevNet, added: Arguments) -> None:
     """Gives a converted network the name and the arguments under which `timm.create_model` rebuilds it.
 
     Preprocessing stays the source's. Does nothing where the source was not made by timm, is one of its pruned
@@ -49,7 +52,7 @@ def take_identity(model: PetraRevNet, added: dict[str, Any]) -> None:
         model: made by `PetraRevNet.from_resnet`, with the source's `pretrained_cfg`.
         added: arguments of the reversible network that the source does not have.
     """
-    config = getattr(model, "pretrained_cfg", None) or {}
+    config = config_of(model)
     arguments = constructor_arguments(config.get("architecture", ""))
     if arguments is None or arguments.get("pruned"):  # timm prunes by a file that bears the architecture's name
         return
@@ -70,7 +73,6 @@ def take_identity(model: PetraRevNet, added: dict[str, Any]) -> None:
         arguments = json.loads(json.dumps(arguments))
     except (TypeError, ValueError):
         return
-    holder: Any = model
-    holder._model_args = arguments
-    holder.pretrained_cfg = {**config, "architecture": name or _OTHER_DEPTHS[block]}
-    holder.default_cfg = holder.pretrained_cfg
+    made = as_classifier(model)
+    made._model_args = arguments
+    made.pretrained_cfg = made.default_cfg = {**config, "architecture": name or _OTHER_DEPTHS[block]}

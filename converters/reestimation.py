@@ -5,24 +5,37 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Protocol, Self, TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petra_zoo.converters.calibration import Batches, image_batches
 from petra_zoo.errors import UserError
 
 
+class TrackingNorm(Protocol):
+    """A norm with running statistics, whoever made it."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float | None
+    eps: float
+
+    def train(self, mode: bool = True) -> Self: ...
+
+    def reset_running_stats(self) -> None: ...
+
+
 @contextmanager
-def batch_statistics(model: nn.Module, training: bool = True) -> Iterator[list[Any]]:
+def batch_statistics(model: nn.Module, training: bool = True) -> Iterator[list[TrackingNorm]]:
     """Inside, the model's norms with running statistics are in train mode (or not) and everything else in eval mode.
 
     Yields:
         Those norms. All modes are restored at the end.
     """
     modes = {module: module.training for module in model.modules()}
-    norms: list[Any] = [m for m in modes if getattr(m, "track_running_stats", False)]
+    norms = [module for module in modes if _is_tracking(module)]
     model.eval()
     for norm in norms:
         norm.train(training)
@@ -85,3 +98,7 @@ def re_estimate(model: nn.Module, batches: Batches, source: nn.Module | None = N
             for norm, momentum in zip(of_model, momenta, strict=True):
                 norm.momentum = momentum
     return images
+
+
+def _is_tracking(module: nn.Module) -> TypeGuard[TrackingNorm]:
+    return getattr(module, "track_running_stats", False)

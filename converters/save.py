@@ -6,16 +6,15 @@ import copy
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
-from torch import nn
+from timm.models.resnet import ResNet
 
+from petra_zoo.converters.calibration import noise
 from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.conversion import noise
 from petra_zoo.errors import UserError
 from petra_zoo.files import apply_umask, check_free
 from petra_zoo.models import PetraRevNet
@@ -47,12 +46,11 @@ def save_converted(model: PetraRevNet, output: Path) -> None:
     save_for_timm(model, output)
 
 
-def save_for_timm(model: nn.Module, output: Path) -> None:
-    """`save_converted` for any model with timm's `pretrained_cfg`, such as the ResNet that `to_resnet` gives."""
+def save_for_timm(model: ResNet, output: Path) -> None:
+    """`save_converted` for any ResNet with timm's `pretrained_cfg`, such as the ResNet that `to_resnet` gives."""
     check_output(output)
     architecture = name_of(model)
-    source: Any = copy.deepcopy(model)
-    saved = source.to("cpu", memory_format=torch.contiguous_format).eval()
+    saved = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format).eval()
     images = noise(saved)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +58,13 @@ def save_for_timm(model: nn.Module, output: Path) -> None:
             new = Path(holder) / "model"
             save_for_hf(saved, str(new), safe_serialization=True)
             apply_umask(new / "model.safetensors")
-            loaded: Any = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
+            loaded = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
             with torch.no_grad():
                 if not torch.equal(loaded(images), saved(images)):
                     raise UserError(f"timm rebuilds another network than the converted one as {architecture}")
             os.replace(new, output)
+    except UserError:
+        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot write {output}: {reason}; nothing was left there") from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import timm
 import torch
@@ -15,10 +15,12 @@ from timm.models import load_state_dict
 from timm.models.resnet import ResNet
 from torch import Tensor
 
-from petra_zoo.checkpoints.load import create_model, load_model
+from petra_zoo.checkpoints.load import create_any_model, load_model
 from petra_zoo.converters.checks import check_blocks, check_source, fit_weights
 from petra_zoo.converters.torchvision_source import PREFIX, load_torchvision
 from petra_zoo.errors import UserError
+
+Nested: TypeAlias = "Tensor | Mapping[str, Nested]"  # what torch.save wrote, numbers and texts left out
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 PREFIXES = (PREFIX, "hf-hub:", "hf_hub:", "local-dir:")
@@ -46,10 +48,8 @@ def load_source(source: str, architecture: str | None = None) -> ResNet:
     if source.startswith(PREFIX):
         return load_torchvision(source)
     if timm.is_model(source.split(".", 1)[0]):  # before anything is downloaded
-        check_blocks(create_model(source, zoo_only=False, device="meta"))
-    model: Any = load_model(source, torch.device("cpu"))
-    check_source(model)
-    return model
+        check_blocks(create_any_model(source, device="meta"))
+    return check_source(load_model(source, torch.device("cpu")))
 
 
 def _is_file(source: str) -> bool:
@@ -60,16 +60,15 @@ def _is_file(source: str) -> bool:
 
 
 def _load_file(path: Path, architecture: str) -> ResNet:
-    blank = create_model(architecture, zoo_only=False, device="meta")
+    blank = create_any_model(architecture, device="meta")
     check_blocks(blank)
     weights = _inner_network(_read(path), next(iter(blank.state_dict())), path)
     if "fc.weight" in weights and weights["fc.weight"].ndim == 2:
         blank.reset_classifier(len(weights["fc.weight"]))
     fit_weights(weights, blank, str(path), architecture)
-    model = create_model(architecture, zoo_only=False, num_classes=blank.num_classes)
+    model = create_any_model(architecture, num_classes=blank.num_classes)
     model.load_state_dict(weights)
-    check_source(model)
-    return model.eval()
+    return check_source(model).eval()
 
 
 def _inner_network(weights: dict[str, Tensor], first: str, path: Path) -> dict[str, Tensor]:
@@ -116,7 +115,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _tensors(found: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: Mapping[str, Nested], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in nested dictionaries, such as ``{"model_state_dict": ...}``, by their dotted names."""
     for key, value in found.items():
         if isinstance(value, Tensor):

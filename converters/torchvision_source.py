@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from enum import Enum
-from typing import Any
 
 import timm
 import torchvision.models
 from timm.models.resnet import ResNet
+from torchvision.models import WeightsEnum
 
-from petra_zoo.checkpoints.load import create_model
+from petra_zoo.checkpoints.load import create_any_model
 from petra_zoo.converters.checks import check_blocks, check_source, fit_weights
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import ModelConfig
 
 PREFIX = "torchvision:"
 
@@ -30,8 +30,8 @@ def load_torchvision(source: str) -> ResNet:
         UserError: there is no such model or weight, it has no reversible form, or it cannot be downloaded.
     """
     name, _, tag = source.removeprefix(PREFIX).partition(".")
-    weights: Any = _find(source, name, tag or "DEFAULT")
-    blank: Any = create_model(name, zoo_only=False, device="meta")
+    weights = _find(source, name, tag or "DEFAULT")
+    blank = create_any_model(name, device="meta")
     check_blocks(blank)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where torch announces a download
@@ -40,25 +40,24 @@ def load_torchvision(source: str) -> ResNet:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load {source} from {weights.url}: {reason[:120]}") from error
     fit_weights(state_dict, blank, source, name)
-    model: Any = create_model(name, zoo_only=False, pretrained_cfg=_config(name, weights))
+    model = create_any_model(name, pretrained_cfg=_config(name, weights))
     model.load_state_dict(state_dict)
-    check_source(model)
-    return model.eval()
+    return check_source(model).eval()
 
 
-def _find(source: str, name: str, tag: str) -> Enum:
+def _find(source: str, name: str, tag: str) -> WeightsEnum:
     known = [model for model in torchvision.models.list_models(module=torchvision.models) if timm.is_model(model)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) or ["resnet50"]
         raise UserError(f"{source}: torchvision and timm have no network {name!r} in common; nearest: {near[0]}")
-    weights: Any = torchvision.models.get_model_weights(name)
+    weights = torchvision.models.get_model_weights(name)
     try:
         return weights[tag]
     except KeyError:
         raise UserError(f"{source}: {name} has the weights {', '.join(w.name for w in weights)}, not {tag!r}") from None
 
 
-def _config(name: str, weights: Any) -> dict[str, Any]:
+def _config(name: str, weights: WeightsEnum) -> ModelConfig:
     """timm's description of a network with torchvision's preprocessing."""
     preset = weights.transforms()
     (crop,), (resize,) = preset.crop_size, preset.resize_size

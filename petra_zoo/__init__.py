@@ -12,10 +12,13 @@ from petra_zoo.registration import register_with_timm
 if TYPE_CHECKING:
     from petra_zoo import converters, models
     from petra_zoo.converters import convert
-    from petra_zoo.petra import Method, Pipeline
+    from petra_zoo.data.datasets import register_dataset
+    from petra_zoo.petra import Layout, Method, Optimization, Pipeline, register_method
     from petra_zoo.reversible import UnitModel
     from petra_zoo.settings.recipe import Recipe
     from petra_zoo.settings.recipe_files import load_recipe
+    from petra_zoo.training import train
+    from petra_zoo.training.losses import register_loss
 
     __version__: str
 

@@ -9,6 +9,7 @@ import pytest
 
 from petra_zoo import extensions
 from petra_zoo.errors import UserError
+from petra_zoo.registry import Registry
 
 # Registers a model, and uses rooms of ours that import timm themselves.
 NETWORK = """
@@ -61,6 +62,15 @@ def test_entry_points_are_loaded_once(tmp_path: Path, monkeypatch: pytest.Monkey
         extensions.load_entry_points("some")
         sys.modules.pop("counting_module", None)
     assert vars(extensions)["counted"] == 1
+
+
+def test_a_registry_has_what_installed_packages_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    things: Registry[int] = Registry("thing", "petra_zoo.things")
+    monkeypatch.setattr(extensions, "things", things, raising=False)
+    add = "from petra_zoo.extensions import things\nthings.add('seven', 7)\n"
+    distribution(tmp_path, "seven", "[petra_zoo.things]\nseven = seven_things\n", seven_things=add)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert things.find("seven") == 7
 
 
 def test_the_command_line_imports_a_module_of_the_current_directory(tmp_path: Path) -> None:

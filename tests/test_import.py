@@ -13,7 +13,6 @@ import petra_zoo
 
 ROOT = Path(petra_zoo.__file__).parents[1]
 HEAVY = {"torch", "timm", "torchvision", "numpy", "huggingface_hub", "safetensors", "PIL", "pydantic", "typer", "rich"}
-ELSEWHERE_YET = {"Layout", "Optimization", "register_dataset", "register_loss", "register_method", "train"}
 
 
 def python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -118,13 +117,7 @@ def test_a_finder_that_asks_for_timm_gets_what_python_finds(stand_ins: Path) -> 
     assert done.stdout.strip() == str(stand_ins / "timm/__init__.py")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True) if name in ELSEWHERE_YET else ())
-        for name in petra_zoo.__all__
-    ],
-)
+@pytest.mark.parametrize("name", petra_zoo.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(petra_zoo, name)
     assert name in dir(petra_zoo)
@@ -136,7 +129,7 @@ def test_type_checkers_see_the_public_names_where_they_are() -> None:
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     seen = {alias.name: node.module for node in imports for alias in node.names if node.module != "petra_zoo"}
-    assert seen == {name: home for name, home in petra_zoo._HOMES.items() if name not in ELSEWHERE_YET}
+    assert seen == petra_zoo._HOMES
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

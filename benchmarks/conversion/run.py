@@ -25,15 +25,16 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from petra_zoo.converters import compare, convert
-from petra_zoo.converters.choose import measure
-from petra_zoo.converters.conversion import noise
-from petra_zoo.converters.memory_report import activation_memory
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from petra_zoo.converters import convert, measure_fidelity
+from petra_zoo.converters.calibration import noise
+from petra_zoo.converters.memory_report import conversion_memory
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.data.loader import create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.settings.augmentation import Augmentation
 
 RESULTS, README = (Path(__file__).with_name(name) for name in ("results.json", "README.md"))
@@ -72,10 +73,10 @@ def convert_depth(depth: int) -> list[dict[str, Any]]:
     for purpose in PURPOSES:
         model = convert(source, purpose=purpose, tolerance=TOLERANCE)
         runs = []
-        for run in measure(model, noise(model)):
+        for run in measure_runs(model, noise(model)):
             inverted = run.anchor_every or run.blocks
             runs.append(vars(run) | {"predicted_error": 6e-8 * run.g**-inverted if run.g and inverted else 0.0})
-        memory = activation_memory(source, model, (3, 224, 224))
+        memory = conversion_memory(source, model, (3, 224, 224))
         sizes = {name: use._asdict() for name, use in memory.items()}
         rows.append({"model": f"resnet{depth}", "purpose": purpose, "runs": runs, "bytes_per_image": sizes})
     return rows
@@ -96,10 +97,10 @@ def batches(name: str, split: Any, seed: int, train: bool) -> Any:
     data, settings = open_dataset(name, split), DATA[name]
     augmentation = Augmentation(train_crop_mode="pad", crop_padding=settings["size"] // 8, hflip=settings["hflip"])
     size = (3, settings["size"], settings["size"])
+    preprocessing = Preprocessing(size, data.mean, data.std, crop_pct=1.0 if size[-1] == data.image_size else 0.875)
     return create_loader(
-        data, batch_size=64, train=train, input_size=size, mean=data.mean, std=data.std, augmentation=augmentation,
-        seed=seed, drop_last=train,
-    )  # fmt: skip
+        data, preprocessing, batch_size=64, augmentation=augmentation if train else None, seed=seed, drop_last=train
+    )
 
 
 def train(name: str, seed: int) -> ResNet:
@@ -136,7 +137,7 @@ def fidelity(name: str, seed: int) -> list[dict[str, Any]]:
                 tolerance=TOLERANCE,
                 calibration=calibration if estimated else None,
             )
-            found = compare(source, model, validation)
+            found = measure_fidelity(source, model, validation)
             rows.append(
                 {"dataset": name, "seed": seed, "coupling": coupling, "statistics_estimated": estimated}
                 | {key: value for key, value in found.as_dict().items() if key != "runs"}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import petra_zoo  # registers the models
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Layout, Optimization, Pipeline
 from petra_zoo.reversible import replay
 
 CUDA = torch.cuda.is_available()
@@ -125,11 +125,10 @@ def measure_tick(name: str, size: int, batch: int, stages: int, method: str, tim
     model = timm.create_model(name, num_classes=100).to(DEVICE, memory_format=torch.channels_last).train()
     pipeline = Pipeline(
         model,
-        stages,
-        method=method,  # type: ignore[arg-type]
-        optimizer=lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9),
+        Layout.balanced(model, stages, method=method, input_size=(3, size, size)),
+        method=method,
+        optimization=Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)),
         autocast=torch.bfloat16,
-        input_size=(3, size, size),
     )
     images = torch.randn(batch, 3, size, size, device=DEVICE).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 100, (batch,), device=DEVICE)

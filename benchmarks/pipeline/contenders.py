@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from petra_zoo.models import PetraPaperRevNet
-from petra_zoo.petra import Pipeline, Profile, World
+from petra_zoo.petra import Costs, Layout, Optimization, Pipeline, Profile, Wire, World
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.planning.performance import split_units
 
@@ -195,21 +195,18 @@ class Ours(Contender):
     """`petra_zoo.petra.Pipeline`, one stage per process; an update is k ticks of a pipeline that never drains."""
 
     def __init__(
-        self, task: Task, model: PetraPaperRevNet, world: World, m: int, *, profile: Profile, method: Any
+        self, task: Task, model: PetraPaperRevNet, world: World, m: int, *, profile: Profile, method: str
     ) -> None:
         self.images = m * task.batch_size
         self.world = world
         self.pipeline = Pipeline(
             model.train(),
-            world.size,
+            Layout.balanced(model, world.size, method=method, ranks=world.size, costs=Costs.measured(profile, method)),
             method=method,
-            accumulation_steps=m,
-            optimizer=lambda named: sgd([p for _, p in named]),
-            profile=profile,
-            world=world,
-            timeout=600.0,
+            optimization=Optimization(lambda named: sgd([p for _, p in named]), accumulation_steps=m),
+            world=replace(world, wire=Wire(timeout=600.0)),
         )
-        self.split = [len(owned) for owned in self.pipeline.partition]
+        self.split = self.pipeline.layout.sizes
         images, labels = data(task, m)
         self.micro_batches = list(zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True))
 

@@ -41,7 +41,9 @@ from report import markdown
 from torch.multiprocessing.spawn import start_processes
 
 from petra_zoo.petra import Profile, World, measure
-from petra_zoo.planning.performance import METHODS, Cluster, predict
+from petra_zoo.planning.cluster import Cluster
+from petra_zoo.planning.performance import predict
+from petra_zoo.planning.schedules import schedules
 from petra_zoo.reversible import LiveBytes
 
 HERE = Path(__file__).parent
@@ -167,7 +169,7 @@ def planned(name: str) -> tuple[str | None, int]:
     """What `petra-zoo plan` calls a pipeline, and its m."""
     kind, _, m = name.replace("k=", "m=").partition(", m=")
     method = {"GPipe": "gpipe", "1F1B": "1f1b", "1F1B + checkpointing": "1f1b+checkpoint"}.get(kind, kind)
-    return (method, int(m)) if method in METHODS else (None, 0)
+    return (method, int(m)) if method in schedules() else (None, 0)
 
 
 def finish(world: World, folder: str, name: str, result: Any) -> None:

@@ -11,34 +11,51 @@ import torch
 
 from petra_zoo.checkpoints.hub_errors import explain
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier, UnitClassifier, as_classifier, as_unit_classifier
+
+_FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-def create_model(name: str, *, zoo_only: bool = True, **kwargs: Any) -> Any:
-    """`timm.create_model` with one clear line where the model does not exist; `zoo_only` wants one with units.
+def create_model(name: str, **arguments: Any) -> UnitClassifier:
+    """A model with units, which the engine can train: of the zoo, or of whoever registers one with timm.
+
+    Args:
+        name: what `timm.create_model` takes.
+        arguments: what it takes besides.
 
     Raises:
         UserError: no such model, one without units, or arguments that it does not take.
     """
-    local = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    architecture = name.split(".", 1)[0]
-    known = timm.list_models("petra_*" if zoo_only else "*")
-    if not local and architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
-        what = "is timm's, but not reversible" if timm.is_model(architecture) else "is unknown"
-        raise UserError(f"model {name!r} {what}; nearest: {', '.join(near)} (petra-zoo list shows all)")
+    _check_known(name, "petra_*")
+    model = create_any_model(name, **arguments)
     try:
-        return timm.create_model(name, **kwargs)
+        return as_unit_classifier(model)
+    except UserError as error:
+        nearest = _nearest(name, "petra_*")
+        raise UserError(f"model {name!r}: {error}; nearest: {nearest} (petra-zoo list shows all)") from error
+
+
+def create_any_model(name: str, **arguments: Any) -> Classifier:
+    """`timm.create_model` with one clear line where the model does not exist.
+
+    Raises:
+        UserError: no such model, or arguments that it does not take.
+    """
+    _check_known(name, "*")
+    local = name.startswith(_FROM_A_CONFIG)
+    try:
+        return as_classifier(timm.create_model(name, **arguments))
     except Exception as error:  # a repository can hold anything
         raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
 
 
-def load_model(source: str, device: torch.device, cache_dir: Path | None = None) -> Any:
+def load_model(source: str, device: torch.device, cache_dir: Path | None = None) -> Classifier:
     """A trained model in eval mode: a run directory, ``hf-hub:``/``local-dir:``, or a name with pretrained weights.
 
     Raises:
         UserError: there is no such run or model, or its weights cannot be read.
     """
-    model = create_model(resolve_source(source), zoo_only=False, pretrained=True, cache_dir=cache_dir)
+    model = create_any_model(resolve_source(source), pretrained=True, cache_dir=cache_dir)
     return model.to(device).eval()
 
 
@@ -59,7 +76,7 @@ def resolve_source(source: str) -> str:
     return source
 
 
-def check_image_size(model: Any, name: str, size: int) -> None:
+def check_image_size(model: Classifier, name: str, size: int) -> None:
     """Refuses images smaller than what the network reduces one pixel from.
 
     Raises:
@@ -71,3 +88,18 @@ def check_image_size(model: Any, name: str, size: int) -> None:
             f"images of {size}x{size} are too small for {name}, which reduces by {reduction}: "
             f"use img_size={reduction} or more, or a model for small images (petra_revnet_tiny, petra_revnet18_cifar)"
         )
+
+
+def _check_known(name: str, like: str) -> None:
+    if not name.startswith(_FROM_A_CONFIG) and not timm.is_model(_architecture(name)):
+        raise UserError(f"model {name!r} is unknown; nearest: {_nearest(name, like)} (petra-zoo list shows all)")
+
+
+def _nearest(name: str, like: str) -> str:
+    """Up to three registered names that match `like` and look like this one."""
+    known = timm.list_models(like)
+    return ", ".join(difflib.get_close_matches(_architecture(name), known, n=3, cutoff=0.4) or known[:3])
+
+
+def _architecture(name: str) -> str:
+    return name.split(".", 1)[0]

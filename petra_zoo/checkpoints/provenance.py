@@ -9,20 +9,20 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import Json, JsonObject, to_json
 
 ENVIRONMENT, EVALUATION = "environment.json", "evaluation.json"
 PACKAGES = ("petra-zoo", "torch", "torchvision", "timm", "numpy")
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment() -> JsonObject:
     """The machine, its devices and the versions of what runs on it."""
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -36,7 +36,7 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def peak_memory() -> dict[str, Any]:
+def peak_memory() -> JsonObject:
     """Most bytes at once so far: what torch allocated on the GPU, or this process's resident set."""
     if torch.cuda.is_available():
         return {"peak_memory": torch.cuda.max_memory_allocated(), "peak_memory_is": "allocated on one GPU"}
@@ -60,7 +60,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Json]) -> None:
     """Writes beside, then renames: the file is complete or not there. Null where a number is not finite."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")

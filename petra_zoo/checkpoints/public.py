@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.strict_json import Json, JsonObject
 
 ELSEWHERE = ("hf-hub:", "hf_hub:", "torchvision:", "http://", "https://")
 LOCAL = "local-dir:"
@@ -44,7 +44,7 @@ def is_hub_id(name: str) -> bool:
 
 def public_recipe(recipe: Recipe) -> Recipe:
     """A recipe without places of this machine: those that are paths are left out, those that name a model shortened."""
-    values: dict[str, Any] = {"dataset": public_dataset(recipe.dataset)}
+    values: JsonObject = {"dataset": public_dataset(recipe.dataset)}
     for name, value in recipe:
         if isinstance(value, Path):
             values[name] = None
@@ -55,16 +55,16 @@ def public_recipe(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=values)
 
 
-def public_record(record: dict[str, Any]) -> dict[str, Any]:
+def public_record(record: JsonObject) -> JsonObject:
     """evaluation.json or fidelity.json: the names of model, source and data set, and not where the result was put."""
     public = {key: value for key, value in record.items() if key != "output"}
     for key, shorten in (("model", public_source), ("source", public_source), ("dataset", public_dataset)):
-        if isinstance(record.get(key), str):
-            public[key] = shorten(record[key])
+        if isinstance(value := record.get(key), str):
+            public[key] = shorten(value)
     return public
 
 
-def without_places(value: Any) -> Any:
+def without_places(value: Json) -> Json:
     """JSON or YAML; every text that is the full path of a file or directory of this machine becomes its name."""
     if isinstance(value, dict):
         return {key: without_places(inner) for key, inner in value.items()}

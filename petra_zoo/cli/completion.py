@@ -16,7 +16,14 @@ from petra_zoo.strict_json import to_json
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-_REGISTERED = re.compile(r"^@register_model\s+def (\w+)", re.MULTILINE)
+# What is registered by name, and how the sources say so: reading them takes no time, importing them takes seconds.
+_MODEL = r"^@register_model\s+def (\w+)"
+_REGISTERED = {
+    "model": ("models/*.py", _MODEL),
+    "method": ("petra/methods.py", r"^register_method\(\s*Method\(\s*\"(\w+)\""),
+    "dataset": ("data/datasets.py", r"^@register_dataset\(\"(\w+)\""),
+    "loss": ("training/losses.py", r"^register_loss\(\"(\w+)\""),
+}
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -28,12 +35,12 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_model(incomplete: str) -> list[str]:
     """Networks of the zoo."""
-    return [name for name in _registered_in("petra_zoo", "models/*.py") if name.startswith(incomplete)]
+    return [name for name in _registered_in("petra_zoo", *_REGISTERED["model"]) if name.startswith(incomplete)]
 
 
 def complete_source(incomplete: str) -> list[str]:
     """Networks that `petra-zoo convert` begins with: timm's ResNets."""
-    return [name for name in _registered_in("timm", "models/resnet.py") if name.startswith(incomplete)]
+    return [name for name in _registered_in("timm", "models/resnet.py", _MODEL) if name.startswith(incomplete)]
 
 
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -53,21 +60,20 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{key}=" for key in keys]
 
 
-def _registered_in(package: str, files: str) -> list[str]:
-    """Reads the names of models from the sources that register them: to import timm takes seconds."""
+def _registered_in(package: str, files: str, pattern: str) -> list[str]:
     found = find_spec(package)
     folders = found.submodule_search_locations if found else None
     texts = (path.read_text(encoding="utf-8") for folder in folders or () for path in Path(folder).glob(files))
-    return sorted(name for text in texts for name in _REGISTERED.findall(text))
+    return sorted(name for text in texts for name in re.findall(pattern, text, re.MULTILINE))
 
 
 def _values(key: str) -> list[str]:
     """What a setting takes: all of it where it is one of a few words, else its default as an example."""
     from petra_zoo.settings.recipe import Recipe
 
+    if key in _REGISTERED:
+        return _registered_in("petra_zoo", *_REGISTERED[key])
     field = Recipe.model_fields.get(key)
-    if key == "model":
-        return complete_model("")
     if field is None or field.is_required():
         return []
     default = field.get_default(call_default_factory=True)

@@ -14,7 +14,7 @@ from petra_zoo.strict_json import to_json
 
 if TYPE_CHECKING:
     from petra_zoo.converters.checkpoint_conversion import Conversion
-    from petra_zoo.converters.choose import Run
+    from petra_zoo.converters.reconstruction import CoupledRun
 
 
 def convert(
@@ -55,6 +55,7 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a trained ResNet into a reversible network that predicts the same, and save it for timm."""
+    from petra_zoo.converters.calibration import CalibrationImages
     from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
 
     if to_resnet:
@@ -72,9 +73,7 @@ def convert(
         coupling="auto" if coupling == "auto" else _numbers(coupling),
         purpose=purpose,
         tolerance=tolerance,
-        dataset=calibrate,
-        data_dir=data_dir,
-        calibration_images=calibration_images,
+        images=CalibrationImages(calibrate, data_dir, calibration_images) if calibrate else None,
         report=report,
         exact=exact,
     )
@@ -106,7 +105,7 @@ def convert(
     typer.echo(f"next: python -i -c {shlex.quote(code)}")
 
 
-def _line(run: Run, done: Conversion) -> str:
+def _line(run: CoupledRun, done: Conversion) -> str:
     if not run.g:
         return f"not reversible (coupling 0): {done.why_not(run)}"
     from petra_zoo.converters.checkpoint_conversion import count_blocks
@@ -115,8 +114,9 @@ def _line(run: Run, done: Conversion) -> str:
     return f"{count_blocks(run.blocks)} reversible, coupling {run.g:g}{anchors}, reconstruction error {run.error:.1e}"
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str) -> float | list[float]:
     try:
-        return [float(word) for word in text.split(",")]
+        numbers = [float(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"--coupling {text}: expected auto, one number, or four (one per layer)") from None
+    return numbers if len(numbers) > 1 else numbers[0]

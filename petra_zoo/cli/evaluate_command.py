@@ -11,7 +11,7 @@ from petra_zoo.cli.completion import complete_model
 from petra_zoo.strict_json import Json, to_json
 
 if TYPE_CHECKING:
-    from petra_zoo.evaluation.checkpoint_evaluation import Report
+    from petra_zoo.evaluation.checkpoint_evaluation import EvaluationReport
     from petra_zoo.evaluation.comparison import Comparison
 
 
@@ -47,24 +47,22 @@ def evaluate(
     """Evaluate trained models: top-1, top-5, loss, memory, and the classes they mistake most."""
     if compared and len(sources) != 2:
         raise typer.BadParameter(f"--compare takes two models, not {len(sources)}")
-    from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoints
+    from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoints
     from petra_zoo.evaluation.comparison import compare
 
-    reports = []
-    for report in evaluate_checkpoints(
-        sources,
-        dataset,
-        results_file=results_file,
-        data_dir=data_dir,
+    options = EvaluationOptions(
         batch_size=batch_size,
+        retry=retry,
         workers=workers,
         device=device,
         amp=amp,
         on_bad_image=on_bad_image,
-        retry=retry,
         use_train_size=use_train_size,
         fingerprints=compared,
-        cache_dir=cache_dir,
+    )
+    reports = []
+    for report in evaluate_checkpoints(
+        sources, dataset, results_file=results_file, data_dir=data_dir, cache_dir=cache_dir, options=options
     ):
         reports.append(report)
         if not as_json:
@@ -80,7 +78,7 @@ def evaluate(
         _show_comparison(comparison)
 
 
-def _show(report: Report) -> None:
+def _show(report: EvaluationReport) -> None:
     result = report.evaluation
     of_all = f" of {result.images + report.bad_images}" if report.bad_images else ""
     typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images")

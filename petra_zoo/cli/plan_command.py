@@ -31,9 +31,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every link and device in it.")] = False,
 ) -> None:
     """Predict speed, links, memory and delay of PETRA and its peers on 1 to 64 devices."""
-    from petra_zoo.planning.performance import Cluster
+    from petra_zoo.planning.cluster import Cluster
     from petra_zoo.planning.plan import COLUMNS, draw, make_plan
-    from petra_zoo.planning.profiles import find_profile
+    from petra_zoo.planning.profiles import profile_of
     from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
 
     cluster = Cluster(
@@ -41,7 +41,7 @@ def plan(
         parse_seconds(latency, "--latency"),
         None if memory is None else parse_bytes(memory, "--memory"),
     )
-    found = find_profile(model, profile, batch_size=batch_size, input_size=input_size, device=device)
+    found = profile_of(model, profile, batch_size=batch_size, input_size=input_size, device=device)
     if save_profile is not None:
         found.save(save_profile)
     result = make_plan(found, devices, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)

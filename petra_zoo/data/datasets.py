@@ -1,20 +1,65 @@
-"""Opens a data set by name."""
+"""Data sets by name: those of this package, timm's, and whatever else is registered."""
 
-import difflib
-import re
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from petra_zoo.data.drawn_datasets import ShapesDataset, SyntheticDataset
 from petra_zoo.data.image_dataset import DataError, ImageDataset, Split
 from petra_zoo.data.image_folder import FolderDataset
 from petra_zoo.data.stored_datasets import TimmDataset, open_cifar, open_digits, open_imagenet32
+from petra_zoo.errors import UserError
+from petra_zoo.registry import Registry
 from petra_zoo.settings.types import BadImagePolicy
 
-__all__ = ["DATASETS", "BadImagePolicy", "DataError", "ImageDataset", "Split", "open_dataset"]
-
-DATASETS = ("digits", "shapes", "synthetic", "cifar10", "cifar100", "imagenet32", "folder")
+__all__ = ["DATASETS", "BadImagePolicy", "DataError", "ImageDataset", "Split", "open_dataset", "register_dataset"]
 
 _STREAMS = ("hfids/", "tfds/", "wds/")
+_OPTIONS = frozenset({"seed", "download", "split_name", "verify", "variant"})
+
+Opener = TypeVar("Opener", bound=Callable[..., ImageDataset])
+
+
+@dataclass(frozen=True)
+class _Registered:
+    open: Callable[..., ImageDataset]
+    options: frozenset[str]  # those of `_OPTIONS` that the function takes
+    needs_dir: bool
+
+
+DATASETS: Registry[_Registered] = Registry("data set", "petra_zoo.datasets")
+
+
+def register_dataset(name: str, *, needs_dir: bool = False) -> Callable[[Opener], Opener]:
+    """Makes a data set known by name, to recipes and to every command that takes `--dataset`.
+
+    What is decorated is called with the split, `'train'` or `'val'`, and the folder that `data_dir` names (None where
+    it names none), and gives an `ImageDataset`. Of the options it gets those that it has parameters for: `seed`,
+    `download`, `split_name` and `verify` (see `open_dataset`), and `variant`, the text behind a colon in the name.
+
+    Args:
+        name: of the data set.
+        needs_dir: whether it cannot do without `data_dir`.
+
+    Raises:
+        UserError: there is one of that name.
+
+    Example:
+        >>> @register_dataset("squares")
+        ... def open_squares(split, data_dir):
+        ...     return SquaresDataset(split)
+    """
+
+    def register(opener: Opener) -> Opener:
+        parameters = inspect.signature(opener).parameters
+        if len(parameters) < 2:
+            raise UserError(f"data set '{name}': its function is called with split and data_dir; it takes neither")
+        DATASETS.add(name, _Registered(opener, _OPTIONS & parameters.keys(), needs_dir))
+        return opener
+
+    return register
 
 
 def open_dataset(
@@ -30,7 +75,7 @@ def open_dataset(
     """Opens one split of a data set.
 
     Args:
-        name: One of `DATASETS`; `synthetic:CLASSESxSIZE` (`synthetic:1000x224`) for other numbers than 10x32; or a
+        name: A registered name; `synthetic:CLASSESxSIZE` (`synthetic:1000x224`) for other numbers than 10x32; or a
             name with a `/` that `timm.data.create_dataset` knows (`torch/mnist`, `hfds/user/name`).
         split: Which part; `val` is the part models are compared on.
         data_dir: Where the files are. `digits`, `shapes` and `synthetic` need none.
@@ -47,26 +92,61 @@ def open_dataset(
         DataError: The name is unknown, or the data is missing or not as expected.
     """
     if "/" in name:
-        if name.lower().startswith(_STREAMS):
-            # Augmentation and shuffling here are drawn by sample index, which a stream does not have.
-            raise DataError(f"data set '{name}' is a stream without sample indices; use hfds/ or a folder instead")
-        return TimmDataset(
-            name, split_name or {"train": "train", "val": "validation"}[split], data_dir, download=download
-        )
-    if name == "digits":
-        return open_digits(split)
-    if name == "shapes":
-        return ShapesDataset(split, seed)
-    if match := re.fullmatch(r"synthetic(?::(\d+)x(\d+))?", name):
-        classes, size = (int(number or default) for number, default in zip(match.groups(), (10, 32), strict=True))
-        return SyntheticDataset(split, seed, num_classes=classes, image_size=size)
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=2) or DATASETS
-        raise DataError(f"unknown data set '{name}'; did you mean {' or '.join(near)}?")
-    if data_dir is None:
+        return _open_timms(name, split_name or {"train": "train", "val": "validation"}[split], data_dir, download)
+    kind, colon, variant = name.partition(":")
+    known = DATASETS.get(kind)
+    if known is None or (colon and not (variant and "variant" in known.options)):
+        raise _unknown(name)
+    if known.needs_dir and data_dir is None:
         raise DataError(f"data set '{name}' needs data_dir=DIR, the folder that holds it")
-    if name == "imagenet32":
-        return open_imagenet32(split, data_dir)
-    if name == "folder":
-        return FolderDataset(split, data_dir)
-    return open_cifar(name, split, data_dir, download=download, verify=verify)
+    options = {"seed": seed, "download": download, "split_name": split_name, "verify": verify, "variant": variant}
+    return known.open(split, data_dir, **{key: options[key] for key in known.options})
+
+
+def _unknown(name: str) -> DataError:
+    return DataError(f"unknown data set '{name}'; did you mean {DATASETS.nearest(name)}?")
+
+
+def _open_timms(name: str, split_name: str, data_dir: Path | None, download: bool) -> ImageDataset:
+    if name.lower().startswith(_STREAMS):
+        # Augmentation and shuffling here are drawn by sample index, which a stream does not have.
+        raise DataError(f"data set '{name}' is a stream without sample indices; use hfds/ or a folder instead")
+    return TimmDataset(name, split_name, data_dir, download=download)
+
+
+@register_dataset("digits")
+def _open_digits(split: Split, data_dir: Path | None) -> ImageDataset:
+    return open_digits(split)
+
+
+@register_dataset("shapes")
+def _open_shapes(split: Split, data_dir: Path | None, seed: int) -> ImageDataset:
+    return ShapesDataset(split, seed)
+
+
+@register_dataset("synthetic")
+def _open_synthetic(split: Split, data_dir: Path | None, seed: int, variant: str) -> ImageDataset:
+    classes, times, size = (variant or "10x32").partition("x")
+    if not (times and classes.isdecimal() and size.isdecimal()):
+        raise _unknown(f"synthetic:{variant}")
+    return SyntheticDataset(split, seed, num_classes=int(classes), image_size=int(size))
+
+
+@register_dataset("cifar10", needs_dir=True)
+def _open_cifar10(split: Split, data_dir: Path, download: bool, verify: bool) -> ImageDataset:
+    return open_cifar("cifar10", split, data_dir, download=download, verify=verify)
+
+
+@register_dataset("cifar100", needs_dir=True)
+def _open_cifar100(split: Split, data_dir: Path, download: bool, verify: bool) -> ImageDataset:
+    return open_cifar("cifar100", split, data_dir, download=download, verify=verify)
+
+
+@register_dataset("imagenet32", needs_dir=True)
+def _open_imagenet32(split: Split, data_dir: Path) -> ImageDataset:
+    return open_imagenet32(split, data_dir)
+
+
+@register_dataset("folder", needs_dir=True)
+def _open_folder(split: Split, data_dir: Path) -> ImageDataset:
+    return FolderDataset(split, data_dir)

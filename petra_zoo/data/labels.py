@@ -13,11 +13,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier
 
 if TYPE_CHECKING:
     from petra_zoo.data.image_dataset import ImageDataset
@@ -29,7 +30,7 @@ _IMAGENET_TAG = re.compile(r"(^|_)(in|imagenet)\d+k(_|$)", re.IGNORECASE)  # aug
 _logger = logging.getLogger(__name__)
 
 
-def names_of(model: Any) -> list[str] | None:
+def names_of(model: Classifier) -> list[str] | None:
     """The names of a model's classes: the checkpoint's own, or ImageNet's synsets; None where there are none.
 
     Weights are ImageNet's where timm says so, by their tag or their place on the Hub: a number of classes says nothing.
@@ -47,7 +48,7 @@ def names_of(model: Any) -> list[str] | None:
     return None
 
 
-def shown_names(model: Any) -> list[str]:
+def shown_names(model: Classifier) -> list[str]:
     """One name per class for people to read: descriptions where there are some, numbers where there are no names."""
     described = (model.pretrained_cfg or {}).get("label_descriptions") or {}
     return [str(described.get(name, _described(name))) for name in names_of(model) or all_named([], model.num_classes)]
@@ -94,7 +95,7 @@ def numbers_in(wanted: Sequence[str], known: Sequence[str], whose: str, of_whom:
     return [number for number in found if number is not None]
 
 
-def classes_of(model: Any, source: str, class_names: Sequence[str], named: bool, data: str) -> list[int] | None:
+def classes_of(model: Classifier, source: str, class_names: Sequence[str], named: bool, data: str) -> list[int] | None:
     """The model's class for each class of the data, by name; None where numbers count, which a line says.
 
     Args:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from petra_zoo.data.image_dataset import BadImage, DataError, ImageDataset
-from petra_zoo.data.transforms import Transform, build_transform, seeded_generators
+from petra_zoo.data.preprocessing import Preprocessing
+from petra_zoo.data.transforms import Transform, evaluation_transform, seeded_generators, training_transform
 from petra_zoo.errors import UserError
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.types import BadImagePolicy
@@ -23,6 +24,38 @@ LEFT_OUT = -100
 
 # One number per purpose, so that no two draws share a seed.
 _SHUFFLE, _SAMPLE, _MIX = range(3)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which part of an epoch this process takes: every `count`-th batch; what does not divide is left out.
+
+    Attributes:
+        index: which of the replicas this is.
+        count: how many replicas share the batches.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Attributes:
+        workers: Processes that read and augment; they stay alive between epochs. 0 for this process.
+        on_bad_image: `skip` puts the next readable sample in the place of an undecodable one; `fail` raises.
+        leave_out: Let `skip` put a blank with the label `LEFT_OUT` there instead, so that no sample counts twice.
+        fingerprints: Whether to keep a fingerprint of every decoded image.
+        pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
+    """
+
+    workers: int = 0
+    on_bad_image: BadImagePolicy = "fail"
+    leave_out: bool = False
+    fingerprints: bool = False
+    pin_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,27 +89,26 @@ class _Batches:
     shuffle: bool
     seed: int
     drop_last: bool
-    drop_single: bool = False  # leave out a last batch of one image
-    shard: int = 0
-    shards: int = 1
+    sharding: Sharding
     epoch: int = 0
     start: int = 0
 
     def __len__(self) -> int:
         full, rest = divmod(self.length, self.batch_size)
-        keeps_rest = rest > 0 and not self.drop_last and not (self.drop_single and rest == 1 and full > 0)
-        return (full + keeps_rest) // self.shards  # every shard has as many, so that replicas stay in step
+        single = self.shuffle and rest == 1 and full > 0  # a batch to train on of which no norm can tell the variance
+        keeps_rest = rest > 0 and not self.drop_last and not single
+        return (full + keeps_rest) // self.sharding.count  # every shard has as many, so that replicas stay in step
 
     @property
     def left_out(self) -> int:
         """How many images are in no batch of an epoch."""
-        return max(0, self.length - len(self) * self.shards * self.batch_size)
+        return max(0, self.length - len(self) * self.sharding.count * self.batch_size)
 
     def __iter__(self) -> Iterator[list[_Place]]:
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((_SHUFFLE, self.seed, self.epoch)).permutation(self.length)
-        places = [at * self.shards + self.shard for at in range(self.start, len(self))]
+        places = [at * self.sharding.count + self.sharding.index for at in range(self.start, len(self))]
         chunks = [order[at * self.batch_size : (at + 1) * self.batch_size] for at in places]
         return iter([[_Place(self.epoch, int(index)) for index in chunk] for chunk in chunks])
 
@@ -91,30 +123,28 @@ class _Samples(Dataset[_Sample | DataError]):
         self,
         source: ImageDataset,
         transform: Transform,
-        *,
         size: tuple[int, int, int],
-        on_bad_image: BadImagePolicy,
-        leave_out: bool,
-        fingerprints: bool,
+        reading: Reading,
+        *,
         seed: int | None,
         policy: str | None,
     ) -> None:
-        self._source, self._transform, self._size, self._on_bad_image = source, transform, size, on_bad_image
-        self._leave_out, self._fingerprints, self._seed, self._policy = leave_out, fingerprints, seed, policy
+        self._source, self._transform, self._size, self._reading = source, transform, size, reading
+        self._seed, self._policy = seed, policy
 
     def __getitem__(self, place: _Place) -> _Sample | DataError:
         try:
-            if self._leave_out and self._on_bad_image == "skip":
+            if self._reading.leave_out and self._reading.on_bad_image == "skip":
                 found = self._source.try_load(place.index)
                 if isinstance(found, BadImage):  # batches keep their size, in every process
                     return _Sample(torch.zeros(self._size), LEFT_OUT, [found])
                 bad: list[BadImage] = []
                 image, label = found
             else:
-                image, label, bad = self._source.load(place.index, self._on_bad_image)
+                image, label, bad = self._source.load(place.index, self._reading.on_bad_image)
         except DataError as error:
             return error
-        fingerprint = _fingerprint(image) if self._fingerprints else b""
+        fingerprint = _fingerprint(image) if self._reading.fingerprints else b""
         if self._size[0] == 1:
             image = image.convert("L")
         try:
@@ -162,10 +192,8 @@ class ImageLoader:
         dataset: ImageDataset,
         samples: Dataset[_Sample | DataError],
         batches: _Batches,
-        *,
+        reading: Reading,
         mixing: Augmentation | None,
-        workers: int,
-        pin_memory: bool,
     ) -> None:
         self.dataset = dataset
         self.fingerprints: list[bytes] = []
@@ -184,10 +212,10 @@ class ImageLoader:
         self._loader: DataLoader[_Sample | DataError] = DataLoader(
             samples,
             batch_sampler=batches,
-            num_workers=workers,
+            num_workers=reading.workers,
             collate_fn=_collate,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
+            pin_memory=reading.pin_memory,
+            persistent_workers=reading.workers > 0,
             generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
         )
 
@@ -239,7 +267,7 @@ class ImageLoader:
         if self._mixup is None:
             return images, smoothed
         even = len(images) // 2 * 2  # timm mixes pairs and refuses odd batches: the last image of one stays as it is
-        place = batch_index * self._batches.shards + self._batches.shard
+        place = batch_index * self._batches.sharding.count + self._batches.sharding.index
         with seeded_generators(_MIX, self._batches.seed, epoch, place):
             _, smoothed[:even] = self._mixup(images[:even], labels[:even])  # mixes the images in place
         return images, smoothed
@@ -261,23 +289,14 @@ def check_channels(input_size: Sequence[int], mean: Sequence[float], std: Sequen
 
 def create_loader(
     dataset: ImageDataset,
+    preprocessing: Preprocessing,
     *,
     batch_size: int,
-    train: bool,
-    input_size: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     augmentation: Augmentation | None = None,
     seed: int = 0,
-    workers: int = 0,
-    on_bad_image: BadImagePolicy = "fail",
-    leave_out: bool = False,
     drop_last: bool = False,
-    shard: int = 0,
-    shards: int = 1,
-    pin_memory: bool = False,
-    crop_mode: str | None = None,
-    fingerprints: bool = False,
+    sharding: Sharding | None = None,
+    reading: Reading | None = None,
 ) -> ImageLoader:
     """Makes an iterable of batches over a data set.
 
@@ -286,66 +305,41 @@ def create_loader(
 
     Args:
         dataset: What to load. Its `bad_images` counts the skipped ones, whichever process met them.
+        preprocessing: What the network wants of an image. One channel makes the images grey. In training only its size
+            and normalisation count.
         batch_size: Images per batch.
-        train: Whether to shuffle, augment and mix, and to leave out a last batch of one image, of which no batch norm
-            can tell the variance (unless it is the only batch). Validation goes through the data set in order.
-        input_size: C, H, W of the network's input; C = 1 makes the images grey.
-        mean: Normalisation, C values for images scaled to 0..1.
-        std: Likewise.
-        augmentation: What to do to the images; a `Recipe` is one too. timm's defaults where None.
+        augmentation: What to do to the images to train on: to shuffle, augment and mix them, and to leave out a last
+            batch of one, of which no batch norm can tell the variance (unless it is the only batch). A `Recipe` is one
+            too. None for validation: the data set in order.
         seed: The run's seed, not negative.
-        workers: Processes that read and augment; they stay alive between epochs. 0 for this process.
-        on_bad_image: `skip` puts the next readable sample in the place of an undecodable one; `fail` raises.
-        leave_out: Let `skip` put a blank with the label `LEFT_OUT` there instead, so that no sample counts twice.
         drop_last: Leave out the last batch where it is smaller.
-        shard: Which of `shards` replicas this is: of the epoch's batches it takes every `shards`-th.
-        shards: How many replicas share the epoch's batches; what does not divide is left out.
-        pin_memory: Give batches in page-locked memory, for faster copies to a GPU.
-        crop_mode: How validation crops: timm's `center`, `squash` or `border`; timm's default where None.
-        fingerprints: Whether to keep a fingerprint of every decoded image.
+        sharding: This replica's share of the batches; default: all.
+        reading: How images are read; default: in this process, and none may be bad.
 
     Raises:
-        UserError: `mean` or `std` does not fit `input_size`, or there is not even one batch.
+        UserError: the normalisation does not fit the channels, or there is not even one batch.
     """
-    augmentation = augmentation or Augmentation()
-    check_channels(input_size, mean, std)
-    batches = _Batches(
-        len(dataset),
-        batch_size,
-        shuffle=train,
-        seed=seed,
-        drop_last=drop_last,
-        drop_single=train,
-        shard=shard,
-        shards=shards,
-    )
+    train, sharding, reading = augmentation is not None, sharding or Sharding(), reading or Reading()
+    check_channels(preprocessing.input_size, preprocessing.mean, preprocessing.std)
+    batches = _Batches(len(dataset), batch_size, train, seed, drop_last, sharding)
     if not len(batches):
-        most = len(dataset) // shards
-        each = f" for each of {shards} replicas" if shards > 1 else ""
+        most = len(dataset) // sharding.count
+        each = f" for each of {sharding.count} replicas" if sharding.count > 1 else ""
         raise UserError(
             f"batch_size={batch_size}{each} is more than the {len(dataset)} images give; expected at most {most}"
         )
-    transform = build_transform(
-        augmentation,
-        train=train,
-        input_size=input_size,
-        mean=mean,
-        std=std,
-        native_size=dataset.image_size,
-        crop_mode=crop_mode,
-    )
-    random = train and not augmentation.no_aug
+    if augmentation is None:
+        transform = evaluation_transform(preprocessing)
+    else:
+        transform = training_transform(augmentation, preprocessing)
+    drawn = augmentation if augmentation and not augmentation.no_aug else None
     samples = _Samples(
         dataset,
         transform,
-        size=input_size,
-        on_bad_image=on_bad_image,
-        leave_out=leave_out,
-        fingerprints=fingerprints,
-        seed=seed if random else None,
-        policy=augmentation.aa if random else None,
+        preprocessing.input_size,
+        reading,
+        seed=seed if drawn else None,
+        policy=drawn.aa if drawn else None,
     )
-    mixes = random and (augmentation.mixup or augmentation.cutmix or augmentation.smoothing)
-    return ImageLoader(
-        dataset, samples, batches, mixing=augmentation if mixes else None, workers=workers, pin_memory=pin_memory
-    )
+    mixes = drawn is not None and (drawn.mixup or drawn.cutmix or drawn.smoothing)
+    return ImageLoader(dataset, samples, batches, reading, mixing=drawn if mixes else None)

@@ -8,6 +8,8 @@ from typing import TypedDict
 from timm.data import resolve_model_data_config
 from torch import nn
 
+from petra_zoo.settings.augmentation import Interpolation
+
 
 class DataConfig(TypedDict):
     """timm's words for it: what `timm.data.create_transform` takes and config.json holds."""
@@ -15,7 +17,7 @@ class DataConfig(TypedDict):
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
+    interpolation: Interpolation
     crop_pct: float
     crop_mode: str
 
@@ -35,7 +37,7 @@ class Preprocessing:
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,14 @@ def open_imagenet32(split: Split, data_dir: Path) -> ArrayDataset:
     )
 
 
+class _Reader(Protocol):
+    """What timm's data sets decode behind: files and labels by index."""
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]: ...
+
+    def filename(self, index: int, *, absolute: bool) -> str: ...
+
+
 class TimmDataset(ImageDataset):
     """A data set timm opens by a prefixed name, such as `torch/mnist` or `hfds/user/name`."""
 
@@ -111,13 +119,13 @@ class TimmDataset(ImageDataset):
         set_img_extensions(sorted(image_endings()))  # else its folders lose what is neither PNG nor JPEG without a word
         try:
             root = None if data_dir is None else str(data_dir)
-            source: Any = create_dataset(name, root=root, split=split_name, download=download)
+            source = create_dataset(name, root=root, split=split_name, download=download)
         except Exception as error:  # whatever timm, torchvision, datasets or the network raises
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"timm cannot open data set '{name}', split '{split_name}': {reason}") from error
         # timm's data sets decode behind a reader that numbers the classes; torchvision's number them themselves. The
         # reader is used directly because timm's own __getitem__ replaces bad images silently.
-        self._reader: Any = getattr(source, "reader", None)
+        self._reader: _Reader | None = getattr(source, "reader", None)
         self._source = source
         numbers = getattr(self._reader or source, "class_to_idx", None)
         if not numbers:

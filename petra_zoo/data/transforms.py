@@ -14,46 +14,37 @@ from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop
 
 from petra_zoo.data.auto_augment import mend_posterize
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.settings.augmentation import Augmentation
 
 Transform = Callable[[Image.Image], Tensor]
 
 
-def build_transform(
-    settings: Augmentation,
-    *,
-    train: bool,
-    input_size: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    native_size: int | None = None,
-    crop_mode: str | None = None,
-) -> Transform:
-    """Builds timm's transform from an RGB image to a normalised float32 tensor [C, H, W].
+def evaluation_transform(preprocessing: Preprocessing) -> Transform:
+    """timm's transform from an RGB image to a normalised float32 tensor [C, H, W], without anything random."""
+    return create_transform(**preprocessing.as_dict(), is_training=False)
+
+
+def training_transform(settings: Augmentation, preprocessing: Preprocessing) -> Transform:
+    """timm's transform from an RGB image to a normalised float32 tensor [C, H, W], augmented.
 
     Args:
-        settings: What to do to the image; for validation only `interpolation` and `crop_pct` count.
-        train: Whether to augment.
-        input_size: C, H, W of the network's input.
-        mean: Normalisation, C values for images scaled to 0..1.
-        std: Likewise.
-        native_size: Height and width of all images, where they agree; such images are not resized for an input of
-            the same size.
-        crop_mode: How validation crops, in timm's words; its default where None.
+        settings: What to do to the image.
+        preprocessing: Of it only size and normalisation count.
     """
-    _, height, width = input_size
-    crop_pct = settings.crop_pct
-    if crop_pct is None and (native_size, native_size) == (height, width):
-        crop_pct = 1.0
-    interpolation = settings.interpolation
-    if not train and interpolation == "random":
-        interpolation = "bicubic"
-    pad = settings.train_crop_mode == "pad"
-    create = partial(create_transform, input_size, interpolation=interpolation, mean=mean, std=std)
-    if not train or settings.no_aug:
-        return create(is_training=train, no_aug=train, crop_pct=crop_pct, crop_mode=crop_mode)
-    crop_and_flip, colour, to_tensor = create(
+    _, height, width = preprocessing.input_size
+    create = partial(
+        create_transform,
+        preprocessing.input_size,
         is_training=True,
+        interpolation=settings.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
+    if settings.no_aug:
+        return create(no_aug=True)
+    pad = settings.train_crop_mode == "pad"
+    crop_and_flip, colour, to_tensor = create(
         separate=True,
         train_crop_mode=None if pad else settings.train_crop_mode,
         scale=settings.scale,
@@ -69,7 +60,7 @@ def build_transform(
         mend_posterize(transform)
     if pad:
         # timm has no such crop; in its list the crop always comes first.
-        resize = ResizeKeepRatio((height, width), interpolation=interpolation)
+        resize = ResizeKeepRatio((height, width), interpolation=settings.interpolation)
         crop_and_flip.transforms[:1] = [resize, RandomCrop((height, width), padding=settings.crop_padding)]
     return Compose([crop_and_flip, colour, to_tensor])
 

@@ -7,32 +7,33 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source
 from petra_zoo.checkpoints.provenance import now, sha256
 from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
-from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.data.loader import Reading, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
-from petra_zoo.evaluation.scores import Evaluation, evaluate
+from petra_zoo.evaluation.scores import Scores, evaluate
 from petra_zoo.evaluation.watch import Watched, is_out_of_memory
-from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.models.classifier import Classifier
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.settings.types import BadImagePolicy
+from petra_zoo.strict_json import JsonObject
 
 # timm's results files (validate.py --results-file), and the memory that timm does not tell
 TIMM_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
-COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
+CSV_COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """An evaluation and what was evaluated.
 
     Attributes:
@@ -48,9 +49,9 @@ class Report:
 
     model: str
     dataset: str
-    evaluation: Evaluation
+    evaluation: Scores
     parameters: int
-    config: dict[str, Any]
+    preprocessing: Preprocessing
     class_names: list[str]
     bad_images: int
     batch_size: int
@@ -61,7 +62,7 @@ class Report:
     weights_sha256: str | None
     date: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON; saved as evaluation.json in the directory, it is what `petra-zoo push` puts on the card."""
         return {
             "model": self.model,
@@ -73,7 +74,7 @@ class Report:
             "images": self.evaluation.images,
             "bad_images": self.bad_images,
             "param_count": self.parameters,
-            "img_size": self.config["input_size"][-1],
+            "img_size": self.preprocessing.input_size[-1],
             "batch_size": self.batch_size,
             "peak_memory": self.peak_memory,
             "worst_classes": self.evaluation.worst_classes(self.class_names),
@@ -81,7 +82,7 @@ class Report:
             "weights_sha256": self.weights_sha256,
         }
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> dict[str, str | float]:
         """A row of timm's results CSV: percent to 3 decimals, parameters in millions."""
         top1, top5 = round(self.evaluation.top1, 3), round(self.evaluation.top5, 3)
         values = (
@@ -91,12 +92,38 @@ class Report:
             top5,
             round(100 - top5, 3),
             round(self.parameters / 1e6, 2),
-            self.config["input_size"][-1],
-            round(self.config["crop_pct"], 3),
-            self.config["interpolation"],
+            self.preprocessing.input_size[-1],
+            round(self.preprocessing.crop_pct, 3),
+            self.preprocessing.interpolation,
             round(self.peak_memory / 2**20, 2),
         )
-        return dict(zip(COLUMNS, values, strict=True))
+        return dict(zip(CSV_COLUMNS, values, strict=True))
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to evaluate; nothing here changes what is evaluated.
+
+    Attributes:
+        batch_size: images at a time; fewer where there are fewer.
+        retry: where memory runs out, start again with half the batch size.
+        workers: processes that read images; 0: this one.
+        device: ``cpu`` or ``cuda``; None: the GPU where there is one.
+        amp: bfloat16 autocast.
+        on_bad_image: `skip` leaves out what cannot be read; `fail` raises.
+        use_train_size: like timm's option, go by the checkpoint's `input_size` and `crop_pct` even where it has a
+            `test_input_size` or `test_crop_pct`.
+        fingerprints: keep what `compare` needs of every image.
+    """
+
+    batch_size: int = 256
+    retry: bool = False
+    workers: int = 0
+    device: str | None = None
+    amp: bool = False
+    on_bad_image: BadImagePolicy = "fail"
+    use_train_size: bool = False
+    fingerprints: bool = False
 
 
 def evaluate_checkpoint(
@@ -104,16 +131,9 @@ def evaluate_checkpoint(
     dataset: str | None = None,
     *,
     data_dir: Path | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str | None = None,
-    amp: bool = False,
-    on_bad_image: BadImagePolicy = "fail",
-    retry: bool = False,
-    use_train_size: bool = False,
-    fingerprints: bool = False,
     cache_dir: Path | None = None,
-) -> Report:
+    options: EvaluationOptions | None = None,
+) -> EvaluationReport:
     """Accuracy of a checkpoint on the validation split of a data set; without one, on what the run was trained on.
 
     Labels are matched by name where checkpoint and data have names (`petra_zoo.data.labels`). Data with a part of
@@ -121,60 +141,43 @@ def evaluate_checkpoint(
 
     Args:
         source: see `load_model`.
-        on_bad_image: `skip` leaves out what cannot be read; `fail` raises.
-        retry: where memory runs out, start again with half the batch size.
-        use_train_size: like timm's option, go by the checkpoint's `input_size` and `crop_pct` even where it has a
-            `test_input_size` or `test_crop_pct`.
-        fingerprints: keep what `compare` needs of every image.
+        dataset: see `open_dataset`.
+        data_dir: where its files are.
         cache_dir: where what comes from the Hub is kept; default: HF_HUB_CACHE.
+        options: how; default: see `EvaluationOptions`.
 
     Raises:
         UserError: model or data cannot be had, do not fit each other, or need more memory than there is.
         Failure: the model's logits are not finite.
     """
+    options = options or EvaluationOptions()
     resolve_source(source)
     split_name = None
     if dataset is None:
         dataset, data_dir, split_name = _trained_on(source, data_dir)
     data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name)
-    where = choose_device(device)
-    model = load_model(source, where, cache_dir)
+    model = load_model(source, choose_device(options.device), cache_dir)
     class_names = _number_as_the_model(data, model, source, f"data set {dataset}")
-    config = resolve_model_data_config(model, use_test_size=not use_train_size)
-    check_image_size(model, source, config["input_size"][-1])
-    batch_size = min(batch_size, len(data))
-    while True:
-        loader = _load(data, config, batch_size, workers=workers, on_bad_image=on_bad_image, fingerprints=fingerprints)
-        watched = Watched(model, where, amp)
-        try:
-            result = evaluate(watched.predict, watched.labelled(loader), model.num_classes, where)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if not retry or batch_size == 1:
-                fix = "use a smaller --batch-size, or --retry to find one" if batch_size > 1 else "use a larger device"
-                raise UserError(f"{source}: out of memory with a batch size of {batch_size}: {fix}") from error
-            batch_size //= 2
-            del watched, loader  # what they hold is what is missing
-        torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
-    if not math.isfinite(result.loss):  # its best classes would be those of argmax over numbers that are none
+    preprocessing = Preprocessing.of(model, use_test_size=not options.use_train_size)
+    check_image_size(model, source, preprocessing.input_size[-1])
+    measured = _measure(model, source, data, preprocessing, options)
+    if not math.isfinite(measured.scores.loss):  # its best classes would be those of argmax over numbers that are none
         raise Failure(f"{source} gives logits on {dataset} that are not finite: its training has diverged")
     weights = Path(source) / "model.safetensors"
-    labels = torch.cat(watched.labels)
+    labels = torch.cat(measured.watched.labels)
     counted = labels >= 0
-    decoded = zip(loader.fingerprints, counted.tolist(), strict=True) if fingerprints else ()
-    return Report(
+    decoded = zip(measured.fingerprints, counted.tolist(), strict=True) if options.fingerprints else ()
+    return EvaluationReport(
         model=source,
         dataset=dataset,
-        evaluation=result,
+        evaluation=measured.scores,
         parameters=sum(p.numel() for p in model.parameters()),
-        config=config,
+        preprocessing=preprocessing,
         class_names=class_names,
         bad_images=len(data.bad_images),
-        batch_size=batch_size,
-        peak_memory=watched.peak_memory(),
-        predictions=torch.cat(watched.predictions)[counted],
+        batch_size=measured.batch_size,
+        peak_memory=measured.watched.peak_memory(),
+        predictions=torch.cat(measured.watched.predictions)[counted],
         labels=labels[counted],
         fingerprints=[fingerprint for fingerprint, counts in decoded if counts],
         weights_sha256=sha256(weights) if weights.is_file() else None,
@@ -183,29 +186,35 @@ def evaluate_checkpoint(
 
 
 def evaluate_checkpoints(
-    sources: Sequence[str], dataset: str | None = None, *, results_file: Path | None = None, **options: Any
-) -> Iterator[Report]:
+    sources: Sequence[str],
+    dataset: str | None = None,
+    *,
+    results_file: Path | None = None,
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    options: EvaluationOptions | None = None,
+) -> Iterator[EvaluationReport]:
     """One checkpoint after the other, as they are done; the results file is written anew after each.
 
     Args:
         sources: see `load_model`; all are looked for before the first is evaluated.
         results_file: a CSV, see `write_results`.
-        options: see `evaluate_checkpoint`, like `dataset`.
+        dataset, data_dir, cache_dir, options: see `evaluate_checkpoint`.
 
     Raises:
         UserError: see `evaluate_checkpoint`; what was evaluated before is in the results file.
     """
     for source in sources:
         resolve_source(source)
-    reports: list[Report] = []
+    reports: list[EvaluationReport] = []
     for source in sources:
-        reports.append(evaluate_checkpoint(source, dataset, **options))
+        reports.append(evaluate_checkpoint(source, dataset, data_dir=data_dir, cache_dir=cache_dir, options=options))
         if results_file is not None:
             write_results(results_file, reports)
         yield reports[-1]
 
 
-def write_results(path: Path, reports: list[Report]) -> None:
+def write_results(path: Path, reports: list[EvaluationReport]) -> None:
     """Writes timm's results CSV.
 
     Raises:
@@ -213,27 +222,42 @@ def write_results(path: Path, reports: list[Report]) -> None:
     """
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, CSV_COLUMNS)
             writer.writeheader()
             writer.writerows(report.as_row() for report in reports)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _load(data: ImageDataset, config: dict[str, Any], batch_size: int, **options: Any) -> ImageLoader:
-    """Batches as a checkpoint's preprocessing wants them; see `create_loader` for the options."""
-    return create_loader(
-        data,
-        batch_size=batch_size,
-        train=False,
-        input_size=config["input_size"],
-        mean=config["mean"],
-        std=config["std"],
-        augmentation=Augmentation(interpolation=config["interpolation"], crop_pct=config["crop_pct"]),
-        crop_mode=config["crop_mode"],
-        leave_out=True,
-        **options,
-    )
+class _Measured(NamedTuple):
+    scores: Scores
+    watched: Watched
+    batch_size: int
+    fingerprints: list[bytes]
+
+
+def _measure(
+    model: Classifier, source: str, data: ImageDataset, preprocessing: Preprocessing, options: EvaluationOptions
+) -> _Measured:
+    """Goes through the data once, with the largest batches that fit where `retry` is asked for."""
+    device = next(model.parameters()).device
+    batch_size = min(options.batch_size, len(data))
+    while True:
+        reading = Reading(options.workers, options.on_bad_image, leave_out=True, fingerprints=options.fingerprints)
+        loader = create_loader(data, preprocessing, batch_size=batch_size, reading=reading)
+        watched = Watched(model, device, options.amp)
+        try:
+            scores = evaluate(watched.predict, watched.labelled(loader), model.num_classes, device)
+            return _Measured(scores, watched, batch_size, loader.fingerprints)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not options.retry or batch_size == 1:
+                fix = "use a smaller --batch-size, or --retry to find one" if batch_size > 1 else "use a larger device"
+                raise UserError(f"{source}: out of memory with a batch size of {batch_size}: {fix}") from error
+            batch_size //= 2
+            del watched, loader  # what they hold is what is missing
+        torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
 
 
 def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, str | None]:
@@ -244,7 +268,7 @@ def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, s
     return recipe.dataset, data_dir or recipe.data_dir, recipe.val_split
 
 
-def _number_as_the_model(data: ImageDataset, model: Any, source: str, name: str) -> list[str]:
+def _number_as_the_model(data: ImageDataset, model: Classifier, source: str, name: str) -> list[str]:
     """Numbers the data's classes as the model does, by their names; gives the names of the model's classes."""
     shown = shown_names(model)
     classes = classes_of(model, source, data.class_names, data.named, name)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from petra_zoo.data.labels import positions
 from petra_zoo.errors import UserError
-from petra_zoo.evaluation.checkpoint_evaluation import Report
+from petra_zoo.evaluation.checkpoint_evaluation import EvaluationReport
+from petra_zoo.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Comparison:
     only_second_right: int
     p_value: float
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return asdict(self)
 
 
-def compare(first: Report, second: Report) -> Comparison:
+def compare(first: EvaluationReport, second: EvaluationReport) -> Comparison:
     """Compares two evaluations on the same images.
 
     Images are the same where their pixels are, wherever they lie; classes, where their names are. Both reports need
-    fingerprints: `evaluate_checkpoint(..., fingerprints=True)`.
+    fingerprints: `EvaluationOptions(fingerprints=True)`.
 
     Raises:
         UserError: they are not of the same images with the same labels, in the same order.
@@ -74,7 +74,7 @@ def compare(first: Report, second: Report) -> Comparison:
     )
 
 
-def _classes_of_first(first: Report, second: Report) -> Tensor:
+def _classes_of_first(first: EvaluationReport, second: EvaluationReport) -> Tensor:
     """The first model's class for each of the second's [classes]; beyond the first's, for those that it lacks."""
     beyond = itertools.count(len(first.class_names))
     places = positions(second.class_names, first.class_names)

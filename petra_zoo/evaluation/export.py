@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from timm.data import resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from petra_zoo.checkpoints.load import check_image_size, load_model
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 
 Format = Literal["onnx", "torch-export"]
-TOLERANCE = 1e-4  # of the largest logit: float32 in another order of operations stays well below
+_ROUNDING = 1e-4  # of the largest logit: float32 in another order of operations stays well below
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def export_model(
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no directory {output.parent}")
     model = load_model(source, torch.device("cpu"))
-    channels, *size = resolve_model_data_config(model)["input_size"]
+    channels, *size = Preprocessing.of(model).input_size
     height, width = image_size or size
     check_image_size(model, source, min(height, width))
     images = torch.randn(2 if dynamic_batch else 1, channels, height, width, generator=torch.Generator().manual_seed(0))
@@ -89,10 +89,10 @@ def export_model(
             run = _run_onnx if format == "onnx" else _run_program
             with _quiet():
                 error = max(_difference(y, run(new, x)) for x, y in zip(trials, expected, strict=True))
-            if not error <= TOLERANCE:  # also where it is nan
+            if not error <= _ROUNDING:  # also where it is nan
                 raise UserError(
                     f"the {format} file of {source} differs from the model by {error:.1e} of the largest logit "
-                    f"(at most {TOLERANCE:.0e} is rounding): {output} was not written"
+                    f"(at most {_ROUNDING:.0e} is rounding): {output} was not written"
                 )
             os.replace(new, output)
     except OSError as problem:
@@ -106,7 +106,7 @@ def _check_packages() -> None:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'petra-zoo[export]'")
 
 
-def _write_onnx(model: Any, images: Tensor, dynamic_batch: bool, path: Path) -> None:
+def _write_onnx(model: nn.Module, images: Tensor, dynamic_batch: bool, path: Path) -> None:
     torch.onnx.export(
         model,
         (images,),
@@ -120,13 +120,13 @@ def _write_onnx(model: Any, images: Tensor, dynamic_batch: bool, path: Path) -> 
     )
 
 
-def _write_program(model: Any, images: Tensor, dynamic_batch: bool, path: Path) -> None:
+def _write_program(model: nn.Module, images: Tensor, dynamic_batch: bool, path: Path) -> None:
     program = torch.export.export(model, (images,), dynamic_shapes=_dynamic(dynamic_batch))
     with path.open("wb") as file:  # given a path, torch wants it to end in .pt2
         torch.export.save(program, file)
 
 
-def _dynamic(dynamic_batch: bool) -> Any:
+def _dynamic(dynamic_batch: bool) -> tuple[dict[int, torch.export.Dim]] | None:
     return ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
 
 

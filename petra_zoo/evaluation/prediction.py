@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor
 
 from petra_zoo.checkpoints.load import load_model
 from petra_zoo.data.decoding import explain_bad_image, read_rgb
 from petra_zoo.data.labels import shown_names
 from petra_zoo.data.loader import check_channels
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
+from petra_zoo.strict_json import JsonObject
 
 BATCH = 32
 
@@ -32,20 +33,20 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class ImagePrediction:
     """The most probable classes of one image, best first."""
 
     image: str
     guesses: list[Guess]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return asdict(self)
 
 
 def predict_images(
     source: str, images: Sequence[Path], *, topk: int = 5, device: str | None = None
-) -> list[Prediction]:
+) -> list[ImagePrediction]:
     """Classifies image files.
 
     Args:
@@ -63,13 +64,13 @@ def predict_images(
     model = load_model(source, where)
     if model.num_classes < 1:
         raise UserError(f"{source} has no classifier: fine-tune it first, or use it for its features through timm")
-    config = resolve_model_data_config(model)
+    wants = Preprocessing.of(model)
     try:
-        check_channels(config["input_size"], config["mean"], config["std"])
+        check_channels(wants.input_size, wants.mean, wants.std)
     except UserError as error:
         raise UserError(f"{source} cannot be fed with image files: {error}") from error
-    transform = create_transform(**config, is_training=False)
-    grey = config["input_size"][0] == 1
+    transform = create_transform(**wants.as_dict(), is_training=False)
+    grey = wants.input_size[0] == 1
     names = shown_names(model)
     found = []
     for start in range(0, len(images), BATCH):
@@ -84,7 +85,7 @@ def predict_images(
                 f"{source} gives no finite logits for {image}: its training has diverged, or the image is odd"
             )
         for path, guesses in zip(paths, _best(probabilities, topk, names), strict=True):
-            found.append(Prediction(str(path), guesses))
+            found.append(ImagePrediction(str(path), guesses))
     return found
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petra_zoo.strict_json import JsonObject
+
 
 @dataclass(frozen=True)
-class Evaluation:
+class Scores:
     """What a model scores.
 
     Attributes:
@@ -29,12 +30,12 @@ class Evaluation:
     images: int
     confusion: Tensor
 
-    def worst_classes(self, names: list[str], count: int = 3) -> list[dict[str, Any]]:
-        """The classes most often mistaken: accuracy, and what they are taken for most."""
+    def worst_classes(self, names: list[str], count: int = 3) -> list[JsonObject]:
+        """The classes most often mistaken: accuracy in percent, and what they are taken for most."""
         totals = self.confusion.sum(1)
         accuracy = self.confusion.diagonal() / totals.clamp_min(1)
         worst = [int(i) for i in torch.argsort(accuracy, stable=True) if totals[i] > 0 and accuracy[i] < 1][:count]
-        rows = []
+        rows: list[JsonObject] = []
         for i in worst:
             others = self.confusion[i].clone()
             others[i] = 0
@@ -58,7 +59,7 @@ def evaluate(
     num_classes: int,
     device: torch.device,
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> Evaluation:
+) -> Scores:
     """Runs a model over batches.
 
     Args:
@@ -75,7 +76,7 @@ def evaluate(
     return score(pairs, num_classes)
 
 
-def score(pairs: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Evaluation:
+def score(pairs: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Scores:
     """Compares logits [B, num_classes] with labels [B], batch by batch; images without a label (< 0) are left out."""
     correct1 = correct5 = images_seen = 0
     loss = 0.0
@@ -91,4 +92,4 @@ def score(pairs: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> Evaluatio
         images_seen += len(labels)
         confusion.index_put_((labels, best[:, 0]), torch.ones_like(labels), accumulate=True)
     seen = max(1, images_seen)
-    return Evaluation(100.0 * correct1 / seen, 100.0 * correct5 / seen, loss / seen, images_seen, confusion)
+    return Scores(100.0 * correct1 / seen, 100.0 * correct5 / seen, loss / seen, images_seen, confusion)

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Literal, TypedDict
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from timm.models import is_model_pretrained
 
 from petra_zoo.checkpoints.public import is_hub_id
 from petra_zoo.errors import UserError
-from petra_zoo.hub.checkpoint import Checkpoint
+from petra_zoo.hub.checkpoint import Checkpoint, Environment, Measured
 from petra_zoo.models.describe import describe_model
 from petra_zoo.models.training_memory import activation_memory
 from petra_zoo.settings.recipe import Recipe
 
 # Data sets of ours that the Hub has too; its leaderboards and links know no others.
 ON_THE_HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-METRICS = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+METRICS: dict[Literal["top1", "top5"], tuple[str, str]] = {
+    "top1": ("accuracy", "top-1 accuracy"),
+    "top5": ("top_5_accuracy", "top-5 accuracy"),
+}
+
+
+class _Row(TypedDict):
+    """A row of the card's table of results."""
+
+    dataset: str
+    images: int
+    metric: str
+    value: float
+    interval: tuple[float, float] | None
 
 
 def make_card(
@@ -118,17 +132,18 @@ def can_draw() -> bool:
     return True
 
 
-def _results(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    n, common = measured["images"], {"dataset": measured["dataset"], "images": measured["images"]}
+def _results(measured: Measured) -> list[_Row]:
+    dataset, n = measured["dataset"], measured["images"]
     rows = [
-        {**common, "metric": name, "value": measured[key], "interval": wilson(measured[key], n)}
+        _Row(dataset=dataset, images=n, metric=name, value=measured[key], interval=wilson(measured[key], n))
         for key, (_, name) in METRICS.items()
         if key in measured
     ]
-    return [*rows, {**common, "metric": "cross-entropy", "value": measured["loss"], "interval": None}]
+    loss = _Row(dataset=dataset, images=n, metric="cross-entropy", value=measured["loss"], interval=None)
+    return [*rows, loss]
 
 
-def _model_index(measured: dict[str, Any], hub_dataset: str | None) -> list[EvalResult]:
+def _model_index(measured: Measured, hub_dataset: str | None) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-classification",
@@ -145,10 +160,10 @@ def _model_index(measured: dict[str, Any], hub_dataset: str | None) -> list[Eval
     ]
 
 
-def _training(recipe: Recipe, environment: dict[str, Any]) -> list[tuple[str, Any]]:
+def _training(recipe: Recipe, environment: Environment | None) -> list[tuple[str, str | int]]:
     """Rows of the card's table; what is not known is left out."""
     stages = f"{recipe.stages}" + (f", of {recipe.split} units" if recipe.split else "")
-    rows: list[tuple[str, Any]] = [
+    rows: list[tuple[str, str | int]] = [
         ("method", f"`{recipe.method}`"),
         ("stages", stages),
         ("accumulation k", recipe.accumulation_steps),
@@ -161,13 +176,14 @@ def _training(recipe: Recipe, environment: dict[str, Any]) -> list[tuple[str, An
         hardware = (
             ", ".join(environment["devices"]) or f"{environment['processor']}, {environment['threads']} thread(s)"
         )
-        versions = [f"{name} {environment[name]}" for name in ("petra-zoo", "torch", "timm", "python")]
+        packages: tuple[Literal["petra-zoo", "torch", "timm", "python"], ...] = ("petra-zoo", "torch", "timm", "python")
+        versions = [f"{name} {environment[name]}" for name in packages]
         rows += [
             ("hardware", f"{hardware}, {environment['processes']} process(es)"),
             ("versions", ", ".join(versions)),
             ("wall time", f"{environment['wall_seconds']:.0f} s"),
         ]
-    if "peak_memory" in environment:
+    if environment and "peak_memory" in environment:
         rows.append(("peak memory", f"{environment['peak_memory'] / 2**20:.0f} MiB ({environment['peak_memory_is']})"))
     return rows
 
@@ -187,5 +203,6 @@ def _base_model(checkpoint: Checkpoint) -> str | None:
     return f"timm/{source}" if of_timm else None
 
 
-def _labels(names: list[str] | None) -> str:
+def _labels(names: Sequence[str] | Mapping[int | str, str] | None) -> str:
+    names = list(names.values()) if isinstance(names, Mapping) else names
     return ", ".join(names) if names and len(names) <= 20 else ""

@@ -6,16 +6,17 @@ import fnmatch
 import functools
 from dataclasses import asdict, dataclass
 from importlib import resources
-from typing import Any
 
 import timm
 import torchvision
-from huggingface_hub import ModelCard
-from timm.models import get_pretrained_cfg
+from huggingface_hub import ModelCard, ModelCardData
+from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.describe import Description, create_meta, describe_model
+from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.models.training_memory import ActivationMemory, activation_memory
+from petra_zoo.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Tag:
     num_classes: int
     reference: Reference | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return asdict(self)
 
@@ -63,7 +64,7 @@ class Facts:
     memory: ActivationMemory
     tags: list[Tag]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON: the network's facts at the top level."""
         memory = {"activation_bytes_per_image": self.memory.as_dict()}
         return {**self.network.as_dict(), **memory, "pretrained": [tag.as_dict() for tag in self.tags]}
@@ -73,9 +74,13 @@ def look_up(name: str) -> Facts:
     """A network, or one of its tags: then with that tag's couplings and image size; takes a second or more.
 
     Raises:
-        UserError: no such network or tag.
+        UserError: no such network or tag, or its activations cannot be counted.
     """
     model = create_meta(name)
+    if not isinstance(model, MemoryModes):
+        raise UserError(
+            f"{name} is no petra_zoo.models.memory_modes.MemoryModes: its activations are counted by set_memory()"
+        )
     network = describe_model(model, name)
     architecture, _, tag = name.partition(".")
     return Facts(network, activation_memory(model, network.input_size), _tags(f"{architecture}.{tag or '*'}"))
@@ -109,25 +114,29 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _tag(name: str) -> Tag:
     cfg = _cfg(name)
+    channels, height, width = cfg.input_size
     return Tag(
         name=name,
-        weights=cfg.hf_hub_id or cfg.url or "the installed package",
+        weights=str(cfg.hf_hub_id or cfg.url or "the installed package"),
         license=cfg.license,
-        input_size=tuple(cfg.input_size),
+        input_size=(channels, height, width),
         num_classes=cfg.num_classes,
         reference=reference_accuracy(name),
     )
 
 
-def _cfg(name: str) -> Any:
-    return get_pretrained_cfg(name)  # timm types every field as optional
+def _cfg(name: str) -> PretrainedCfg:
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None, name
+    return cfg
 
 
 def _from_our_card(name: str) -> Reference | None:
     card = resources.files("petra_zoo.model_cards").joinpath(f"{name}.md")
     if not card.is_file():
         return None
-    data: Any = ModelCard(card.read_text(encoding="utf-8")).data
+    data = ModelCard(card.read_text(encoding="utf-8")).data
+    assert isinstance(data, ModelCardData)
     for result in data.eval_results or []:
         if result.metric_type == "accuracy":
             source = f"measured here: {result.metric_name or 'top-1'}, {result.dataset_split or 'val'} split"
@@ -139,7 +148,7 @@ def _from_torchvision(name: str) -> Reference | None:
     """torchvision publishes accuracies with its weights, and timm's tags of them name the same file."""
     hub_id = _cfg(name).hf_hub_id or ""
     source = _cfg(hub_id.removeprefix("timm/")) if hub_id.startswith("timm/") else None
-    weights = _torchvision_weights().get(source.url) if source is not None else None
+    weights = _torchvision_weights().get(str(source.url)) if source is not None else None
     if source is None or weights is None:
         return None
     top1 = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
@@ -148,7 +157,7 @@ def _from_torchvision(name: str) -> Reference | None:
 
 
 @functools.cache
-def _torchvision_weights() -> dict[str, Any]:
+def _torchvision_weights() -> dict[str, torchvision.models.WeightsEnum]:
     models = torchvision.models
     names = [name for name in models.list_models(module=models) if name.startswith("resnet")]
     return {weights.url: weights for name in names for weights in models.get_model_weights(name)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
@@ -14,6 +15,22 @@ from petra_zoo.checkpoints.hub_errors import is_of_the_transport
 from petra_zoo.hub.repository import Files, digest, read
 
 ATTEMPTS, LONGEST_WAIT = 3, 60.0  # seconds
+
+
+class CommitOptions(TypedDict, total=False):
+    """Where a commit goes, and what it is called.
+
+    Attributes:
+        private: a repository that is made now is private.
+        create_pr: open a pull request instead of writing to the branch.
+        revision: the branch; made from main if there is none. Default: main.
+        message: of the commit; default: what was done.
+    """
+
+    private: bool
+    create_pr: bool
+    revision: str | None
+    message: str | None
 
 
 @dataclass(frozen=True)
@@ -41,18 +58,15 @@ class Commit:
     Args:
         files: by their names in the repository.
         repo_id: ORG/NAME; made if there is none.
-        message: of the commit.
-        private: whether a repository that is made is private.
-        create_pr: open a pull request instead of writing to the branch.
-        revision: the branch; made from main if there is none. Default: main.
+        summary: the message where the options give none.
+        options: see `CommitOptions`.
     """
 
-    def __init__(
-        self, files: Files, repo_id: str, message: str, *, private: bool, create_pr: bool, revision: str | None
-    ) -> None:
+    def __init__(self, files: Files, repo_id: str, summary: str, **options: Unpack[CommitOptions]) -> None:
         self._api = HfApi(endpoint=constants.ENDPOINT)
-        self._files, self._repo_id, self._message = files, repo_id, message
-        self._private, self._create_pr, self._revision = private, create_pr, revision
+        self._files, self._repo_id, self._message = files, repo_id, options.get("message") or summary
+        self._private, self._create_pr = options.get("private", False), options.get("create_pr", False)
+        self._revision = options.get("revision")
         self._before: str | None = None  # the branch's newest commit before the first attempt
         self._pull_requests: set[str] = set()  # likewise
 

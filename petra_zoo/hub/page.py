@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.catalog import Facts, Reference, look_up
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import JsonObject, to_json
 
-MIB = 2**20
-COLUMNS = (
+_MIB = 2**20
+_COLUMNS = (
     "M parameters",
     "GMACs",
     "input",
@@ -28,8 +27,8 @@ COLUMNS = (
     "top-1 %",
 )
 TITLE = b"<title>petra-zoo: the networks</title>"  # as in page.html
-ELSEWHERE = "published with the source"
-Cell = tuple[Any, str]  # what a column is sorted by, and what is shown
+_ELSEWHERE = "published with the source"
+Cell = tuple[float | str, str]  # what a column is sorted by, and what is shown
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def write_page(names: Iterable[str], folder: Path) -> Path:
     path = folder / "index.html"
     if path.exists() and (not path.is_file() or TITLE not in path.read_bytes()):
         raise UserError(f"{path} exists already and is no page of petra-zoo: choose another directory, or move it away")
-    text = page([entry(name) for name in names])
+    text = render_page([entry(name) for name in names])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".page-") as scratch:
@@ -79,11 +78,11 @@ def write_page(names: Iterable[str], folder: Path) -> Path:
     return path
 
 
-def page(entries: Sequence[Entry]) -> str:
+def render_page(entries: Sequence[Entry]) -> str:
     """The page's HTML."""
     rows = [_cells(one) for one in entries]
-    used = [i for i in range(len(COLUMNS)) if any(row[i][0] != "" for row in rows)]
-    labels = [COLUMNS[i] for i in used]
+    used = [i for i in range(len(_COLUMNS)) if any(row[i][0] != "" for row in rows)]
+    labels = [_COLUMNS[i] for i in used]
     head = [f'<th scope="col"><button type="button">{label}</button></th>' for label in ("network", *labels)]
     body = [_row(one, [row[i] for i in used], labels) for one, row in zip(entries, rows, strict=True)]
     data = to_json([_facts(one) for one in entries]).replace("<", "\\u003c")  # no tag ends inside the script
@@ -93,8 +92,8 @@ def page(entries: Sequence[Entry]) -> str:
     return template
 
 
-def _facts(one: Entry) -> dict[str, Any]:
-    def common(facts: Facts) -> dict[str, Any]:
+def _facts(one: Entry) -> JsonObject:
+    def common(facts: Facts) -> JsonObject:
         return {
             "name": facts.network.name,
             "parameters": facts.network.parameters,
@@ -114,14 +113,14 @@ def _cells(one: Entry) -> list[Cell]:
     tags = [_tag_of(tag.name) for tag in one.network.tags]
     figures = "".join(
         f'<div title="{escape(found.source)}">{found.top1:.2f}<small>{escape(_tag_of(facts.network.name))}, '
-        f"{escape(found.dataset)}, {'measured here' if found.measured_here else ELSEWHERE}</small></div>"
+        f"{escape(found.dataset)}, {'measured here' if found.measured_here else _ELSEWHERE}</small></div>"
         for facts, found in one.accuracies()
     )
     return [
         (network.parameters, f"{network.parameters / 1e6:.2f}"),
         (network.macs, f"{network.macs / 1e9:.3f}"),
         (network.input_size[1] * network.input_size[2], _input(one.network)),
-        *((value, f"{value / MIB:.2f}") for value in (memory.plain, memory.checkpointed, memory.reversible)),
+        *((value, f"{value / _MIB:.2f}") for value in (memory.plain, memory.checkpointed, memory.reversible)),
         (network.reversible_units, f"{network.reversible_units} of {network.units}"),
         (len(tags) or "", _folded(tags)),
         (max((found.top1 for _, found in one.accuracies()), default=""), figures),

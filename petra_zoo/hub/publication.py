@@ -6,17 +6,18 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from huggingface_hub import constants, hf_hub_download
 
 from petra_zoo.checkpoints.hub_errors import explain
-from petra_zoo.checkpoints.load import create_model
+from petra_zoo.checkpoints.load import create_any_model
 from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint, probe, read_checkpoint
-from petra_zoo.hub.commit import Commit
+from petra_zoo.hub.commit import Commit, CommitOptions
 from petra_zoo.hub.repository import Files, digest, read, repository_files, size_of
+from petra_zoo.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,20 @@ class Pushed:
     files: dict[str, int]
     card: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON; without the card."""
-        return {"url": self.url, "commit": self.commit, "changed": self.changed, "files": self.files}
+        return {"url": self.url, "commit": self.commit, "changed": self.changed, "files": dict(self.files)}
 
 
 def push(
     directory: Path,
     repo_id: str,
     *,
-    private: bool = False,
-    create_pr: bool = False,
-    revision: str | None = None,
-    message: str | None = None,
     card_only: bool = False,
     dry_run: bool = False,
     license: str | None = None,
     dataset_id: str | None = None,
+    **commit: Unpack[CommitOptions],
 ) -> Pushed:
     """Publishes a run or a converted model: one commit or none at all, then everything is downloaded and compared.
 
@@ -62,14 +60,11 @@ def push(
     Args:
         directory: what `petra-zoo train`, `petra-zoo convert` or timm's `save_for_hf` wrote.
         repo_id: ORG/NAME.
-        private: a repository that is made now is private.
-        create_pr: open a pull request instead of writing to the branch.
-        revision: the branch; made from main if there is none. Default: main.
-        message: of the commit.
         card_only: the card and the results, not the weights.
         dry_run: send nothing, not even a question.
         license: of the card; default: what config.json says.
         dataset_id: ORG/NAME on the Hub of the data set that the results are for.
+        commit: where to and how, see `CommitOptions`.
 
     Raises:
         UserError: the directory cannot be published, the Hub refuses it, or what comes back is not what was sent.
@@ -77,7 +72,8 @@ def push(
     for name, value in (("repository", repo_id), ("--dataset-id", dataset_id)):
         if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
             raise UserError(f"{name} {value!r}: name: expected ORG/NAME of letters, digits, '-', '_' and '.'")
-    if create_pr and revision not in (None, "main"):
+    revision = commit.get("revision")
+    if commit.get("create_pr") and revision not in (None, "main"):
         raise UserError(f"--create-pr opens a pull request for main: leave --revision {revision} out")
     checkpoint = read_checkpoint(directory)
     files = repository_files(
@@ -87,18 +83,18 @@ def push(
     card = read(files["README.md"]).decode()
     if dry_run:
         return Pushed(f"{constants.ENDPOINT}/{repo_id}", None, False, sizes, card)
-    message = message or f"{'Card of' if card_only else 'Add'} {checkpoint.architecture}"
+    message = f"{'Card of' if card_only else 'Add'} {checkpoint.architecture}"
     try:
-        commit = Commit(files, repo_id, message, private=private, create_pr=create_pr, revision=revision).make()
+        made = Commit(files, repo_id, message, **commit).make()
     except Exception as error:
         raise explain(f"cannot push to {repo_id}", error, from_config=False) from error
     try:
-        _check_what_comes_back(checkpoint, files, repo_id, commit.oid, with_weights=not card_only)
+        _check_what_comes_back(checkpoint, files, repo_id, made.oid, with_weights=not card_only)
     except UserError:
         raise
     except Exception as error:  # what huggingface_hub raises, its HTTP library's own included
         raise explain(f"pushed to {repo_id}, but cannot download it to compare", error) from error
-    return Pushed(commit.url, commit.oid, commit.is_new, sizes, card)
+    return Pushed(made.url, made.oid, made.is_new, sizes, card)
 
 
 def _check_what_comes_back(checkpoint: Checkpoint, files: Files, repo_id: str, commit: str, with_weights: bool) -> None:
@@ -109,6 +105,6 @@ def _check_what_comes_back(checkpoint: Checkpoint, files: Files, repo_id: str, c
             if digest(back) != digest(content):
                 raise UserError(f"pushed to {repo_id}, but file: {name} comes back different; push it again")
         if with_weights:
-            loaded = create_model(f"hf-hub:{repo_id}@{commit}", zoo_only=False, pretrained=True, cache_dir=cache)
+            loaded = create_any_model(f"hf-hub:{repo_id}@{commit}", pretrained=True, cache_dir=cache)
             if not torch.equal(probe(loaded), probe(checkpoint.model)):
                 raise UserError(f"pushed to {repo_id}, but file: the model that comes back computes other logits")

@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import eval_result_entries_to_yaml
@@ -17,7 +16,7 @@ from petra_zoo.hub.checkpoint import FIDELITY, Checkpoint
 from petra_zoo.hub.curve import training_curve
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import save_recipe
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import JsonObject, to_json
 
 Files = dict[str, Path | bytes]
 
@@ -80,7 +79,7 @@ def digest(content: Path | bytes) -> str:
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
 
 
-def _json(content: dict[str, Any]) -> bytes:
+def _json(content: JsonObject) -> bytes:
     return (to_json(content, indent=2) + "\n").encode()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict, TypeGuard
 
-from torch import Tensor, nn
+from torch import nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import Unit
+from petra_zoo.reversible import Unit, units_of
+from petra_zoo.strict_json import JsonObject
 
 
 class ModelConfig(TypedDict, total=False):
@@ -45,7 +46,7 @@ class Feature(TypedDict):
 
 
 class Classifier(nn.Module):
-    """A network of images as timm makes it: to annotate with, not to inherit from; `as_classifier` checks for it.
+    """A network of images as timm makes it: to annotate with, never a base. `as_classifier` tells whether one is.
 
     Attributes:
         num_classes: of its logits; 0: it gives features.
@@ -58,11 +59,11 @@ class Classifier(nn.Module):
     in_chans: int
     pretrained_cfg: ModelConfig
     default_cfg: ModelConfig
+    _model_args: JsonObject  # which timm's config.json holds
     feature_info: Sequence[Feature]
     get_classifier: Callable[[], nn.Module]
     reset_classifier: Callable[[int], None]
     set_grad_checkpointing: Callable[[], None]
-    __call__: Callable[[Tensor], Tensor]
 
 
 class UnitClassifier(Classifier):
@@ -85,6 +86,18 @@ def as_classifier(model: nn.Module) -> Classifier:
     return model
 
 
+def as_unit_classifier(model: nn.Module) -> UnitClassifier:
+    """The same model, known to have units as well.
+
+    Raises:
+        UserError: see `as_classifier` and `petra_zoo.reversible.units_of`.
+    """
+    units_of(model)
+    as_classifier(model)
+    assert _has_units(model)
+    return model
+
+
 def config_of(model: nn.Module) -> ModelConfig:
     """The model's `pretrained_cfg`; empty where timm did not make it."""
     config: ModelConfig | None = getattr(model, "pretrained_cfg", None)
@@ -93,3 +106,7 @@ def config_of(model: nn.Module) -> ModelConfig:
 
 def _is_classifier(model: nn.Module) -> TypeGuard[Classifier]:
     return hasattr(model, "num_classes") and hasattr(model, "pretrained_cfg")
+
+
+def _has_units(model: nn.Module) -> TypeGuard[UnitClassifier]:
+    return hasattr(model, "units")

@@ -2,29 +2,78 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional, TypeGuard
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from petra_zoo.reversible import advance, as_stream, as_weights, check_range, couple, snap
-
-# They look at a tensor's type or values: torch.fx must not trace into them.
-torch.fx.wrap("as_stream")
-torch.fx.wrap("check_range")
-torch.fx.wrap("snap")
+from petra_zoo.errors import UserError
+from petra_zoo.reversible import FLOAT_STREAMS, Coupling, StreamType, advance, couple, coupled
+from petra_zoo.reversible.stream_type import to_carrier, to_grid
 
 
-class CoupledBasicBlock(BasicBlock):
-    """timm's BasicBlock as a coupled block.
+class CoupledBlock(nn.Module):
+    """What timm's residual blocks need to be coupled blocks: the parts of their forward, put together anew.
 
     Called with an activation alone it is timm's block. In a run with a coupling it gives the sum *before* the
     activation behind it, the stream b'.
     """
 
+    if TYPE_CHECKING:  # timm's, with the names of its ResNet
+        conv1: nn.Conv2d
+        downsample: nn.Module | None
+
     def branch(self, h: Tensor) -> Tensor:
         """F(h): everything before the addition."""
+        raise NotImplementedError
+
+    def activate(self, b: Tensor) -> Tensor:
+        """The activation behind the block."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def coupled_step(
+        self, x: Tensor, a: Tensor | None = None, g: Coupling = 0.0, streams: StreamType = FLOAT_STREAMS
+    ) -> Tensor:
+        """The stream b' from the activation x: the formula, with a down-sampling block's projection as its shortcut."""
+        h = streams.for_branch(x, self)
+        shortcut = x if self.downsample is None else self.downsample(h)
+        return coupled(streams.carry(shortcut), self.branch(h), a, g, streams)
+
+    @torch.jit.unused
+    def forward(
+        self, x: Tensor, a: Tensor | None = None, g: Coupling = 0.0, streams: StreamType = FLOAT_STREAMS
+    ) -> Tensor:
+        """The block's output as a stream.
+
+        Args:
+            x: the activation h [B, C, H, W].
+            a: inside a run behind its first block, the stream a.
+            g: the coupling of the block's run. At 0 the output is the activation that timm's block gives; above, b'.
+            streams: the type of the run's streams.
+        """
+        b = self.coupled_step(x, a, g, streams)
+        return self.activate(b) if is_zero(g) else b
+
+    def scripted(self, x: Tensor, a: Optional[Tensor], g: Coupling, grid: float) -> Tensor:  # noqa: UP045
+        """TorchScript's own copy of `forward`: it has no `StreamType`, no checks, and no weights behind a wrapper."""
+        h = x.to(self.conv1.weight.dtype)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(h)
+        b = advance(to_carrier(shortcut), self.branch(h), 0.0 if a is None else g)
+        if grid > 0.0:
+            b = to_grid(b, grid)
+        if a is not None:
+            b = couple(b, a, g)
+        return self.activate(b) if g == 0.0 else b
+
+
+class CoupledBasicBlock(CoupledBlock, BasicBlock):
+    """timm's BasicBlock as a coupled block."""
+
+    def branch(self, h: Tensor) -> Tensor:
         x = self.act1(self.drop_block(self.bn1(self.conv1(h))))
         if self.aa is not None:
             x = self.aa(x)
@@ -36,44 +85,13 @@ class CoupledBasicBlock(BasicBlock):
         return x
 
     def activate(self, b: Tensor) -> Tensor:
-        """The activation behind the block."""
         return self.act2(b)
 
-    def coupled_step(self, x: Tensor, g: float = 0.0, grid: float = 0.0) -> Tensor:
-        """(1 - g) * shortcut(x) + F(x), as a stream, from the activation x."""
-        if torch.jit.is_scripting():
-            h = x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
-        else:
-            h = as_weights(x, self)
-        shortcut = x
-        if self.downsample is not None:
-            shortcut = self.downsample(h)
-        step = advance(as_stream(shortcut), self.branch(h), g)
-        return snap(step, grid) if grid > 0.0 else step
 
-    def forward(self, x: Tensor, a: Optional[Tensor] = None, g: float = 0.0, grid: float = 0.0) -> Tensor:  # noqa: UP045
-        """The block's output as a stream.
-
-        Args:
-            x: the activation h [B, C, H, W].
-            a: inside a run behind its first block, the stream a (TorchScript: hence Optional).
-            g: the coupling of the block's run. At 0 the output is the activation that timm's block gives; above, b'.
-            grid: > 0 for exact inversion.
-        """
-        if a is None:
-            b = self.coupled_step(x, 0.0, grid)
-        else:
-            b = couple(self.coupled_step(x, g, grid), a, g)
-            if grid > 0.0 and not torch.jit.is_scripting():
-                check_range(b, grid)
-        return self.activate(b) if is_zero(g) else b
-
-
-class CoupledBottleneck(Bottleneck):
-    """timm's Bottleneck as a coupled block; see `CoupledBasicBlock`."""
+class CoupledBottleneck(CoupledBlock, Bottleneck):
+    """timm's Bottleneck as a coupled block."""
 
     def branch(self, h: Tensor) -> Tensor:
-        """F(h): everything before the addition."""
         x = self.act1(self.bn1(self.conv1(h)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         if self.aa is not None:
@@ -86,41 +104,42 @@ class CoupledBottleneck(Bottleneck):
         return x
 
     def activate(self, b: Tensor) -> Tensor:
-        """The activation behind the block."""
         return self.act3(b)
 
-    coupled_step = CoupledBasicBlock.coupled_step
-    forward = CoupledBasicBlock.forward
 
-
-def is_zero(g: float) -> bool:
+def is_zero(g: Coupling) -> bool:
     """Whether g is 0 for certain: a coupling that cannot be read may be anything."""
     return not isinstance(g, Tensor) and g == 0.0
 
 
-CoupledBlock = CoupledBasicBlock | CoupledBottleneck
-COUPLED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+def is_coupled(block: nn.Module) -> TypeGuard[CoupledBlock]:
+    """Whether a module is a coupled block, or somebody's wrapper around one, which has its methods too."""
+    return hasattr(block, "coupled_step")
+
+
+COUPLED_BLOCKS: dict[type[nn.Module], type[CoupledBlock]] = {
     BasicBlock: CoupledBasicBlock,
     Bottleneck: CoupledBottleneck,
 }
 
 
-def couple_block(block: nn.Module) -> nn.Module:
+def couple_block(block: nn.Module) -> CoupledBlock:
     """Turns timm's BasicBlock or Bottleneck into its coupled form, in place; parameters and names stay.
 
     Raises:
-        ValueError: the block is of another class, or its activation has parameters.
+        UserError: the block is of another class, or its activation has parameters.
     """
     coupled = COUPLED_BLOCKS.get(type(block))
     if coupled is None:
-        raise ValueError(
+        raise UserError(
             f"{type(block).__name__} has no coupled form: only timm's BasicBlock and Bottleneck, exactly, do "
             "(resnet, resnext, wide_resnet, seresnet, ecaresnet and their stems)"
         )
     block.__class__ = coupled
-    act: Any = block.act2 if isinstance(block, BasicBlock) else block.act3
+    assert isinstance(block, CoupledBlock)
+    act = block.get_submodule("act2" if isinstance(block, BasicBlock) else "act3")
     if next(act.parameters(), None) is not None:
-        raise ValueError(f"an activation with parameters ({type(act).__name__}) has no coupled form: use relu or silu")
-    if hasattr(act, "inplace"):
-        act.inplace = False  # its argument lives on as a stream
+        raise UserError(f"an activation with parameters ({type(act).__name__}) has no coupled form: use relu or silu")
+    if "inplace" in vars(act):
+        vars(act)["inplace"] = False  # its argument lives on as a stream
     return block

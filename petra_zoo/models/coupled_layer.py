@@ -5,31 +5,28 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock, couple_block, is_zero
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.reversible import (
     COUPLING_STEPS,
     CoupledUnit,
+    Coupling,
     FunctionUnit,
     Streams,
+    StreamType,
     Unit,
-    as_stream,
-    as_weights,
     backpropagate,
     merge,
     nearest_coupling,
     readable,
-    snap,
 )
-
-# They look at a tensor's type or values: torch.fx must not trace into them.
-torch.fx.wrap("as_stream")
-torch.fx.wrap("snap")
+from petra_zoo.reversible.stream_type import to_carrier, to_grid
 
 
 class Position(NamedTuple):
@@ -56,7 +53,7 @@ class CoupledLayer(nn.Sequential):
         behind_stem: the layer's input is the stem's output, so that its first block may start the run.
         coupling: g, a multiple of 1/256 in [0, 1]; None: 1, and whatever a checkpoint says.
         anchor_every: keep the streams every so many blocks of the run; 0: never.
-        grid: > 0 makes the inversion exact at g = 1 (see `petra_zoo.reversible.snap`).
+        grid: > 0 makes the inversion exact at g = 1 (see `petra_zoo.reversible.StreamType`).
     """
 
     if TYPE_CHECKING:  # torch types blocks as Module, and modules and buffers as Tensor | Module
@@ -85,6 +82,13 @@ class CoupledLayer(nn.Sequential):
         weight = next(self.parameters())
         self.register_buffer("coupling", torch.full((), self._g, device=weight.device, dtype=weight.dtype))
 
+    __jit_unused_properties__: ClassVar = ["streams"]
+
+    @property
+    def streams(self) -> StreamType:
+        """The type of the layer's streams."""
+        return StreamType(self.grid)
+
     # -- the coupling ---------------------------------------------------------------------------------------------
 
     @torch.jit.unused
@@ -108,7 +112,7 @@ class CoupledLayer(nn.Sequential):
         return self._g
 
     @torch.jit.unused
-    def _coupling_now(self) -> Any:
+    def _coupling_now(self) -> Coupling:
         """g as a number where it can be read, else as a tensor.
 
         A compiled, traced or exported network reads the buffer each time it runs; torch.func's transforms put tensors
@@ -173,19 +177,22 @@ class CoupledLayer(nn.Sequential):
 
     def forward(self, h: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            g = float(torch.round(self.coupling.float() * 256.0)) / 256.0
+            g: Coupling = float(torch.round(self.coupling.float() * 256.0)) / 256.0
         else:
             if saves_memory(self, h):
                 return self._forward_units(h)
             g = self._coupling_now()
         return self._forward_plainly(h, g)
 
-    def _forward_plainly(self, h: Tensor, g: float) -> Tensor:
+    def _forward_plainly(self, h: Tensor, g: Coupling) -> Tensor:
         """The blocks one after the other, as ordinary operations; the one copy of the loop that TorchScript has."""
         dtype = h.dtype
-        b = as_stream(h)
-        if self.grid > 0.0 and self.starts:
-            b = snap(b, self.grid)
+        if torch.jit.is_scripting():  # it knows no `StreamType`
+            b = to_carrier(h)
+            if self.grid > 0.0 and self.starts:
+                b = to_grid(b, self.grid)
+        else:
+            b = self.enter(h)
         h = b
         a: Optional[Tensor] = None  # noqa: UP045 - TorchScript; inside a run, the stream a and act(a)
         h_before: Optional[Tensor] = None  # noqa: UP045
@@ -196,7 +203,10 @@ class CoupledLayer(nn.Sequential):
                     h = merge(h, h_before, g)
                     a = None
                     h_before = None
-                out = block(h, a, g, self.grid)
+                if torch.jit.is_scripting():
+                    out = block.scripted(h, a, g, self.grid)
+                else:
+                    out = block(h, a, g, self.streams)
                 if is_zero(g):
                     b = out
                     h = out
@@ -212,16 +222,16 @@ class CoupledLayer(nn.Sequential):
                     a = None
                     h_before = None
                 if torch.jit.is_scripting():
-                    b = as_stream(block(h.to(dtype)))
+                    b = to_carrier(block(h.to(dtype)))
                 else:
-                    b = as_stream(block(as_weights(h, block)))
+                    b = self.streams.carry(block(self.streams.for_branch(h, block)))
                 h = b
         if h_before is not None:
             h = merge(h, h_before, g)
         if torch.jit.is_scripting():
             return h.to(dtype)
         else:
-            return as_weights(h, self)
+            return self.streams.leave(h, self)
 
     @torch.jit.unused
     def _forward_units(self, h: Tensor) -> Tensor:
@@ -234,8 +244,7 @@ class CoupledLayer(nn.Sequential):
     @torch.jit.unused
     def enter(self, h: Tensor) -> Tensor:
         """The stream b that an activation becomes in front of the layer."""
-        b = as_stream(h)
-        return snap(b, self.grid) if self.grid > 0.0 and self.starts else b
+        return self.streams.enter(h) if self.starts else self.streams.carry(h)
 
     # -- units ----------------------------------------------------------------------------------------------------
 
@@ -280,17 +289,17 @@ class CoupledLayer(nn.Sequential):
                     coupling=self.g,
                     starts=run_index == 0,
                     anchor=self.anchor_every > 0 and run_index > 0 and run_index % self.anchor_every == 0,
-                    grid=self.grid,
+                    streams=self.streams,
                 )
                 units.append(coupled_unit)
                 before = _Merge(block.activate, coupled_unit.activate, self.g)
             elif coupled:
-                units.append(FunctionUnit(unit, _opening(block, before, self.grid), {"block": block}))
+                units.append(FunctionUnit(unit, _opening(block, before, self.streams), {"block": block}))
                 before = block.activate
             else:
-                units.append(FunctionUnit(unit, _foreign(block, before), {"block": block}))
+                units.append(FunctionUnit(unit, _foreign(block, before, self.streams), {"block": block}))
                 before = _same
-        return units, lambda *streams: as_weights(before(*streams), self)
+        return units, lambda *streams: self.streams.leave(before(*streams), self)
 
     def _load_from_state_dict(
         self,
@@ -340,22 +349,22 @@ def check_coupling(g: float) -> float:
     """Returns g.
 
     Raises:
-        ValueError: g is not a multiple of 1/256 in [0, 1].
+        UserError: g is not a multiple of 1/256 in [0, 1].
     """
     if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
-        raise ValueError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
+        raise UserError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
     return float(g)
 
 
-def _opening(block: Any, enter: Callable[..., Tensor], grid: float) -> Callable[..., Streams]:
-    return lambda *streams: (block.coupled_step(enter(*streams), 0.0, grid),)
+def _opening(block: CoupledBlock, enter: Callable[..., Tensor], kind: StreamType) -> Callable[..., Streams]:
+    return lambda *streams: (block.coupled_step(enter(*streams), streams=kind),)
 
 
-def _foreign(block: nn.Module, enter: Callable[..., Tensor]) -> Callable[..., Streams]:
+def _foreign(block: nn.Module, enter: Callable[..., Tensor], kind: StreamType) -> Callable[..., Streams]:
     def function(*streams: Tensor) -> Streams:
         h = enter(*streams)
         # A block that writes into its argument must not write into a stream.
-        return (as_stream(block(as_weights(h.clone() if h is streams[0] else h, block))),)
+        return (kind.carry(block(kind.for_branch(h.clone() if h is streams[0] else h, block))),)
 
     return function
 

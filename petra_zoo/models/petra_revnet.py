@@ -19,11 +19,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.layer_arguments import from_words
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
-from petra_zoo.models.resnet_weights import couple_weights, resnet_cfgs
+from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings, resnet_cfgs
 from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
 
 __all__ = ["PetraRevNet"]
@@ -79,10 +80,10 @@ class PetraRevNet(MemoryModes, ResNet):
         """A coupled copy of a timm ResNet; with coupling 0 it computes the same to the bit.
 
         Raises:
-            ValueError: a block is neither BasicBlock nor Bottleneck, exactly.
+            UserError: a block is neither BasicBlock nor Bottleneck, exactly.
         """
         if type(source) is not ResNet:
-            raise ValueError(f"expected a timm ResNet, got {type(source).__name__}")
+            raise UserError(f"expected a timm ResNet, got {type(source).__name__}")
         model: Any = copy.deepcopy(source)
         model.__class__ = cls
         model._couple(coupling, anchor_every, 0.0)
@@ -124,8 +125,19 @@ class PetraRevNet(MemoryModes, ResNet):
 
     def coupled_layers(self) -> list[CoupledLayer]:
         """The layers that are left (`prune_intermediate_layers` empties some)."""
-        layers = (getattr(self, name) for name in LAYERS)
-        return [layer for layer in layers if isinstance(layer, CoupledLayer)]
+        return list(self.named_layers().values())
+
+    def named_layers(self) -> dict[str, CoupledLayer]:
+        """`coupled_layers` by name."""
+        layers = ((name, getattr(self, name)) for name in LAYERS)
+        return {name: layer for name, layer in layers if isinstance(layer, CoupledLayer)}
+
+    def set_anchors(self, anchors: Sequence[int]) -> None:
+        """Keeps the streams every so many blocks of each layer's run, in this network and in copies that are saved."""
+        for layer, anchor_every in zip(self.coupled_layers(), anchors, strict=True):
+            layer.anchor_every = anchor_every
+        if any(anchors):  # timm writes _model_args into config.json
+            self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": list(anchors)}
 
     def set_coupling(self, coupling: float | Sequence[float]) -> None:
         """Sets g of every layer, or one per layer."""
@@ -246,12 +258,23 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+def _couple_pretrained(weights: dict[str, Tensor], model: PetraRevNet, *, anchor: bool) -> dict[str, Tensor]:
+    """timm's `pretrained_filter_fn`: a plain ResNet's weights become coupled; `anchor`: so do the model's anchors."""
+    layers = model.named_layers()
+    if has_couplings(weights, layers):
+        return weights
+    chosen = choose_couplings(layers)
+    if anchor:
+        model.set_anchors(chosen.anchors)
+    return couple_weights(weights, layers, chosen.couplings)
+
+
 def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> PetraRevNet:
     return build_model_with_cfg(
         PetraRevNet,
         variant,
         pretrained,
-        pretrained_filter_fn=partial(couple_weights, anchor="anchor_every" not in kwargs),
+        pretrained_filter_fn=partial(_couple_pretrained, anchor="anchor_every" not in kwargs),
         feature_cfg={"feature_cls": "getter"},
         **from_words({**model_args, **kwargs}),
     )

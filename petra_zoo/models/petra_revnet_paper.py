@@ -17,13 +17,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from petra_zoo.models.memory_modes import MemoryModes, saves_memory
-from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit, as_stream, as_weights, backpropagate
+from petra_zoo.reversible import FLOAT_STREAMS, CoupledUnit, FunctionUnit, Streams, Unit, backpropagate
+from petra_zoo.reversible.stream_type import to_carrier
 
 __all__ = ["PetraPaperRevNet"]
 
 WIDTHS = (64, 128, 256, 512)
-
-torch.fx.wrap("as_stream")  # it looks at a tensor's type: torch.fx must not trace into it
 
 
 class _Typed(nn.Module):
@@ -37,7 +36,14 @@ class _Typed(nn.Module):
         if torch.jit.is_scripting():
             return x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
         else:
-            return as_weights(x, self)
+            return FLOAT_STREAMS.for_branch(x, self)
+
+    def carried(self, x: Tensor) -> Tensor:
+        """x in the type of streams."""
+        if torch.jit.is_scripting():
+            return to_carrier(x)
+        else:
+            return FLOAT_STREAMS.carry(x)
 
 
 class PaperBasicBlock(_Typed):
@@ -79,7 +85,7 @@ class PaperBasicDown(_Typed):
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         h = F.relu(self.bn1(self.conv1(self.in_weights_type(b))))
         out = F.relu(self.bn2(self.conv2(h))) + self.downsample(self.in_weights_type(a))
-        return as_stream(out), as_stream(h)
+        return self.carried(out), self.carried(h)
 
 
 class PaperBottleneck(_Typed):
@@ -123,7 +129,7 @@ class PaperBottleneckDown(_Typed):
         x = F.relu(self.bn1(self.conv1(b)))
         x = F.relu(self.bn2(self.conv2(x)))
         out = F.relu(self.bn3(self.conv3(x))) + self.downsample(a)
-        return as_stream(out), as_stream(self.downsample_b(b))
+        return self.carried(out), self.carried(self.downsample_b(b))
 
 
 def _projection(width_in: int, width: int, stride: int, dd: dict[str, Any]) -> nn.Sequential:
@@ -352,7 +358,7 @@ class PetraPaperRevNet(MemoryModes, _Typed):
         return self._split(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        b, a = as_stream(x).chunk(2, dim=1)
+        b, a = self.carried(x).chunk(2, dim=1)
         return b, a
 
     def _join(self, b: Tensor, a: Tensor) -> Tensor:

@@ -10,20 +10,19 @@ and runs of one or two blocks, where an inverse would save nothing, stay as they
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import Tensor
 
 from petra_zoo.models.branch_scaling import branch_scales
-
-if TYPE_CHECKING:
-    from petra_zoo.models.petra_revnet import PetraRevNet
+from petra_zoo.models.coupled_layer import CoupledLayer
 
 COUPLING = 1 / 8
-SHORT_RUN = 2  # blocks
+SHORT_RUN = 2  # blocks; on one device such a run saves nothing over recomputing each block from its input
 _BITS_LOST, _LONGEST = 13, 6  # between two anchors: log2(1 + 1/g) per block, and how many blocks
 
 
@@ -54,39 +53,54 @@ def run_anchors(blocks: int, g: float) -> int:
     return spacing if blocks > spacing else 0
 
 
-def couple_weights(weights: dict[str, Tensor], model: PetraRevNet, *, anchor: bool = True) -> dict[str, Tensor]:
-    """A plain ResNet's state dict as a coupled one: branches scaled by 1 + g, coupling values added.
+class Chosen(NamedTuple):
+    """What the layers of a network get where nobody names it: values, one per layer.
 
-    Weights that have coupling values already are returned as they are.
+    Attributes:
+        couplings: g.
+        anchors: after how many blocks of its run a layer's streams are kept; 0: never.
+    """
+
+    couplings: list[float]
+    anchors: list[int]
+
+
+def choose_couplings(layers: Mapping[str, CoupledLayer]) -> Chosen:
+    """Couplings and anchors for a ResNet's weights.
+
+    Args:
+        layers: of the network, by name; where one was built with a coupling, that is taken.
+    """
+    blocks = [len(layer.in_run()) for layer in layers.values()]
+    asked = [layer.asked_for for layer in layers.values()]
+    couplings = [run_coupling(n) if g is None else g for n, g in zip(blocks, asked, strict=True)]
+    return Chosen(couplings, [run_anchors(n, g) for n, g in zip(blocks, couplings, strict=True)])
+
+
+def has_couplings(weights: Mapping[str, Tensor], layers: Mapping[str, CoupledLayer]) -> bool:
+    """Whether a state dict is that of a reversible network; else it is a plain ResNet's."""
+    return any(f"{name}.coupling" in weights for name in layers)
+
+
+def couple_weights(
+    weights: Mapping[str, Tensor], layers: Mapping[str, CoupledLayer], couplings: Sequence[float]
+) -> dict[str, Tensor]:
+    """A plain ResNet's state dict as a coupled one: branches scaled by 1 + g, coupling values added.
 
     Args:
         weights: left as they are.
-        model: what they are for; where it was built with couplings, these are taken. It gets the anchors that long
-            runs need.
-        anchor: whether it does.
+        layers: of the network they are for, by name.
+        couplings: g of each.
 
     Raises:
         UserError: a branch cannot be scaled.
     """
-    layers = [name for name, _ in model.named_children() if name.startswith("layer")]
-    if any(f"{name}.coupling" in weights for name in layers):
-        return weights
     coupled = dict(weights)
-    anchors = []
-    for name in layers:
-        layer: Any = model.get_submodule(name)
-        blocks = len(layer.in_run())
-        g = run_coupling(blocks) if layer.asked_for is None else layer.asked_for
+    for (name, layer), g in zip(layers.items(), couplings, strict=True):
         coupled[f"{name}.coupling"] = torch.tensor(g)
         for key, factor in (branch_scales(layer, g) if g > 0.0 else {}).items():
             value = coupled.get(f"{name}.{key}")
             if value is not None:  # else loading reports it as missing
                 exact = value.to(torch.promote_types(value.dtype, torch.float32))
                 coupled[f"{name}.{key}"] = exact * factor
-        if anchor:
-            layer.anchor_every = run_anchors(blocks, g)
-        anchors.append(layer.anchor_every)
-    if any(anchors):
-        holder: Any = model
-        holder._model_args = {**getattr(model, "_model_args", {}), "anchor_every": anchors}  # a saved copy's, too
     return coupled

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from petra_zoo.models.memory_modes import Memory, MemoryModes
+from petra_zoo.reversible.operands import Operand
+
+_Result = TypeVar("_Result")
 BATCH = 2**20  # so many that what belongs to no image, such as a weight's gradient, has no part in the quotient
 
 
@@ -39,7 +44,7 @@ class ActivationMemory:
         return asdict(self)
 
 
-def activation_memory(model: Any, input_size: tuple[int, int, int]) -> ActivationMemory:
+def activation_memory(model: nn.Module, input_size: tuple[int, int, int]) -> ActivationMemory:
     """Peak bytes of activations per image in a training step of a model with `set_memory`.
 
     Args:
@@ -47,11 +52,13 @@ def activation_memory(model: Any, input_size: tuple[int, int, int]) -> Activatio
         input_size: channels, height and width of an image.
     """
     meta = copy.deepcopy(model).to("meta")
-    found = {}
-    for name, mode in {"plain": "plain", "checkpointed": "recompute", "reversible": "reversible"}.items():
-        meta.set_memory(mode)
-        found[name] = step_bytes(meta, input_size).peak
-    return ActivationMemory(**found)
+    assert isinstance(meta, MemoryModes)
+
+    def peak(memory: Memory) -> int:
+        meta.set_memory(memory)
+        return step_bytes(meta, input_size).peak
+
+    return ActivationMemory(plain=peak("plain"), checkpointed=peak("recompute"), reversible=peak("reversible"))
 
 
 class StepBytes(NamedTuple):
@@ -92,7 +99,13 @@ class _MetaBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., _Result],
+        types: Sequence[type],
+        args: tuple[Operand, ...] = (),
+        kwargs: dict[str, Operand] | None = None,
+    ) -> _Result:
         for x in tree_iter((args, kwargs)):  # what comes from outside does not count, in-place results included
             self._watch(x, 0)
         out = func(*args, **(kwargs or {}))
@@ -101,7 +114,7 @@ class _MetaBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return out
 
-    def _watch(self, x: object, counts: int) -> None:
+    def _watch(self, x: Operand, counts: int) -> None:
         if not isinstance(x, Tensor):
             return
         storage = x.untyped_storage()

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.stage import Stage, leaves
+from petra_zoo.petra.optimization import State
+from petra_zoo.petra.part import Part, StageSettings
+from petra_zoo.petra.stage import Stage, copies, leaves
 from petra_zoo.reversible import Streams
 
 
 class BufferedStage(Stage):
     """DSP (Xu, Huo, Huang, CVPR 2020): keeps the stage's input and re-runs the stage with the current parameters."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, part: Part, settings: StageSettings) -> None:
+        super().__init__(part, settings)
         self.inputs: deque[Streams] = deque()
 
     @property
@@ -33,23 +34,23 @@ class BufferedStage(Stage):
         if self.goes_backward:
             self.inputs.append(up.streams)
         with torch.no_grad():
-            return Up(up.micro_batch, self.evaluate(up.streams, up.micro_batch), up.labels)
+            return Up(up.micro_batch, self.run_units(up.streams, up.micro_batch), up.labels)
 
     def backward(self, down: Down) -> Down:
-        kept = self.inputs.popleft()
+        kept = self.inputs.popleft()  # exact, where PETRA would reconstruct
         inputs = leaves(kept, needs_gradient=self.sends_gradients)
         with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
                 stack.enter_context(unit.untouched())
-            outputs = self.evaluate(inputs, down.micro_batch)
+            outputs = self.run_units(inputs, down.micro_batch)
         gradients, found = self._vector_jacobian(outputs, down.gradients, inputs)
         return self._finish_backward(down.micro_batch, kept, gradients, found)
 
-    def in_flight_state(self) -> Any:
-        return list(self.inputs)
+    def in_flight_state(self) -> State:
+        return {"inputs": list(self.inputs)}
 
-    def load_in_flight_state(self, state: Any) -> None:
-        self.inputs = deque(tuple(x.clone() for x in streams) for streams in state)
+    def load_in_flight_state(self, state: State) -> None:
+        self.inputs = deque(copies(streams) for streams in state["inputs"])
 
 
 @dataclass
@@ -70,8 +71,8 @@ class GraphStage(Stage):
         stash: whether parameters change between a micro-batch's forward and its backward.
     """
 
-    def __init__(self, *args: Any, stash: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, part: Part, settings: StageSettings, stash: bool = False) -> None:
+        super().__init__(part, settings)
         self.stash = stash and not self.last
         self.graphs: deque[_Graph] = deque()
         self._version: list[Tensor] | None = None
@@ -96,29 +97,28 @@ class GraphStage(Stage):
     def update(self, partial: bool = False) -> bool:
         updated = super().update(partial)
         if updated:
-            self._version = None
+            self._version = None  # the next forward copies the parameters anew
         return updated
 
     def _parameters_now(self) -> list[Tensor]:
-        own = [p for group in self.parameters for p in group]
-        if not self.stash:
+        own = self.own_parameters()
+        if not self.stash:  # forward and backward in one tick: the parameters themselves are still those of the forward
             return list(own)
         if self._version is None:
             self._version = [p.detach().clone().requires_grad_() for p in own]
         return self._version
 
     def _build(self, micro_batch: int, streams: Streams, parameters: list[Tensor]) -> _Graph:
-        own = [p for group in self.parameters for p in group]
-        copies = {id(p): copy for p, copy in zip(own, parameters, strict=True)}
+        copied = {id(p): copy for p, copy in zip(self.own_parameters(), parameters, strict=True)}
         inputs = streams = leaves(streams, needs_gradient=self.sends_gradients)
         with torch.enable_grad():
             for i, unit in enumerate(self.units):
-                named = {name: copies[id(p)] for name, p in unit.named_parameters() if id(p) in copies}
+                named = {name: copied[id(p)] for name, p in unit.named_parameters() if id(p) in copied}
                 with self.surroundings(i, micro_batch, streams[0].device):
                     streams = functional_call(unit, named, streams) if self.stash else unit(*streams)
         return _Graph(micro_batch, inputs, streams, parameters)
 
-    def in_flight_state(self) -> Any:
+    def in_flight_state(self) -> State:
         """Graphs cannot be saved: their inputs and parameters can, once per version."""
         versions: list[list[Tensor]] = []
         entries = []
@@ -131,7 +131,7 @@ class GraphStage(Stage):
         detached = [[p.detach() for p in version] for version in versions]
         return {"versions": detached, "graphs": entries, "current": current}
 
-    def load_in_flight_state(self, state: Any) -> None:
+    def load_in_flight_state(self, state: State) -> None:
         versions = [[p.detach().clone().requires_grad_() for p in version] for version in state["versions"]]
         self._version = None if state["current"] is None else versions[state["current"]]
         self.graphs = deque()
@@ -139,4 +139,4 @@ class GraphStage(Stage):
             for unit in self.units:
                 stack.enter_context(unit.untouched())
             for micro_batch, inputs, index in state["graphs"]:
-                self.graphs.append(self._build(micro_batch, tuple(x.clone() for x in inputs), versions[index]))
+                self.graphs.append(self._build(micro_batch, copies(inputs), versions[index]))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from petra_zoo.errors import Failure
+from petra_zoo.reversible import UnitModel
 
 
 class NotFiniteError(Failure):
@@ -68,14 +68,14 @@ def pooled(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def first_not_finite(model: nn.Module) -> str | None:
+def first_not_finite(model: nn.Module | UnitModel) -> str | None:
     """The name of the first parameter or buffer with an infinite value or one that is not a number.
 
     What is elsewhere (on the meta device) is not looked at.
     """
-    named: Any = chain(model.named_parameters(), model.named_buffers())
+    named: Iterable[tuple[str, Tensor]] = chain(model.named_parameters(), model.named_buffers())
     found = {name for name, x in named if not x.is_meta and x.is_floating_point() and not x.isfinite().all()}
-    return next((name for name in model.state_dict(keep_vars=True) if name in found), min(found, default=None))
+    return next((name for name in model.state_dict() if name in found), min(found, default=None))
 
 
 def _judge(value: Tensor, what: str) -> None:

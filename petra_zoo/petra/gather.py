@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.process_links import wait_for
 from petra_zoo.petra.world import World
-from petra_zoo.reversible import Unit
+from petra_zoo.reversible import Unit, UnitModel, units_of
 
 TAG = 128  # apart from the links' messages, which may be on their way
+Model = TypeVar("Model", bound=UnitModel)
 
 
 def keep_only(units: Sequence[Unit], own: Collection[int], device: torch.device) -> None:
@@ -26,32 +29,30 @@ def keep_only(units: Sequence[Unit], own: Collection[int], device: torch.device)
         unit.to(device if i in own else "meta")
 
 
-def whole_model(
-    model: Any, partition: Sequence[range], owners: Sequence[range], world: World, timeout: float = 60.0
-) -> Any:
+def whole_model(model: Model, layout: Layout, world: World) -> Model | None:
     """A complete copy of a model whose stages are spread over ranks, on the CPU.
 
     Args:
         model: this rank's, with the other ranks' units on the meta device.
-        partition: units of each stage.
-        owners: stages of each rank.
+        layout: whose units are where.
         world: this rank's place.
-        timeout: seconds that one tensor may take.
 
     Raises:
-        LinkError: a tensor did not arrive.
+        LinkError: a tensor did not arrive within the wire's timeout.
 
     Returns:
         The copy on the last rank, None on the others. Its modes are the model's.
     """
     if world.size == 1:
-        return copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)
-    state = model.state_dict(keep_vars=True)
-    units = model.units()
-    rank_of_unit = [rank for rank, stages in enumerate(owners) for j in stages for _ in partition[j]]
-    rank_of = {id(x): rank_of_unit[i] for i, unit in enumerate(units) for x in _tensors(unit)}
-    found, limit = {}, timedelta(seconds=timeout)
-    for name, x in state.items():  # every rank has the same names in the same order
+        whole = copy.deepcopy(model)
+        _module(whole).to("cpu").to(memory_format=torch.contiguous_format)
+        return whole
+    units = units_of(model)
+    rank_of: dict[int, int] = {}
+    for rank in range(world.size):
+        rank_of |= {id(x): rank for i in layout.units_of_rank(rank) for x in _tensors(units[i])}
+    found, limit = {}, timedelta(seconds=world.wire.timeout)
+    for name, x in _module(model).state_dict(keep_vars=True).items():  # every rank has the same names in the same order
         rank = rank_of.get(id(x), world.size - 1)
         if rank == world.rank:
             found[name] = x.detach().to("cpu", memory_format=torch.contiguous_format)
@@ -66,10 +67,16 @@ def whole_model(
             wait_for(work, limit, f"rank {world.peers[-1]} waits for {name} from rank {world.peers[rank]}")
     if not world.last:
         return None
-    whole = copy.deepcopy(model).to_empty(device="cpu")
+    whole = copy.deepcopy(model)
+    _module(whole).to_empty(device="cpu")
     whole.load_state_dict(found)
     return whole
 
 
-def _tensors(unit: Unit) -> list[Any]:
+def _tensors(unit: Unit) -> list[Tensor]:
     return [*unit.parameters(), *unit.buffers()]
+
+
+def _module(model: UnitModel) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model

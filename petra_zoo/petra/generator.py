@@ -8,6 +8,8 @@ every evaluation of a unit.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
@@ -21,3 +23,10 @@ def seed_generators(seed: int, unit: int, micro_batch: int, device: torch.device
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(number)
+
+
+@contextmanager
+def own_generators(device: torch.device) -> Iterator[None]:
+    """Inside, the global generators may be seeded; outside they are as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+        yield

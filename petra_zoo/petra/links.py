@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from petra_zoo.petra.messages import Down, Up
 
 Direction = Literal["up", "down"]
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
 
 class LinkError(RuntimeError):
@@ -24,17 +25,24 @@ class LinkError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wire:
-    """The type in which streams and gradients travel, up and down; None: as they are."""
+    """How messages travel between stages.
+
+    Attributes:
+        up: type of streams on their way up; None: as they are. They arrive in their own type.
+        down: of streams and gradients on their way down.
+        timeout: seconds that a message may take after the first tick.
+    """
 
     up: torch.dtype | None = None
     down: torch.dtype | None = None
+    timeout: float = 60.0
 
     def pack(self, x: Tensor, direction: Direction) -> Tensor:
         """x as it travels; whole numbers (labels, images of bytes) stay."""
         dtype = self.up if direction == "up" else self.down
         return x if dtype is None or not x.is_floating_point() else x.to(dtype)
 
-    def rounded(self, tensors: tuple[Tensor | None, ...], direction: Direction) -> tuple[Tensor | None, ...]:
+    def rounded(self, tensors: tuple[Maybe, ...], direction: Direction) -> tuple[Maybe, ...]:
         """What arrives of tensors that are sent."""
         return tuple(None if x is None else self.pack(x, direction).to(x.dtype) for x in tensors)
 
@@ -56,13 +64,12 @@ class Links:
 
     def send_up(self, to: int, up: Up) -> None:
         """Sends a message to stage `to`."""
-        streams = self.wire.rounded(up.streams, "up")
-        self.ups[to].append(replace(up, streams=streams))  # type: ignore[arg-type]  # no stream is None
+        self.ups[to].append(replace(up, streams=self.wire.rounded(up.streams, "up")))
 
     def send_down(self, to: int, down: Down) -> None:
         """Sends a message to stage `to`."""
         streams, gradients = self.wire.rounded(down.streams, "down"), self.wire.rounded(down.gradients, "down")
-        self.downs[to].append(replace(down, streams=streams, gradients=gradients))  # type: ignore[arg-type]
+        self.downs[to].append(replace(down, streams=streams, gradients=gradients))
 
     def receive_up(self, stage: int, keep: bool = False) -> Up:
         """The oldest message for `stage`; `keep`: it will be looked at after this tick."""

@@ -7,18 +7,18 @@ that PETRA is compared with in the literature; it does not compute the gradient 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.partition import on_meta
-from petra_zoo.petra.stage import Stage, leaves
-from petra_zoo.reversible import Streams
+from petra_zoo.petra.part import Part, StageSettings
+from petra_zoo.petra.stage import Stage, StageState, leaves
+from petra_zoo.reversible import Streams, Unit
 
 _WIDEST = 256
 
@@ -59,31 +59,33 @@ class LocalStage(Stage):
 
     The head's parameters are the stage's: its optimizer, clipping and state have them. They are not the model's.
 
-    Args:
-        widths: see `output_widths`.
+    Raises:
+        UserError: the stage's streams have no channels and pixels to average.
     """
 
-    def __init__(self, *args: Any, widths: Sequence[int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, part: Part, settings: StageSettings) -> None:
+        super().__init__(part, settings)
         self.sends_gradients = False
         self.goes_backward = self.last or any(self.parameters)
         self.auxiliary: AuxiliaryHead | None = None
         if self.last or not self.goes_backward:
             return
         like = next(p for unit in self.units for p in unit.parameters())
+        shapes = part.shapes()
+        channels = output_width(self.units[-1], shapes[self.first_unit + len(self.units) - 1])
+        ((_, classes),) = shapes[-1]  # of the logits
         with torch.random.fork_rng([]):  # the same head whichever process builds it, and whatever was drawn before
             seed_generators(self.settings.seed, self.index, -1, torch.device("cpu"))
-            head = AuxiliaryHead(widths[self.first_unit + len(self.units) - 1], widths[-1])
+            head = AuxiliaryHead(channels, classes)
         self.auxiliary = head.to(like.device, like.dtype)
         self.parameters.append(list(self.auxiliary.parameters()))
 
-    def auxiliary_names(self) -> dict[int, str]:
-        """Names of the head's parameters, by id."""
+    def start_optimizer(self, names: Mapping[int, str]) -> None:
         named = () if self.auxiliary is None else self.auxiliary.named_parameters()
-        return {id(p): f"auxiliary.{self.index}.{name}" for name, p in named}
+        super().start_optimizer({**names, **{id(p): f"auxiliary.{self.index}.{name}" for name, p in named}})
 
-    def _keeps_input(self, i: int) -> bool:
-        return False
+    def _lowest(self) -> int:
+        return len(self.units)  # no unit goes backward by itself: nothing is kept for it
 
     def forward(self, up: Up) -> Up:
         """Forward, local loss and its gradients; the graph does not outlive the call. A frozen stage learns nothing."""
@@ -105,7 +107,7 @@ class LocalStage(Stage):
         if self.watcher:
             self.watcher.saw_forward(self, up)
         with torch.enable_grad():
-            return self.evaluate(leaves(up.streams, needs_gradient=False), up.micro_batch)
+            return self.run_units(leaves(up.streams, needs_gradient=False), up.micro_batch)
 
     def _learn(self, up: Up, logits: Tensor) -> Tensor:
         loss, d_logits = self._loss(logits, up.labels)
@@ -113,35 +115,26 @@ class LocalStage(Stage):
         self._finish_backward(up.micro_batch, (), (), found)
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StageState:
         return {**super().state_dict(), "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.auxiliary:
+    def load_state_dict(self, state: StageState) -> None:
+        if self.auxiliary and state["auxiliary"] is not None:
             self.auxiliary.load_state_dict(state["auxiliary"])
         super().load_state_dict(state)
 
 
-def output_widths(model: Any, input_size: tuple[int, int, int] | None) -> list[int]:
-    """Channels of each unit's output, all streams together; the last one's are the classes.
+def output_width(unit: Unit, shapes: Sequence[torch.Size]) -> int:
+    """Channels of a unit's output, all streams together.
 
     Args:
-        model: a model with `units()`.
-        input_size: [C, H, W] of an image; None for the model's pretrained_cfg.
+        unit: whose output it is.
+        shapes: of its streams.
 
     Raises:
-        ValueError: the size is not known, or a unit's output has no channels and pixels to average.
+        UserError: a stream is no [B, C, H, W].
     """
-    size = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
-    if size is None:
-        raise ValueError("the model does not say its input size: give input_size=(C, H, W)")
-    units, streams = on_meta(model, tuple(size))
-    widths = []
-    with torch.no_grad():
-        for unit in units:
-            streams = unit(*streams)
-            if unit is not units[-1] and any(x.ndim != 4 for x in streams):
-                shapes = ", ".join(str(list(x.shape)) for x in streams)
-                raise ValueError(f"local learning wants streams [B, C, H, W], but unit {unit.name} gives {shapes}")
-            widths.append(sum(x.shape[1] for x in streams))
-    return widths
+    if any(len(shape) != 4 for shape in shapes):
+        found = ", ".join(str(list(shape)) for shape in shapes)
+        raise UserError(f"local learning wants streams [B, C, H, W], but unit {unit.name} gives {found}")
+    return sum(shape[1] for shape in shapes)

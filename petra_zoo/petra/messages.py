@@ -1,4 +1,4 @@
-"""What neighbouring stages send each other."""
+"""What neighbouring stages send each other, and what a tick gives."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from petra_zoo.reversible import Streams
-from petra_zoo.reversible.unit import Gradients
+from petra_zoo.reversible import Gradients, Streams
 
 
 @dataclass
@@ -29,3 +28,16 @@ class Down:
     micro_batch: int
     streams: Streams
     gradients: Gradients
+
+
+@dataclass
+class Output:
+    """What a tick gives: the micro-batch that reached the head.
+
+    None everywhere while the pipeline fills, and on ranks that do not own the head.
+    """
+
+    micro_batch: int | None = None
+    loss: Tensor | None = None  # 0-d
+    logits: Tensor | None = None  # [B, classes]
+    labels: Tensor | None = None

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from petra_zoo.petra.messages import Up
 from petra_zoo.petra.stage import Stage
-from petra_zoo.reversible import Streams, Unit
-from petra_zoo.reversible.unit import gradients_of
+from petra_zoo.reversible import Streams, Unit, gradients_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Probe:
             for unit in self.units:
                 stack.enter_context(unit.untouched())
             for stage in self.stages:
-                streams = stage.evaluate(streams, batch.micro_batch)
+                streams = stage.run_units(streams, batch.micro_batch)
         logits = streams[0]
         with torch.enable_grad():
             loss = self.stages[-1].settings.loss(

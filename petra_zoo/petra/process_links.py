@@ -12,42 +12,48 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Self
+from typing import Protocol, Self, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup, Work
 
 from petra_zoo.petra.links import Direction, LinkError, Links, Wire
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.world import START_TIMEOUT, World
 
 LAYOUT_BYTES = 2048
+EVALUATION_TAG = 64  # of an evaluation's links, apart from the training's
 _TAGS = {"up": 0, "down": 16}
+
+
+def make_links(world: World, owned: range, wire: Wire | None = None, tag: int = 0, running: bool = False) -> Links:
+    """A rank's links: queues where it is alone; the arguments are those of `ProcessLinks`."""
+    return Links(wire or world.wire) if world.size == 1 else ProcessLinks(world, owned, wire, tag, running)
 
 
 class ProcessLinks(Links):
     """Links of a rank's stages: queues inside it, torch.distributed to the ranks beside it.
 
     Args:
-        wire: types of messages.
-        world: this rank's place.
+        world: this rank's place; its wire's timeout holds once the first tick is over.
         owned: its stages.
-        timeout: how long a message may take once the first tick is over, in seconds.
+        wire: types of messages; default: the world's.
         tag: keeps these messages apart from those of other `ProcessLinks` (of an evaluation).
         running: whether the first tick is over: the timeout holds from the first message on.
     """
 
     def __init__(
-        self, wire: Wire, world: World, owned: range, timeout: float, tag: int = 0, running: bool = False
+        self, world: World, owned: range, wire: Wire | None = None, tag: int = 0, running: bool = False
     ) -> None:
-        super().__init__(wire)
+        super().__init__(wire or world.wire)
         self.world, self.owned = world, owned
         below, above = world.rank - 1, world.rank + 1
-        self._from_below = _Inlet(world, below, "up", owned[0], timeout, tag) if not world.first else None
-        self._from_above = _Inlet(world, above, "down", owned[-1], timeout, tag) if not world.last else None
-        self._to_above = _Outlet(world, above, "up", owned[-1] + 1, timeout, tag) if not world.last else None
-        self._to_below = _Outlet(world, below, "down", owned[0] - 1, timeout, tag) if not world.first else None
+        self._from_below = _Inlet(world, below, "up", owned[0], tag) if not world.first else None
+        self._from_above = _Inlet(world, above, "down", owned[-1], tag) if not world.last else None
+        self._to_above = _Outlet(world, above, "up", owned[-1] + 1, tag) if not world.last else None
+        self._to_below = _Outlet(world, below, "down", owned[0] - 1, tag) if not world.first else None
         ends = (self._from_below, self._from_above, self._to_above, self._to_below)
         self._ends = [end for end in ends if end]
         for end in self._ends:
@@ -83,15 +89,14 @@ class ProcessLinks(Links):
         if stage != self.owned[0] or not self._from_below:
             return super().receive_up(stage, keep)
         number, tensors, _ = self._from_below.receive(keep or len(self.owned) > 1)
-        *streams, labels = tensors
-        assert labels is not None
-        return Up(number, tuple(streams), labels.clone())  # type: ignore[arg-type]  # labels are handed to the user
+        *streams, labels = _present(tensors)
+        return Up(number, tuple(streams), labels.clone())  # labels are handed to the user
 
     def receive_down(self, stage: int) -> Down:
         if stage != self.owned[-1] or not self._from_above:
             return super().receive_down(stage)
         number, tensors, streams = self._from_above.receive(len(self.owned) > 1)
-        return Down(number, tuple(tensors[:streams]), tuple(tensors[streams:]))  # type: ignore[arg-type]
+        return Down(number, _present(tensors[:streams]), tuple(tensors[streams:]))  # only gradients may be missing
 
     def finish(self) -> None:
         for outlet in (self._to_above, self._to_below):
@@ -99,8 +104,14 @@ class ProcessLinks(Links):
                 outlet.finish()
 
 
+def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    found = tuple(x for x in tensors if x is not None)
+    assert len(found) == len(tensors), "a message without one of its streams"
+    return found
+
+
 @dataclass(frozen=True)
-class _Layout:
+class _Form:
     """How one tensor of a message lies in memory.
 
     Attributes:
@@ -128,37 +139,50 @@ class _Layout:
         """The first `size` images of a buffer, in the tensor's own order of dimensions."""
         return buffer[:size].permute([self.order.index(i) for i in range(len(self.order))])
 
-    def as_json(self) -> list[Any]:
-        return [self.shape, self.order, str(self.wire), str(self.dtype)]
+    def as_json(self) -> _FormJson:
+        return {"shape": self.shape, "order": self.order, "wire": str(self.wire), "dtype": str(self.dtype)}
 
     @classmethod
-    def from_json(cls, values: list[Any]) -> Self:
-        shape, order, wire, dtype = values
-        return cls(tuple(shape), tuple(order), *(getattr(torch, str(x).removeprefix("torch.")) for x in (wire, dtype)))
+    def from_json(cls, values: _FormJson) -> Self:
+        wire, dtype = (getattr(torch, values[key].removeprefix("torch.")) for key in ("wire", "dtype"))
+        return cls(tuple(values["shape"]), tuple(values["order"]), wire, dtype)
+
+
+class _FormJson(TypedDict):
+    shape: Sequence[int]
+    order: Sequence[int]
+    wire: str
+    dtype: str
+
+
+class _Begin(Protocol):
+    """torch.distributed's isend or irecv."""
+
+    def __call__(self, tensor: Tensor, peer: int, group: ProcessGroup | None, tag: int, /) -> Work | None: ...
 
 
 class _End:
     """One end of a link in one direction."""
 
-    def __init__(self, world: World, peer: int, direction: Direction, stage: int, timeout: float, tag: int) -> None:
+    def __init__(self, world: World, peer: int, direction: Direction, stage: int, tag: int) -> None:
         self.world, self.peer, self.direction, self.stage = world, peer, direction, stage
         self.group = world.up if direction == "up" else world.down
         self.address = world.peers[peer]
         self.tag = tag + _TAGS[direction]
-        self.timeout = timedelta(seconds=timeout)
+        self.timeout = timedelta(seconds=world.wire.timeout)
         # Where messages lie while they travel: gloo reads and writes the CPU's memory only.
         self.staged = world.device.type == "cuda" and not world.nccl
         self.place = torch.device("cpu") if self.staged else world.device
         self.streams = 0
-        self.layouts: list[_Layout | None] | None = None
+        self.layouts: list[_Form | None] | None = None
         self.tick = 0
         self.running = False  # whether a message has passed
 
-    def present(self) -> list[_Layout]:
+    def present(self) -> list[_Form]:
         """Layouts of the tensors that a message has."""
         return [layout for layout in self.layouts or [] if layout]
 
-    def begin(self, operation: Any, x: Tensor, part: int) -> Any:
+    def begin(self, operation: _Begin, x: Tensor, part: int) -> Work | None:
         """Begins a send or a receive.
 
         Raises:
@@ -169,21 +193,22 @@ class _End:
         except RuntimeError as error:
             raise LinkError(f"{self}: that rank has gone ({str(error).strip().splitlines()[0][:160]})") from error
 
-    def wait(self, work: Any) -> None:
+    def wait(self, work: Work | None) -> None:
         """Waits for a send or a receive.
 
         Raises:
             LinkError: it did not end in time, or the other rank has gone.
         """
-        wait_for(work, self.timeout if self.running else max(self.timeout, START_TIMEOUT), self)
+        wait_for(work, self.timeout if self.running else max(self.timeout, START_TIMEOUT), str(self))
 
 
-def wait_for(work: Any, timeout: timedelta, what: object) -> None:
+def wait_for(work: Work | None, timeout: timedelta, what: str) -> None:
     """Waits for a send or a receive.
 
     Raises:
         LinkError: it did not end in time, or the other rank has gone; says what it was.
     """
+    assert work is not None, "only members of a group send and receive in it"
     try:
         work.wait(timeout)
     except RuntimeError as error:
@@ -195,9 +220,9 @@ def wait_for(work: Any, timeout: timedelta, what: object) -> None:
 class _Outlet(_End):
     """The sending end."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._flying: list[tuple[Any, Tensor]] = []  # sends and the memory they read from
+    def __init__(self, world: World, peer: int, direction: Direction, stage: int, tag: int) -> None:
+        super().__init__(world, peer, direction, stage, tag)
+        self._flying: list[tuple[Work | None, Tensor]] = []  # sends and the memory they read from
 
     def __str__(self) -> str:
         return (
@@ -212,7 +237,7 @@ class _Outlet(_End):
         size = next(len(x) for x in tensors if x is not None)
         if self.layouts is None:
             self.layouts = [
-                None if x is None or t is None else _Layout.of(x, t) for x, t in zip(tensors, types, strict=True)
+                None if x is None or t is None else _Form.of(x, t) for x, t in zip(tensors, types, strict=True)
             ]
             rows = [layout and layout.as_json() for layout in self.layouts]
             text = json.dumps([streams, rows]).encode().ljust(LAYOUT_BYTES)
@@ -250,19 +275,20 @@ class _Posted:
 
     tick: int
     header: Tensor
-    works: list[Any]
+    works: list[Work | None]
     slot: list[Tensor] = field(default_factory=list)
 
 
 class _Inlet(_End):
     """The receiving end, with two sets of buffers: one is received into while the other one is used."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, world: World, peer: int, direction: Direction, stage: int, tag: int) -> None:
+        super().__init__(world, peer, direction, stage, tag)
         self._slots: list[list[Tensor]] = []
         self._posted: deque[_Posted] = deque()
         self._layout = torch.empty(LAYOUT_BYTES, dtype=torch.uint8)
-        self._first: Any = None  # its receive; never posted where nothing comes, or it would take another link's
+        # Its receive; never posted where nothing comes, or it would take another link's.
+        self._first: Work | None = None
 
     def __str__(self) -> str:
         return (
@@ -290,7 +316,7 @@ class _Inlet(_End):
         if self.layouts is None:  # the first message: only now the buffers' sizes are known
             self.wait(self._first)
             self.streams, rows = json.loads(bytes(self._layout.numpy()).decode())
-            self.layouts = [row and _Layout.from_json(row) for row in rows]
+            self.layouts = [row and _Form.from_json(row) for row in rows]
             self._slots = [[layout.buffer(self.place, pin=self.staged) for layout in self.present()] for _ in range(2)]
             for message in self._posted:
                 self._post_tensors(message)
@@ -307,11 +333,11 @@ class _Inlet(_End):
         message.slot = self._slots[0]
         message.works += [self._irecv(x, 2 + i) for i, x in enumerate(message.slot)]
 
-    def _unpack(self, layout: _Layout, buffer: Tensor, size: int) -> Tensor:
+    def _unpack(self, layout: _Form, buffer: Tensor, size: int) -> Tensor:
         x = layout.view(buffer, size)
         if self.staged:
             x = x.to(self.world.device, non_blocking=True)
         return x.to(layout.dtype)
 
-    def _irecv(self, x: Tensor, part: int) -> Any:
+    def _irecv(self, x: Tensor, part: int) -> Work | None:
         return self.begin(dist.irecv, x, part)

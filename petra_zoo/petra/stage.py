@@ -1,46 +1,43 @@
 """One stage of PETRA: Algorithm 1 of arXiv 2406.02052, from the worker's perspective.
 
 A stage holds one version of its parameters. Within a tick its forward and its backward both use the parameters from
-before the tick's update. Nothing is kept in reversible units; a unit without an inverse keeps a FIFO of its inputs.
+before the tick's update. Nothing is kept in reversible units but the residues of those that have any (see `Unit`); a
+unit without an inverse keeps a FIFO of its inputs.
+
+In comments x is a micro-batch's streams, x~ the same streams reconstructed, delta the gradient of its loss with respect
+to them; j is this stage, theta_j its parameters. Streams have any shape whose first dimension is the batch.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NotRequired, Protocol, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grad_norm_
 
 from petra_zoo.petra.finite import FiniteCheck, pooled
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.reversible import CoupledUnit, Reversal, Streams, Unit
-from petra_zoo.reversible.unit import Gradients, gradients_of
+from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
+from petra_zoo.petra.part import Part, StageSettings
+from petra_zoo.reversible import Gradients, Residue, Reversal, Streams, gradients_of
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 
+class StageState(TypedDict):
+    """A stage as plain values; `auxiliary` is of modules of its own, which are not the model's."""
 
-@dataclass(frozen=True)
-class Settings:
-    """What all stages of a pipeline share.
-
-    Attributes:
-        first_trainable: index of the first unit with a parameter to train; nobody wants gradients below it.
-    """
-
-    loss: Loss
-    accumulation_steps: int = 1
-    seed: int = 0
-    autocast: torch.dtype | None = None
-    clip_grad: float | None = None
-    last_stage_keeps_graph: bool = True
-    first_trainable: int = 0
+    optimizer: State | None
+    scheduler: State | None
+    gradients: list[Tensor | None]
+    gradients_in_window: int
+    in_flight: State
+    auxiliary: NotRequired[dict[str, Tensor] | None]
 
 
 class Watcher(Protocol):
@@ -55,58 +52,61 @@ class Stage:
     """Consecutive units, the optimizer of their parameters and what is in flight between forward and backward.
 
     Args:
-        units: the stage's units.
-        index: which stage of the pipeline this is, from 0.
-        first_unit: index of the first unit in the model.
+        part: the units, and their place in the network.
         settings: shared by all stages.
-        sends_streams: whether the stage below reconstructs, that is, wants to be sent its output back.
-        last: whether this is the last stage, which has no delay.
     """
 
-    def __init__(
-        self, units: Sequence[Unit], index: int, first_unit: int, settings: Settings, sends_streams: bool, last: bool
-    ) -> None:
-        self.units = list(units)
-        self.index = index
-        self.first_unit = first_unit
+    def __init__(self, part: Part, settings: StageSettings) -> None:
+        self.units = list(part.units)
+        self.index, self.first_unit, self.last = part.index, part.first_unit, part.last
         self.settings = settings
-        self.goes_backward = first_unit + len(self.units) > settings.first_trainable
-        self.sends_gradients = first_unit > settings.first_trainable
-        self.sends_streams = sends_streams and self.sends_gradients
-        self.last = last
-        self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in units]
+        self.goes_backward = self.first_unit + len(self.units) > settings.first_trainable
+        self.sends_gradients = self.first_unit > settings.first_trainable
+        self.sends_streams = part.sends_streams and self.sends_gradients
+        self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in self.units]
         self.optimizer: torch.optim.Optimizer | None = None
-        self.scheduler: Any = None
-        self.fifos: list[deque[Streams]] = [deque() for _ in units]
+        self.scheduler: LearningRateSchedule | None = None
+        # In flight, by unit: inputs of units without an inverse, in the order of their forwards, 2 (J - 1 - j) of them
+        # between two ticks; residues by micro-batch, of those reversible units that give any.
+        self.fifos: list[deque[Streams]] = [deque() for _ in self.units]
+        self.residues: list[dict[int, Residue]] = [{} for _ in self.units]
         self.gradients_in_window = 0
         self.watcher: Watcher | None = None
         self.finite = FiniteCheck()
-        self.across: Any = None  # process group of this stage in every replica of the pipeline
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
     def forward(self, up: Up) -> Up:
-        """x_j = F_j(x_{j-1}, theta_j) for a young micro-batch."""
+        """x_j = F_j(x_{j-1}, theta_j) for a young micro-batch (Eq. 5)."""
         if self.watcher:
             self.watcher.saw_forward(self, up)
         streams = up.streams
-        with torch.no_grad():
+        with torch.no_grad():  # PETRA keeps no graph: the backward, 2 (J - 1 - j) ticks from now, builds a new one
             for i, unit in enumerate(self.units):
                 if self._keeps_input(i):
-                    self.fifos[i].append(streams)
+                    self.fifos[i].append(streams)  # x_{j-1}; line 8 of Alg. 1 prints x_j, which would be of no use
                 with self.surroundings(i, up.micro_batch, streams[0].device):
-                    streams = unit(*streams)
+                    streams, residue = unit.evaluate(*streams)
+                if residue and self._reconstructs(i):
+                    self.residues[i][up.micro_batch] = residue
         return Up(up.micro_batch, streams, up.labels)
 
     def backward(self, down: Down) -> Down:
-        """Reconstruction and vector-Jacobian product of an older micro-batch, with the *current* parameters."""
-        streams, gradients = down.streams, down.gradients
+        """x~_{j-1} = F_j^{-1}(x~_j, theta_j) and the vector-Jacobian product there, for an older micro-batch (Eq. 5).
+
+        With the *current* parameters, which have been updated since the micro-batch's forward: F_j^{-1} inverts today's
+        F_j, not the one that made x_j. This is PETRA's approximation, and why no older parameters are kept. The
+        update of this tick must not come first: forward and backward of a tick share theta_j.
+        """
+        streams, gradients = down.streams, down.gradients  # x~_j and delta_{j+1}
         found: dict[int, Tensor] = {}
         for i in reversed(range(self._lowest(), len(self.units))):
-            unit = self.units[i]
-            kept = self.fifos[i].popleft() if self._keeps_input(i) else None  # exact: re-anchors what is below
+            # FIFO: micro-batches come back in the order in which they went up.
+            kept = self.fifos[i].popleft() if self._keeps_input(i) else None
+            residue = self.residues[i].pop(down.micro_batch, ())
             with self.surroundings(i, down.micro_batch, _device(gradients)):
-                reversal = self._backward_unit(unit, kept, streams, gradients, i)
+                reversal = self._backward_unit(i, kept, streams, gradients, residue)
+            # What was kept is exact: it re-anchors the reconstruction of everything below.
             streams, gradients = kept or reversal.inputs, reversal.input_gradients
             _collect(found, self.parameters[i], reversal.parameter_gradients)
         inputs = streams if self._lowest() == 0 else ()
@@ -118,21 +118,24 @@ class Stage:
         Returns:
             The message down, the loss (0-d) and the logits.
         """
-        if not self.settings.last_stage_keeps_graph:
+        if not self.settings.last_keeps_graph:  # cost 4: as every other stage, without a tick in between
             logits = self.forward(up).streams[0]
             loss, d_logits = self._loss(logits, up.labels)
             return self.backward(Down(up.micro_batch, (logits,), (d_logits,))), loss, logits
         if self.watcher:
             self.watcher.saw_forward(self, up)
         inputs = leaves(up.streams, needs_gradient=self.sends_gradients)
-        with torch.enable_grad():
-            logits = self.evaluate(inputs, up.micro_batch)[0]
+        with torch.enable_grad():  # cost 3: the graph is used in the tick in which it is built
+            logits = self.run_units(inputs, up.micro_batch)[0]
         loss, d_logits = self._loss(logits.detach(), up.labels)
         gradients, found = self._vector_jacobian((logits,), (d_logits,), inputs)
         return self._finish_backward(up.micro_batch, up.streams, gradients, found), loss, logits.detach()
 
     def update(self, partial: bool = False) -> bool:
-        """theta_j = Optimizer_j(theta_j, mean of the window's gradients), once the window is full.
+        """theta_j = Optimizer_j(theta_j, mean of the window's gradients), once the window is full (Eq. 5).
+
+        The window counts this stage's own backwards, so windows hold the same micro-batches in every stage, though each
+        closes its own in another tick.
 
         Args:
             partial: update with the gradients there are.
@@ -141,28 +144,53 @@ class Stage:
             NotFiniteError: a gradient is not finite; on the CPU the parameters are as before.
         """
         count = self.gradients_in_window
-        if count == 0 or (count < self.settings.accumulation_steps and not partial):
+        if count == 0 or (count < self.settings.optimization.accumulation_steps and not partial):
             return False
         self.gradients_in_window = 0
         if self.optimizer is None:
             return True
-        flat = [p for group in self.parameters for p in group if p.grad is not None]
+        gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
         if count > 1:
-            torch._foreach_div_([p.grad for p in flat if p.grad is not None], float(count))
-        if self.across is not None:
-            _average([p.grad for p in flat if p.grad is not None], self.across)
-        self.finite.see(
-            pooled([p.grad for p in flat if p.grad is not None]), f"the gradient of stage {self.index}'s parameters"
-        )
-        if self.settings.clip_grad is not None:
-            clip_grad_norm_(flat, self.settings.clip_grad)
+            torch._foreach_div_(gradients, float(count))
+        if self.settings.across is not None:
+            _average(gradients, self.settings.across)
+        # Before clipping, which would spread one infinite value over all gradients as nan.
+        self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters")
+        if self.settings.optimization.clip_grad is not None:
+            clip_grad_norm_(self.own_parameters(), self.settings.optimization.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return True
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, streams: Streams, micro_batch: int) -> Streams:
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What the stage trains."""
+        return [p for group in self.parameters for p in group]
+
+    def start_optimizer(self, names: Mapping[int, str]) -> None:
+        """Makes optimizer and schedule, where there is something to train.
+
+        Args:
+            names: of the model's parameters, by id.
+        """
+        own = [(names[id(p)], p) for p in self.own_parameters()]
+        optimization = self.settings.optimization
+        if own and optimization.optimizer is not None:
+            self.optimizer = optimization.optimizer(own)
+            self.scheduler = optimization.scheduler(self.optimizer) if optimization.scheduler else None
+
+    def advance_schedule(self, updates: int) -> None:
+        """Sets the learning rate for a number of updates so far, in whatever tick the stage's own come."""
+        if isinstance(self.scheduler, CountSchedule):
+            self.scheduler.step_update(updates)
+        elif self.scheduler is not None:
+            # A stage behind schedule has not stepped its optimizer yet: torch would warn about the order. Its own mark
+            # is private.
+            vars(self.optimizer)["_opt_called"] = True
+            self.scheduler.step()
+
+    def run_units(self, streams: Streams, micro_batch: int) -> Streams:
         """Runs the units for a micro-batch; the caller says whether with a graph."""
         for i, unit in enumerate(self.units):
             with self.surroundings(i, micro_batch, streams[0].device):
@@ -173,9 +201,7 @@ class Stage:
     def surroundings(self, i: int, micro_batch: int, device: torch.device) -> Iterator[None]:
         """What every evaluation of unit i for a micro-batch shares: random numbers and autocast."""
         seed_generators(self.settings.seed, self.first_unit + i, micro_batch, device)
-        with ExitStack() as stack:
-            if self.settings.autocast is not None:
-                stack.enter_context(torch.autocast(device.type, dtype=self.settings.autocast))
+        with precision(device, self.settings.autocast):
             yield
 
     def _lowest(self) -> int:
@@ -190,20 +216,23 @@ class Stage:
     def _keeps_input(self, i: int) -> bool:
         return i >= self._lowest() and (not self.units[i].reversible or self.units[i].anchor)
 
+    def _reconstructs(self, i: int) -> bool:
+        return i >= self._lowest() and self.units[i].reversible
+
     def _backward_unit(
-        self, unit: Unit, kept: Streams | None, streams: Streams, gradients: Gradients, i: int
+        self, i: int, kept: Streams | None, streams: Streams, gradients: Gradients, residue: Residue
     ) -> Reversal:
+        unit, parameters = self.units[i], self.parameters[i]
         if unit.reversible:
-            assert isinstance(unit, CoupledUnit)
-            return unit.reverse(streams, gradients, self.parameters[i])
+            return unit.reverse(streams, gradients, parameters, residue)
         assert kept is not None
-        return unit.recompute(kept, gradients, self.parameters[i], self.first_unit + i > self.settings.first_trainable)
+        return unit.recompute(kept, gradients, parameters, self.first_unit + i > self.settings.first_trainable)
 
     def _vector_jacobian(
         self, outputs: Streams, gradients: Gradients, inputs: Streams, parameters: list[Tensor] | None = None
     ) -> tuple[Gradients, dict[int, Tensor]]:
         """Gradients of the inputs, and of the parameters by id; `parameters` replaces the stage's own."""
-        own = [p for group in self.parameters for p in group]
+        own = self.own_parameters()
         wanted = [x for x in inputs if x.requires_grad]
         found = gradients_of(outputs, gradients, [*wanted, *(own if parameters is None else parameters)])
         of_inputs = iter(found[: len(wanted)])
@@ -212,6 +241,7 @@ class Stage:
         return tuple(next(of_inputs) if x.requires_grad else None for x in inputs), by_parameter
 
     def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of a micro-batch, 0-d, and its gradient with respect to the logits [B, classes]."""
         logits = logits.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.settings.loss(logits if logits.dtype == torch.float64 else logits.float(), labels)
@@ -221,10 +251,13 @@ class Stage:
     def _finish_backward(
         self, micro_batch: int, inputs: Streams, gradients: Gradients, found: dict[int, Tensor]
     ) -> Down:
-        """Adds a micro-batch's parameter gradients to the window and addresses the message down."""
+        """Adds a micro-batch's parameter gradients to the window and addresses the message down, (x~_{j-1}, delta_j).
+
+        Line 24 of Alg. 1 prints x_j; what the stage below reconstructs from is its own output, x~_{j-1}.
+        """
         if self.watcher:
             self.watcher.saw_backward(self, micro_batch, inputs, found)
-        for p in (p for group in self.parameters for p in group):
+        for p in self.own_parameters():
             gradient = found.get(id(p))
             if gradient is not None:
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
@@ -233,35 +266,35 @@ class Stage:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StageState:
         """Optimizer, schedule, accumulated gradients and everything in flight inside the stage."""
         return {
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "gradients": [p.grad for group in self.parameters for p in group],
+            "gradients": [p.grad for p in self.own_parameters()],
             "gradients_in_window": self.gradients_in_window,
             "in_flight": self.in_flight_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StageState) -> None:
         """Restores what `state_dict` gave; the model's own parameters must have been restored before."""
-        if self.optimizer:
+        if self.optimizer and state["optimizer"] is not None:
             self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler:
+        if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        flat = [p for group in self.parameters for p in group]
-        for p, gradient in zip(flat, state["gradients"], strict=True):
+        for p, gradient in zip(self.own_parameters(), state["gradients"], strict=True):
             p.grad = None if gradient is None else gradient.clone()
         self.gradients_in_window = state["gradients_in_window"]
         self.load_in_flight_state(state["in_flight"])
 
-    def in_flight_state(self) -> Any:
-        """What the stage keeps between the forward and the backward of a micro-batch."""
-        return [list(fifo) for fifo in self.fifos]
+    def in_flight_state(self) -> State:
+        """What the stage keeps between the forward and the backward of a micro-batch, by unit."""
+        return {"inputs": [list(fifo) for fifo in self.fifos], "residues": [dict(kept) for kept in self.residues]}
 
-    def load_in_flight_state(self, state: Any) -> None:
+    def load_in_flight_state(self, state: State) -> None:
         """Restores what `in_flight_state` gave."""
-        self.fifos = [deque(tuple(x.clone() for x in streams) for streams in fifo) for fifo in state]
+        self.fifos = [deque(copies(streams) for streams in fifo) for fifo in state["inputs"]]
+        self.residues = [{n: copies(residue) for n, residue in kept.items()} for kept in state["residues"]]
 
 
 def leaves(streams: Streams, needs_gradient: bool) -> Streams:
@@ -269,7 +302,17 @@ def leaves(streams: Streams, needs_gradient: bool) -> Streams:
     return tuple(x.detach().requires_grad_(needs_gradient) for x in streams)
 
 
-def _average(gradients: list[Tensor], group: Any) -> None:
+def copies(tensors: Streams) -> Streams:
+    """Copies of tensors out of a state, which stays its owner's."""
+    return tuple(x.clone() for x in tensors)
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[torch.autocast | None]:
+    """Inside, branches compute under autocast to a type; None: as it was outside."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _average(gradients: list[Tensor], group: ProcessGroup) -> None:
     """Averages gradients over the replicas of a stage, in one message."""
     if gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -279,7 +322,8 @@ def _average(gradients: list[Tensor], group: Any) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def _collect(found: dict[int, Tensor], parameters: list[nn.Parameter], gradients: Gradients) -> None:
+def _collect(found: dict[int, Tensor], parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
+    """Adds gradients to those found so far: a parameter may stand in several units of a stage."""
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             found[id(p)] = found[id(p)] + gradient if id(p) in found else gradient

@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
+from petra_zoo.petra.links import Wire
+
+T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and the first tick is over
 
 
@@ -31,6 +35,7 @@ class World:
         up: process group for messages up; `down` likewise. Two, because NCCL runs what one group does in order.
         across: process group of the same rank in every replica; None where there is one replica.
         nccl: whether CUDA tensors travel by NCCL.
+        wire: the types in which messages travel, and how long one may take.
     """
 
     rank: int = 0
@@ -39,10 +44,11 @@ class World:
     replicas: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     peers: tuple[int, ...] = (0,)
-    up: Any = None
-    down: Any = None
-    across: Any = None
+    up: ProcessGroup | None = None
+    down: ProcessGroup | None = None
+    across: ProcessGroup | None = None
     nccl: bool = False
+    wire: Wire = field(default_factory=Wire)
 
     @property
     def first(self) -> bool:
@@ -64,15 +70,15 @@ class World:
         """Whether this process speaks for all: the last rank of the first replica, where the losses are."""
         return self.last and self.replica == 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """`value` of every process, in the order of their global ranks, in every process. Small things only."""
         if self.alone:
             return [value]
-        values: list[Any] = [None] * dist.get_world_size()
+        values = [value] * dist.get_world_size()  # all of them are overwritten
         dist.all_gather_object(values, value)
         return values
 
-    def from_reporter(self, value: Any) -> Any:
+    def from_reporter(self, value: T) -> T:
         """The reporting process's `value`, in every process."""
         return next(x for speaks, x in self.gather((self.reports, value)) if speaks)
 
@@ -137,7 +143,7 @@ def join(device: torch.device, replicas: int = 1) -> World:
     place = mesh.get_coordinate()
     assert place is not None
     pipelines = mesh.mesh.tolist()
-    groups = [[dist.new_group(pipeline) for pipeline in pipelines] for _ in ("up", "down")]
+    groups = [[_new_group(pipeline) for pipeline in pipelines] for _ in ("up", "down")]
     return World(
         rank=place[1],
         size=size // replicas,
@@ -150,6 +156,12 @@ def join(device: torch.device, replicas: int = 1) -> World:
         across=mesh.get_group("data") if replicas > 1 else None,
         nccl=nccl,
     )
+
+
+def _new_group(ranks: list[int]) -> ProcessGroup | None:
+    """A group, which every process makes; None in those that are no members."""
+    group = dist.new_group(ranks)
+    return group if isinstance(group, ProcessGroup) else None
 
 
 def leave() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.profile import Profile
-from petra_zoo.planning.performance import METHODS, Cluster, Prediction, predict
+from petra_zoo.planning.cluster import Cluster
+from petra_zoo.planning.performance import Prediction, predict
 from petra_zoo.planning.quantities import format_bytes
+from petra_zoo.planning.schedules import schedules
+from petra_zoo.strict_json import JsonObject
 
 SCALES = (1, 2, 4, 8, 16, 32, 64)
 COLUMNS = (
@@ -64,7 +66,7 @@ class Plan:
         ]
         return notes + [f"{p.method}: rejected, {p.rejected}" for p in self.predictions if p.rejected]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON: every prediction with every link and device."""
         cluster = {name: None if value == float("inf") else value for name, value in asdict(self.cluster).items()}
         return {
@@ -88,7 +90,7 @@ def make_plan(
         return predict(profile, method, n, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)
 
     scales = sorted({*SCALES, devices})
-    curves = {method: tuple(at(method, n) for n in scales) for method in METHODS}
+    curves = {method: tuple(at(method, n) for n in scales) for method in schedules()}
     predictions = tuple(curve[scales.index(devices)] for curve in curves.values())
     return Plan(profile, cluster, devices, micro_batches, predictions, curves)
 
@@ -167,6 +169,6 @@ def _bracketed(text: str, brackets: bool) -> str:
     return f"({text})" if brackets else text
 
 
-def _as_dict(prediction: Prediction) -> dict[str, Any]:
+def _as_dict(prediction: Prediction) -> JsonObject:
     memory = [asdict(m) | {"total": m.total} for m in prediction.memory]
     return asdict(prediction) | {"memory": memory, "update_delay": list(prediction.update_delay)}

@@ -15,7 +15,7 @@ from petra_zoo.petra import Profile, measure
 BATCH_SIZE = 64
 
 
-def find_profile(
+def profile_of(
     name: str,
     path: Path | None = None,
     *,

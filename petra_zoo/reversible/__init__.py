@@ -3,19 +3,20 @@
 from petra_zoo.reversible.backprop import backpropagate, segments
 from petra_zoo.reversible.coupling import (
     COUPLING_STEPS,
+    Coupling,
     advance,
-    as_stream,
-    check_range,
     couple,
+    coupled,
     merge,
     nearest_coupling,
-    readable,
-    snap,
     uncouple,
 )
 from petra_zoo.reversible.live_bytes import LiveBytes
-from petra_zoo.reversible.plain_path import has_hooks, needs_plain_path
+from petra_zoo.reversible.plain_path import needs_plain_path
+from petra_zoo.reversible.random_draws import may_draw
+from petra_zoo.reversible.readable import readable
 from petra_zoo.reversible.state import untouched
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 from petra_zoo.reversible.unit import (
     CoupledUnit,
     Evaluation,
@@ -25,37 +26,36 @@ from petra_zoo.reversible.unit import (
     Reversal,
     Streams,
     Unit,
-    as_weights,
     gradients_of,
 )
 from petra_zoo.reversible.unit_model import UnitModel, units_of
 
 __all__ = [
     "COUPLING_STEPS",
+    "FLOAT_STREAMS",
     "CoupledUnit",
+    "Coupling",
     "Evaluation",
     "FunctionUnit",
     "Gradients",
     "LiveBytes",
     "Residue",
     "Reversal",
+    "StreamType",
     "Streams",
     "Unit",
     "UnitModel",
     "advance",
-    "as_stream",
-    "as_weights",
     "backpropagate",
-    "check_range",
     "couple",
+    "coupled",
     "gradients_of",
-    "has_hooks",
+    "may_draw",
     "merge",
     "nearest_coupling",
     "needs_plain_path",
     "readable",
     "segments",
-    "snap",
     "uncouple",
     "units_of",
     "untouched",

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from petra_zoo.reversible.replay import Replay
 from petra_zoo.reversible.state import Held, version_of
-from petra_zoo.reversible.unit import Evaluation, Streams, Unit
+from petra_zoo.reversible.unit import Evaluation, Gradients, Streams, Unit
 
 
 def segments(units: Sequence[Unit], reconstruct: bool = True) -> Iterator[list[Unit]]:
@@ -59,17 +59,54 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
     return streams
 
 
+class _Context(Protocol):
+    """What a segment keeps between its forward and its backward.
+
+    Attributes:
+        units: of the segment.
+        replays: what each one's second evaluation has to see.
+        counts: how many of the parameters are each one's.
+        parameters: of all of them, in their order.
+        reverse: whether they are reconstructed from their outputs; else the one unit is recomputed from its input.
+        width: how many streams the segment takes.
+        anchors: index of a unit -> where its input stands among the saved tensors.
+        residues: index of a unit -> where its residue stands among them.
+        outputs: where the segment's outputs stand among them.
+    """
+
+    units: list[Unit]
+    replays: list[Replay]
+    counts: list[int]
+    parameters: tuple[Tensor, ...]
+    reverse: bool
+    width: int
+    anchors: dict[int, slice]
+    residues: dict[int, slice]
+    outputs: slice
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class _Segment(torch.autograd.Function):
     """One segment. Its tensor inputs are the streams, then what wants gradients of the units, in their order."""
 
     @staticmethod
     def forward(
-        ctx: Any, units: list[Unit], held: list[Held], counts: list[int], reverse: bool, width: int, *tensors: Tensor
+        ctx: _Context,
+        units: list[Unit],
+        held: list[Held],
+        counts: list[int],
+        reverse: bool,
+        width: int,
+        *tensors: Tensor,
     ) -> Streams:
         streams, parameters = tensors[:width], tensors[width:]
         device = streams[0].device
         kept: list[Tensor] = []
-        # Index of a unit -> where its input (at anchors, or without an inverse) and its residue stand among the kept.
         ctx.anchors, ctx.residues = {}, {}
         ctx.replays = []
         for i, unit in enumerate(units):
@@ -77,7 +114,7 @@ class _Segment(torch.autograd.Function):
                 ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
                 kept.extend(streams)
             inputs, versions = streams, [version_of(x) for x in streams]
-            with Replay.recording(held[i], device) as replay:
+            with Replay.recording(held[i], device, unit.draws) as replay:
                 streams, residue = unit.evaluate(*inputs) if reverse else Evaluation(unit(*inputs))
             if residue:
                 ctx.residues[i] = slice(len(kept), len(kept) + len(residue))
@@ -99,7 +136,7 @@ class _Segment(torch.autograd.Function):
         return streams
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *gradients: Tensor | None) -> Gradients:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "reversible backpropagation cannot be differentiated twice: "

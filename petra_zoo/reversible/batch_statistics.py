@@ -8,14 +8,17 @@ convolutions. (Running statistics belong to the first evaluation: `state.py`.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from petra_zoo.reversible.operands import Operand
+
+_Result = TypeVar("_Result")
 Statistics = list[tuple[Tensor, Tensor]]  # mean and inverse standard deviation of each batch norm, in order of calls
 
 
@@ -27,11 +30,16 @@ class RememberStatistics(TorchFunctionMode):
         self.statistics: Statistics = []
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., _Result],
+        types: Sequence[type],
+        args: tuple[Operand, ...] = (),
+        kwargs: dict[str, Operand] | None = None,
+    ) -> _Result | Tensor:
         if func is F.batch_norm and (call := _eligible(*args, **(kwargs or {}))):
-            x, mean, var, weight, bias, momentum, eps = call
-            y, batch_mean, batch_invstd = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+            y, batch_mean, batch_invstd = torch.native_batch_norm(
+                call.x, call.weight, call.bias, call.mean, call.var, True, call.momentum, call.eps
+            )
             self.statistics.append((batch_mean, batch_invstd))
             return y
         return func(*args, **(kwargs or {}))
@@ -45,17 +53,32 @@ class UseStatistics(TorchFunctionMode):
         self._remaining = iter(statistics)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., _Result],
+        types: Sequence[type],
+        args: tuple[Operand, ...] = (),
+        kwargs: dict[str, Operand] | None = None,
+    ) -> _Result | Tensor:
         if func is F.batch_norm and (call := _eligible(*args, **(kwargs or {}))):
-            x, mean, var, weight, bias, _, eps = call
             statistics = next(self._remaining)
             # Running ones: somebody's own norm, which may read what it updates here. Hooks: a checkpoint inside the
             # unit, which finds what is saved here by its order in another evaluation, outside of this mode.
             hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            if mean is None and var is None and hooks is None:
-                return _KnownBatchNorm.apply(x, weight, bias, *statistics, eps)
+            if call.mean is None and call.var is None and hooks is None:
+                return _KnownBatchNorm.apply(call.x, call.weight, call.bias, *statistics, call.eps)
         return func(*args, **(kwargs or {}))
+
+
+class _Call(NamedTuple):
+    """The arguments of a batch norm in train mode: x [B, C, ...], all others [C] or numbers."""
+
+    x: Tensor
+    mean: Tensor | None
+    var: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    momentum: float
+    eps: float
 
 
 def _eligible(
@@ -67,20 +90,32 @@ def _eligible(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> tuple[Any, ...] | None:
+) -> _Call | None:
     """The call's arguments where remembering pays and keeps the bits: an affine train-mode batch norm on the CPU."""
     if not training or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return None
     if weight is None or bias is None or weight.dtype != x.dtype or x.numel() <= x.shape[1]:
         return None
-    return x, running_mean, running_var, weight, bias, momentum, eps
+    return _Call(x, running_mean, running_var, weight, bias, momentum, eps)
+
+
+class _Context(Protocol):
+    """What `_KnownBatchNorm` keeps between its forward and its backward."""
+
+    eps: float
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _KnownBatchNorm(torch.autograd.Function):
     """Train-mode batch norm whose batch statistics are known."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.eps = eps
         scale = weight * invstd
@@ -91,7 +126,7 @@ class _KnownBatchNorm(torch.autograd.Function):
         return torch.batch_norm(x, scale, shift, zero, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         d_x, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             gradients[0], x, weight, None, None, mean, invstd, True, ctx.eps, list(ctx.needs_input_grad[:3])

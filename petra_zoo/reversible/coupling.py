@@ -5,36 +5,38 @@ State: two streams (a, b). A coupled block with input activation h = act(b) and 
     b' = (1 - g) * h + g * a + F(h)        a' = b
 
 g is the coupling. g = 1 is the coupling of RevNet (Gomez et al. 2017) and PETRA (arXiv 2406.02052, Eq. 5), g = 0 is
-the ordinary ResNet. For g > 0 the block has an inverse: b = a', and a follows from b' with one evaluation of F.
+the ordinary ResNet. For g > 0 the block has an inverse: b = a', and a = (b' - (1 - g) * h - F(h)) / g follows with one
+evaluation of F.
 
 A run of blocks *starts* from one stream (a = h, which makes the first block an ordinary residual block) and ends with
 the *merge* of both streams into one activation. Rounding errors grow by about 1/g per inverted block.
 
-These functions are plain tensor arithmetic: they are scripted, traced and exported with the models that call them.
+`coupled` states the formula, for units and blocks alike, on the grid of the streams' type; `step_of` is the part of it
+that the inverse computes again. What they are made of is plain tensor arithmetic, scripted, traced and exported with
+the models that call it.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+from petra_zoo.reversible.stream_type import StreamType
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
 
 
-def as_stream(x: Tensor) -> Tensor:
-    """x in the type of streams: at least float32, so that the inverse stays accurate."""
-    if x.dtype == torch.float64:
-        return x
-    return x.float()
+# A coupling is a float or, where its value cannot be read (see `readable`), a 0-d tensor: then the general formula,
+# which holds for any g. TorchScript knows the first alone.
+if TYPE_CHECKING:
+    Coupling = float | Tensor
+else:
+    Coupling = float
 
 
-# In these four g is a float or, where its value cannot be read (see `readable`), a 0-d tensor: then the general
-# formula, which holds for any g. TorchScript knows the first alone, hence the annotations.
-
-
-def advance(h: Tensor, f: Tensor, g: float) -> Tensor:
+def advance(h: Tensor, f: Tensor, g: Coupling) -> Tensor:
     """(1 - g) * h + F(h): what a block adds to g * a. Both tensors have the shape of a stream."""
     if _is_number(g):
         if g == 1.0:
@@ -44,7 +46,7 @@ def advance(h: Tensor, f: Tensor, g: float) -> Tensor:
     return (1.0 - g) * h + f
 
 
-def couple(step: Tensor, a: Tensor, g: float) -> Tensor:
+def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
     """b' = step + g * a, with step from `advance`."""
     if _is_number(g):
         if g == 1.0:
@@ -59,12 +61,42 @@ def uncouple(b_out: Tensor, step: Tensor, g: float) -> Tensor:
     return (b_out - step) / g
 
 
-def merge(h: Tensor, h_before: Tensor, g: float) -> Tensor:
+def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:
     """Merges the streams at the end of a run: (act(b) + g * act(a)) / (1 + g), from the two activations."""
     return (h + g * h_before) / (1.0 + g)
 
 
-def _is_number(g: float) -> bool:
+def step_of(h: Tensor, f: Tensor, g: Coupling, streams: StreamType) -> Tensor:
+    """(1 - g) * h + F(h) as it is added to g * a, in the forward and, the same bits, in the inverse.
+
+    Args:
+        h: the block's activation, as a stream.
+        f: F(h).
+        g: the coupling.
+        streams: their type.
+    """
+    return streams.snap(advance(h, f, g))
+
+
+def coupled(h: Tensor, f: Tensor, a: Tensor | None, g: Coupling, streams: StreamType) -> Tensor:
+    """The formula: b' = (1 - g) * h + g * a + F(h), all of them [B, ...] of one shape.
+
+    Args:
+        h: the block's activation, as a stream.
+        f: F(h).
+        a: None where there is no second stream: the block starts its run (a = h) or is no part of one, and
+            b' = h + F(h).
+        g: the coupling.
+        streams: their type.
+    """
+    if a is None:
+        return step_of(h, f, 0.0, streams)
+    b_out = couple(step_of(h, f, g, streams), a, g)
+    streams.check(b_out)  # two values on the grid may have a sum that the carrier cannot hold
+    return b_out
+
+
+def _is_number(g: Coupling) -> bool:
     return not isinstance(g, Tensor)
 
 
@@ -78,64 +110,3 @@ def nearest_coupling(g: float) -> float:
     if not 0 <= steps <= COUPLING_STEPS:
         raise ValueError(f"a coupling lies between 0 and 1, not at {g!r}")
     return steps / COUPLING_STEPS
-
-
-class _Snap(torch.autograd.Function):
-    """Rounds to a grid; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, grid: float) -> Tensor:
-        return torch.round(x / grid) * grid
-
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def snap(x: Tensor, grid: float) -> Tensor:
-    """Rounds a stream to multiples of `grid` (a power of two), with a straight-through gradient.
-
-    On the grid the sums of `couple` and `uncouple` are exact at g = 1, so reconstruction is exact to the bit.
-
-    Raises:
-        ValueError: see `check_range`.
-    """
-    if torch.jit.is_scripting():
-        return torch.round(x / grid) * grid
-    check_range(x, grid)
-    return _Snap.apply(x, grid)
-
-
-def check_range(x: Tensor, grid: float) -> None:
-    """Checks that a stream is small enough to lie on the grid in its own type.
-
-    Reads the largest absolute value back (a device synchronisation): exact mode trades speed for bits. Compiled,
-    exported and vectorised networks are not inverted, and not checked.
-
-    Raises:
-        ValueError: a value is too large.
-    """
-    if not readable(x):
-        return
-    limit = grid * 2.0 ** (24 if x.dtype == torch.float32 else 53)
-    largest = x.detach().abs().max() if x.numel() else x.new_zeros(())
-    if not bool(largest < limit):
-        raise ValueError(
-            f"exact inversion needs |stream| < {limit:g} (grid {grid:g} in {x.dtype}), found {largest.item():g}: "
-            "use a coarser grid (a smaller exact_bits) or exact=False"
-        )
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the value of x can be read now, and stays what a later run of the same operations would find.
-
-    False while a graph is recorded that will run again (compiled, exported, traced), in torch.func's transforms, whose
-    tensors stand for many, for tensor subclasses, and on the meta device.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )

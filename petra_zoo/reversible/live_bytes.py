@@ -8,12 +8,17 @@ in the backward pass, and a weak reference tells when it dies.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeGuard, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from petra_zoo.reversible.operands import Operand
+
+_Result = TypeVar("_Result")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,12 +41,18 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._alive: dict[int, weakref.ref[Any]] = {}  # by the storage's address
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by the storage's address
         self._apart: set[int] = set()
         for x in apart:
             self._set_apart(x.untyped_storage())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., _Result],
+        types: Sequence[type],
+        args: tuple[Operand, ...] = (),
+        kwargs: dict[str, Operand] | None = None,
+    ) -> _Result:
         for x in tree_iter((args, kwargs)):
             if _has_storage(x):
                 self._set_apart(x.untyped_storage())  # unless made inside: a batch, a parameter
@@ -54,14 +65,14 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return out
 
-    def _set_apart(self, storage: Any) -> None:
+    def _set_apart(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._alive or key in self._apart:
             return
         self._apart.add(key)
         weakref.finalize(storage, self._apart.discard, key)
 
-    def _watch(self, storage: Any) -> None:
+    def _watch(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._alive or key in self._apart:
             return
@@ -69,5 +80,5 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(storage, self._alive.pop, key, None)
 
 
-def _has_storage(x: object) -> bool:
+def _has_storage(x: Operand) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.device.type != "meta"

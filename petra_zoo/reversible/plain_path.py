@@ -10,15 +10,14 @@ import logging
 from collections import OrderedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 COMPILE_STORES = "torch.compile stores activations: a compiled model trains without reversible memory saving"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NO_TENSORS = frozenset((bool, int, float, str, tuple, list, dict, OrderedDict, set, type(None)))  # quick to rule out
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+_GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def needs_plain_path(module: nn.Module, x: object) -> bool:
@@ -33,34 +32,35 @@ def needs_plain_path(module: nn.Module, x: object) -> bool:
             _say_that_compile_stores()
         return True
     return (
-        not isinstance(x, torch.Tensor)  # a torch.fx.Proxy
+        not isinstance(x, Tensor)  # a torch.fx.Proxy
         or not torch.is_grad_enabled()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or parametrize._cache_enabled > 0  # a weight that the forward caches has no graph behind it
-        or has_hooks(module)
-        or has_loose_weights(module)
+        or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
+        or _has_hooks_or_loose_weights(module)
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a sub-module (not the module itself), or torch globally, carries a hook."""
-    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS) or any(
-        getattr(m, name) for m in module.modules() if m is not module for name in _HOOKS
-    )
+def _has_hooks_or_loose_weights(module: nn.Module) -> bool:
+    """Whether a sub-module carries a hook, or any module a tensor that wants gradients as a plain attribute.
 
-
-def has_loose_weights(module: nn.Module) -> bool:
-    """Whether a tensor that wants gradients is a plain attribute: a hypernetwork's, a DataParallel replica's.
-
-    A recomputation knows parameters and buffers alone.
+    Such a tensor is a hypernetwork's, or a weight of a DataParallel replica: a recomputation knows parameters and
+    buffers alone. Both may come and go between two calls, so every training forward looks, in this one pass.
     """
     for m in module.modules():
-        for value in vars(m).values():
-            if type(value) not in _NO_TENSORS and isinstance(value, torch.Tensor) and value.requires_grad:
+        if m is not module and _carries_hook(m):
+            return True
+        values = vars(m).values()
+        if not _NO_TENSORS.issuperset(map(type, values)):  # else done without a look at each
+            if any(isinstance(value, Tensor) and value.requires_grad for value in values):
                 return True
     return False
+
+
+def _carries_hook(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 @torch.compiler.assume_constant_result  # runs while torch.compile traces, so it is said once per compilation

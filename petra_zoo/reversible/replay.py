@@ -46,15 +46,16 @@ class Replay:
 
     @classmethod
     @contextmanager
-    def recording(cls, held: Held, device: torch.device) -> Iterator[Replay]:
+    def recording(cls, held: Held, device: torch.device, draws: bool) -> Iterator[Replay]:
         """Around the first evaluation.
 
         Args:
             held: what the unit holds.
             device: of its streams.
+            draws: whether the unit may draw random numbers.
         """
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
-        generators = generator_states(device)
+        generators = generator_states(device) if draws else {}
         held.begin()
         with RememberStatistics() as remembered:
             replay = cls(
@@ -66,9 +67,10 @@ class Replay:
             )
             yield replay
         held.evaluated()
-        now = generator_states(device)
-        if all(torch.equal(state, now[name]) for name, state in generators.items()):
-            replay.generators = {}  # the unit drew no random number
+        if draws:
+            now = generator_states(device)
+            if all(torch.equal(state, now[name]) for name, state in generators.items()):
+                replay.generators = {}  # it might have, but did not
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from petra_zoo.reversible.random_draws import draws_itself
+
 _KNOWN = ("torch.nn.modules.", "timm.layers.")  # batch norms whose forward is known to heed track_running_stats
 _SWITCHED = ("running_mean", "running_var", "num_batches_tracked")
 
-Slot = tuple[Any, str]  # a module's _parameters or _buffers, and a name in it
+Slot = tuple[dict[str, Tensor | None], str]  # a module's _parameters or _buffers, and a name in it
 
 
 class ModuleState:
@@ -32,29 +34,44 @@ class ModuleState:
     Args:
         module: a unit, or any other module.
         outside: modules that it does not contain, of whose own it reads mode and buffers, but changes none.
+
+    Attributes:
+        modules: all of them, those outside last.
+        norms: the batch norms whose own switch keeps them from moving their statistics.
+        draws: whether a module of them may draw random numbers.
     """
 
     def __init__(self, module: nn.Module, outside: Sequence[nn.Module] = ()) -> None:
-        named = dict(module.named_modules())
-        self.modules = [*named.values(), *outside]
-        self.norms: list[Any] = [m for m in named.values() if _updates_by_a_switch(m)]
-        parameters = [(path, m, m._parameters, name) for path, m in named.items() for name in m._parameters]
-        parameters += [("", m, m._buffers, name) for m in outside for name in m._buffers]  # which stay, like these
-        buffers = [(path, m, m._buffers, name) for path, m in named.items() for name in m._buffers]
-        self.slots: list[Slot] = [(tensors, name) for _, _, tensors, name in [*parameters, *buffers]]
-        self.names = [f"{path}.{name}".lstrip(".") for path, _, _, name in [*parameters, *buffers]]
-        # By index of slot: parameters, the norms' statistics, and buffers that only a copy can keep.
-        self.parameters = range(len(parameters))
+        self._module = module
+        inside = list(module.modules())
+        self.modules = [*inside, *outside]
+        self.norms: list[_BatchNorm] = [m for m in inside if _updates_by_a_switch(m)]
+        # Slots: parameters, and the outside modules' buffers, which stay like these; behind them buffers that move.
+        self.slots: list[Slot] = [(vars(m)["_parameters"], name) for m in inside for name in m._parameters]
+        self.slots += [(m._buffers, name) for m in outside for name in m._buffers]
+        self.parameters = range(len(self.slots))
+        # By index of slot: the norms' statistics, and buffers that only a copy can keep.
         self.statistics: dict[int, nn.Module] = {}
         self.others: list[int] = []
         self.uncounted: set[int] = set()  # those that torch's kernels change without counting it as a modification
-        for i, (_, m, _, name) in enumerate(buffers, start=len(parameters)):
-            if name in _SWITCHED and _updates_by_a_switch(m):
-                self.statistics[i] = m
-            else:
-                self.others.append(i)
-                if isinstance(m, _NormBase):
-                    self.uncounted.add(i)
+        switched = set(self.norms)
+        for m in inside:
+            for name in m._buffers:
+                if name in _SWITCHED and m in switched:
+                    self.statistics[len(self.slots)] = m
+                else:
+                    self.others.append(len(self.slots))
+                    if isinstance(m, _NormBase):
+                        self.uncounted.add(len(self.slots))
+                self.slots.append((m._buffers, name))
+        self.draws = any(draws_itself(m) for m in inside)
+
+    def name(self, i: int) -> str:
+        """The name of slot i: for a message, so looked for when it is needed."""
+        tensors, name = self.slots[i]
+        places = self._module.named_modules()
+        path = next((path for path, m in places if tensors is m._parameters or tensors is m._buffers), "")
+        return f"{path}.{name}".lstrip(".")
 
     def tensors(self) -> list[Tensor | None]:
         """What stands in the slots now: the objects themselves."""
@@ -144,7 +161,7 @@ class Held:
         """The name of a tensor that was modified in place since, if there is one."""
         for i, version in self._versions.items():
             if version_of(self.tensors[i]) != version:
-                return self.state.names[i]
+                return self.state.name(i)
         return None
 
 
@@ -163,5 +180,5 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def _updates_by_a_switch(module: nn.Module) -> bool:
+def _updates_by_a_switch(module: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(module, _BatchNorm) and type(module).forward.__module__.startswith(_KNOWN)

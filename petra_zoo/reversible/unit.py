@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible.coupling import advance, check_range, couple, snap, uncouple
+from petra_zoo.reversible.coupling import coupled, step_of, uncouple
+from petra_zoo.reversible.random_draws import may_draw
 from petra_zoo.reversible.state import ModuleState
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
 Streams = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
@@ -62,6 +64,15 @@ class Unit(nn.Module):
         if self._state is None:
             self._state = ModuleState(self, self.outside)
         return self._state
+
+    @property
+    def draws(self) -> bool:
+        """Whether an evaluation may draw random numbers; a unit that may not needs no generator seeded or replayed."""
+        return self.state.draws or any(map(may_draw, self.parts()))
+
+    def parts(self) -> Sequence[Callable[..., Streams | Tensor]]:
+        """What the unit calls beside its modules."""
+        return ()
 
     def untouched(self) -> AbstractContextManager[None]:
         """Inside, evaluating the unit changes no buffer (batch norms in train mode use batch statistics)."""
@@ -134,6 +145,9 @@ class FunctionUnit(Unit):
         for path, module in modules.items():
             self.add_module(path.replace(".", "_"), module)
 
+    def parts(self) -> Sequence[Callable[..., Streams]]:
+        return (self.function,)
+
     def forward(self, *streams: Tensor) -> Streams:
         return self.function(*streams)
 
@@ -152,7 +166,7 @@ class CoupledUnit(Unit):
         coupling: reads g.
         starts: whether the block starts its run, that is, takes one stream.
         anchor: see `Unit`.
-        grid: > 0 rounds every step to multiples of it (exact inversion; the streams that enter must lie on it).
+        streams: their type; on a grid, the streams that enter must lie on it (exact inversion).
     """
 
     def __init__(
@@ -165,7 +179,7 @@ class CoupledUnit(Unit):
         coupling: Callable[[], float],
         starts: bool = False,
         anchor: bool = False,
-        grid: float = 0.0,
+        streams: StreamType = FLOAT_STREAMS,
     ) -> None:
         super().__init__(name, anchor)
         self.block = block
@@ -173,7 +187,11 @@ class CoupledUnit(Unit):
         self.activate = activate
         self.coupling = coupling
         self.starts = starts
-        self.grid = grid
+        self.streams = streams
+
+    def parts(self) -> Sequence[Callable[..., Tensor]]:
+        of_block = self.branch is self.block or getattr(self.branch, "__self__", None) is self.block
+        return (self.activate,) if of_block else (self.branch, self.activate)
 
     @property
     def reversible(self) -> bool:
@@ -182,18 +200,13 @@ class CoupledUnit(Unit):
     def forward(self, *streams: Tensor) -> Streams:
         g = self.coupling()
         b = streams[0]
-        if self.starts or g == 0.0:
-            b_out = self._step(b, 0.0)
-        else:
-            b_out = couple(self._step(b, g), streams[1], g)
-            if self.grid:
-                check_range(b_out, self.grid)
+        h = self.activate(b)
+        a = None if self.starts or g == 0.0 else streams[1]
+        b_out = coupled(h, self._branch_of(h), a, g, self.streams)
         return (b_out, b) if g > 0.0 else (b_out,)
 
-    def _step(self, b: Tensor, g: float) -> Tensor:
-        h = self.activate(b)
-        step = advance(h, self.branch(as_weights(h, self.block)), g)
-        return snap(step, self.grid) if self.grid else step
+    def _branch_of(self, h: Tensor) -> Tensor:
+        return self.branch(self.streams.for_branch(h, self.block))
 
     def reverse(
         self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
@@ -209,7 +222,8 @@ class CoupledUnit(Unit):
         b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
         with self.untouched():  # as in `recompute`
             with torch.enable_grad():
-                step = self._step(b, 0.0 if self.starts else g)
+                h = self.activate(b)
+                step = step_of(h, self._branch_of(h), 0.0 if self.starts else g, self.streams)
             d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
         if d_a_out is not None:
             d_b = d_a_out if d_b is None else d_b + d_a_out
@@ -218,15 +232,6 @@ class CoupledUnit(Unit):
         a = uncouple(b_out, step.detach(), g)
         d_a = None if d_b_out is None else (d_b_out if g == 1.0 else g * d_b_out)
         return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
-
-
-def as_weights(x: Tensor, module: nn.Module) -> Tensor:
-    """x in the type of a module's weights, whatever wraps them; as it is where there are none."""
-    weight: Tensor | None = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if weight is None:  # none, or all of them plain attributes, as in DataParallel's replicas
-        attributes = (value for m in module.modules() for value in vars(m).values())
-        weight = next((x for x in attributes if isinstance(x, Tensor) and x.is_floating_point()), None)
-    return x if weight is None else x.to(weight.dtype)
 
 
 def gradients_of(outputs: Streams, output_gradients: Gradients, wanted: Sequence[Tensor]) -> Gradients:

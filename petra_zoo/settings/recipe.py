@@ -1,6 +1,7 @@
 """Everything a recipe can say, with timm's names for what timm has too."""
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -32,6 +33,8 @@ class Recipe(Augmentation):
         freeze_bn: All batch norms keep their scale and shift, and normalise with their running statistics.
         batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
         layer_decay: Learning rate of a layer relative to the one above it, as in timm.
+        loss: What is minimised: `cross_entropy`, `bce` (timm's), or a registered one (`petra_zoo.training.losses`).
+            Validation always tells the cross-entropy.
         split: Units per stage, one entry per stage; None to let the engine balance them.
         last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
         data_parallel: Replicas of the pipeline, each with micro-batches of its own; an update takes
@@ -79,7 +82,7 @@ class Recipe(Augmentation):
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
 
-    method: Literal["petra", "dsp", "delayed", "local", "backprop", "reversible"] = "petra"
+    method: str = "petra"
     stages: AtLeastOne = 1
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1
@@ -104,6 +107,7 @@ class Recipe(Augmentation):
     opt_kwargs: dict[str, Any] = Field(default_factory=dict)
     clip_grad: Positive | None = None
     layer_decay: Positive | None = None
+    loss: str = "cross_entropy"
 
     kd_model_name: Source | None = None
     kd_temperature: Positive = 4.0
@@ -141,12 +145,29 @@ class Recipe(Augmentation):
         images = self.batch_size * self.accumulation_steps * self.data_parallel
         return (self.lr_base or _TIMM_LR_BASE) * images / self.lr_base_size
 
+    @property
+    def total_epochs(self) -> int:
+        """With cooldown, and with the warm-up where it comes on top."""
+        return self.epochs + self.cooldown_epochs + (self.warmup_epochs if self.warmup_prefix else 0)
+
     @field_validator("device")
     @classmethod
     def _device_is_known(cls, device: str | None) -> str | None:
         if device is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
             raise ValueError("expected cpu, cuda or cuda:N")
         return device
+
+    @field_validator("method")
+    @classmethod
+    def _method_is_registered(cls, method: str) -> str:
+        from petra_zoo.petra.methods import METHODS  # with torch behind it: only where a recipe names one
+
+        if method not in METHODS:
+            *names, last = map(repr, METHODS)
+            near = get_close_matches(method, METHODS, n=1)
+            nearest = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"expected {', '.join(names)} or {last}{nearest}")
+        return method
 
     @field_validator("opt")
     @classmethod

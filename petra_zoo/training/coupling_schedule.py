@@ -6,9 +6,11 @@ A small coupling predicts what the source predicts; at 1 the inverse is perfectl
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models import CoupledLayer
@@ -36,6 +38,13 @@ def move_coupling(layer: CoupledLayer, g: float) -> None:
     layer.set_coupling(g)
 
 
+@runtime_checkable
+class _Coupled(Protocol):
+    """A network with couplings."""
+
+    def coupled_layers(self) -> Sequence[CoupledLayer]: ...
+
+
 class CouplingSchedule:
     """Moves every coupling of a model linearly to 1 between epochs.
 
@@ -50,8 +59,8 @@ class CouplingSchedule:
         UserError: the model has no couplings, was built with a fixed one, or has a run too long to start from 0.
     """
 
-    def __init__(self, model: Any, epochs: int) -> None:
-        if not hasattr(model, "coupled_layers"):
+    def __init__(self, model: nn.Module, epochs: int) -> None:
+        if not isinstance(model, _Coupled):
             raise UserError(f"coupling_epochs={epochs}: a {type(model).__name__} has no coupling to move, set it to 0")
         self.epochs = epochs
         self.starts = [layer.g() for layer in model.coupled_layers()]
@@ -77,16 +86,17 @@ class CouplingSchedule:
         """Whether couplings change before this epoch: then nothing may be in flight."""
         return 0 < epoch <= self.epochs
 
-    def apply(self, epoch: int, *models: Any) -> None:
+    def apply(self, epoch: int, *models: nn.Module) -> None:
         """Sets the couplings of an epoch: of the model and, where there is one, of its moving average."""
         for model in models:
+            assert isinstance(model, _Coupled)
             for start, layer in zip(self.starts, model.coupled_layers(), strict=True):
                 g = self.coupling(start, epoch)
                 if g != layer.g() and layer.in_run():
                     move_coupling(layer, g)
 
 
-def start_schedule(recipe: Recipe, model: Any) -> CouplingSchedule | None:
+def start_schedule(recipe: Recipe, model: nn.Module) -> CouplingSchedule | None:
     """The recipe's schedule, its first couplings set; None where couplings stay.
 
     Call it before the pipeline is built: whether a unit has an inverse decides what its stage keeps.

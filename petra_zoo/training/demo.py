@@ -13,7 +13,6 @@ from timm.data import create_transform, resolve_model_data_config
 from petra_zoo.checkpoints.load import load_model
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
-from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.run import train
 
 RECIPE = "digits/petra_revnet_tiny"
@@ -24,7 +23,7 @@ def run_demo(overrides: list[str]) -> Iterator[str]:
     """Trains, evaluates the saved run and shows digits; yields what to tell the user, as it happens."""
     yield "PETRA trains a reversible network on 1,437 handwritten digits: 4 stages, each of which runs the forward of"
     yield "one micro-batch and the backward of an older one in every tick, without storing activations."
-    result = train(load_recipe(RECIPE, overrides), RECIPE)
+    result = train(RECIPE, overrides)
     yield f"\ntrained in {result.training_seconds:.0f} s; the saved run, evaluated again:"
     report = evaluate_checkpoint(str(result.path), "digits")
     evaluation = report.evaluation

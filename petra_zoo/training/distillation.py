@@ -8,7 +8,6 @@ its logits travel to the last stage in one tensor with the labels, and the task 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,12 @@ from torch import Tensor, nn
 from petra_zoo.checkpoints.load import load_model
 from petra_zoo.data.image_dataset import ImageDataset
 from petra_zoo.data.labels import all_named, classes_of
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier
+from petra_zoo.petra.part import Loss
 from petra_zoo.settings.recipe import Recipe
-
-Channels = tuple[float, ...]
+from petra_zoo.training.losses import find_loss
 
 
 class Distillation:
@@ -31,45 +32,45 @@ class Distillation:
         teacher: gives logits [B, classes]; put into eval mode and frozen. None where no images are fed: a rank without
             the stem needs the loss alone.
         num_classes: the student's.
-        mean: what the student's images are normalised with, per channel; the teacher gets them with its own
-            (its `pretrained_cfg`).
-        std: likewise.
+        preprocessing: the student's: what its images are normalised with; the teacher gets them with its own (its
+            `pretrained_cfg`).
         temperature: of both softmaxes.
-        task_loss_weight: of the cross-entropy with the labels.
-        classes: the teacher's class for each of the student's, where they are numbered in another way.
+        task_loss_weight: of the loss with the labels.
         distill_loss_weight: of the divergence from the teacher; None, with a task weight: 1 - `task_loss_weight`. Both
             None: 1 and 1, as in timm.
+        classes: the teacher's class for each of the student's, where they are numbered in another way.
+        loss: with the labels, which are probabilities [B, classes] here.
 
     Raises:
         UserError: the teacher tells other classes apart, or takes other channels.
 
     Example:
-        >>> distillation = Distillation(teacher, num_classes=10, mean=mean, std=std, temperature=4.0)
-        >>> pipeline = Pipeline(model, stages=4, loss=distillation.loss)
+        >>> distillation = Distillation(teacher, num_classes=10, preprocessing=preprocessing, temperature=4.0)
+        >>> pipeline = Pipeline(model, 4, loss=distillation.loss)
         >>> pipeline.step(images, distillation.labels(images, labels))
     """
 
     def __init__(
         self,
-        teacher: Any | None,
+        teacher: Classifier | None,
         *,
         num_classes: int,
-        mean: Channels,
-        std: Channels,
+        preprocessing: Preprocessing,
         temperature: float = 4.0,
         task_loss_weight: float | None = None,
         distill_loss_weight: float | None = None,
         classes: Sequence[int] | None = None,
+        loss: Loss = F.cross_entropy,
     ) -> None:
         self.num_classes = num_classes
         self.classes: Tensor | None = None
         self.teacher: DistillationTeacher | None = None
         if teacher is not None:
-            self._take(teacher, mean, std, classes)
+            self._take(teacher, preprocessing, classes)
         self.task = LogitDistillationTask(
             _Columns(0, num_classes),
             _Columns(num_classes, 2 * num_classes),
-            criterion=nn.CrossEntropyLoss(),
+            criterion=_Criterion(loss),
             temperature=temperature,
             task_loss_weight=task_loss_weight,
             distill_loss_weight=distill_loss_weight,
@@ -77,18 +78,20 @@ class Distillation:
             verbose=False,
         )
 
-    def _take(self, teacher: Any, mean: Channels, std: Channels, classes: Sequence[int] | None) -> None:
+    def _take(self, teacher: Classifier, preprocessing: Preprocessing, classes: Sequence[int] | None) -> None:
         if classes is None and teacher.num_classes != self.num_classes:
             raise UserError(
                 f"the teacher tells {teacher.num_classes} classes apart, the network {self.num_classes}: distil from "
                 "the network it was converted from, or fine-tune that one on this data first"
             )
-        if teacher.in_chans != len(mean):
-            raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {len(mean)}")
+        channels = len(preprocessing.mean)
+        if teacher.in_chans != channels:
+            raise UserError(f"the teacher takes images of {teacher.in_chans} channels, the network of {channels}")
         device = next(teacher.parameters()).device
         self.teacher = DistillationTeacher(teacher.requires_grad_(False), device=device).eval()
         self.classes = None if classes is None else torch.tensor(classes, device=device)
-        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in (mean, std))
+        statistics = (preprocessing.mean, preprocessing.std)
+        self.mean, self.std = (torch.tensor(x, device=device).view(1, -1, 1, 1) for x in statistics)
 
     @torch.no_grad()
     def labels(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -117,30 +120,32 @@ class Distillation:
         ]
 
 
+def load_teacher(recipe: Recipe, device: torch.device) -> Classifier | None:
+    """The recipe's teacher with its trained weights; None where it names none.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return None if recipe.kd_model_name is None else load_model(recipe.kd_model_name, device)
+
+
 def build_distillation(
-    recipe: Recipe,
-    num_classes: int,
-    config: dict[str, Any],
-    device: torch.device,
-    data: ImageDataset,
-    feeds: bool = True,
+    recipe: Recipe, teacher: Classifier | None, num_classes: int, preprocessing: Preprocessing, data: ImageDataset
 ) -> Distillation | None:
-    """The recipe's teacher and loss; None where it names no teacher.
+    """The recipe's distillation; None where it names no teacher.
 
     Args:
         recipe: the settings.
+        teacher: where the images are fed; None on the other ranks.
         num_classes: the student's.
-        config: the student's preprocessing (`build.data_config`).
-        device: where the images are fed.
+        preprocessing: likewise.
         data: what the student is trained on; its classes are looked up among the teacher's by name.
-        feeds: whether this process feeds images, and so needs the teacher.
 
     Raises:
-        UserError: the teacher cannot be loaded, or does not fit the student.
+        UserError: the teacher does not fit the student.
     """
     if recipe.kd_model_name is None:
         return None
-    teacher = load_model(recipe.kd_model_name, device) if feeds else None
     classes = None
     if teacher is not None:
         names = all_named(data.class_names, num_classes)
@@ -150,13 +155,24 @@ def build_distillation(
     return Distillation(
         teacher,
         num_classes=num_classes,
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        preprocessing=preprocessing,
         temperature=recipe.kd_temperature,
         task_loss_weight=recipe.task_loss_weight,
         distill_loss_weight=recipe.distill_loss_weight,
         classes=classes,
+        loss=find_loss(recipe.loss),
     )
+
+
+class _Criterion(nn.Module):
+    """A loss as timm's task wants it."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(logits, labels)
 
 
 class _Columns(nn.Module):

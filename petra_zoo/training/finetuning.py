@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.data.labels import names_of, positions
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier
 from petra_zoo.settings.recipe import Recipe
 
 BACKBONE = "backbone"
@@ -39,7 +39,7 @@ def checkpoint_name(recipe: Recipe) -> str:
     return f"{architecture}.{source.removeprefix(f'{architecture}.')}"
 
 
-def check_architecture(recipe: Recipe, model: Any) -> None:
+def check_architecture(recipe: Recipe, model: Classifier) -> None:
     """The recipe must say which network it trains: `plan`, the run's name and its checkpoints go by it.
 
     Raises:
@@ -54,7 +54,7 @@ def check_architecture(recipe: Recipe, model: Any) -> None:
         )
 
 
-def freeze(recipe: Recipe, model: Any) -> None:
+def freeze(recipe: Recipe, model: Classifier) -> None:
     """Takes the recipe's frozen parts out of training: parameters stay, batch norms use their running statistics.
 
     Raises:
@@ -96,7 +96,7 @@ def is_frozen_norm(module: nn.Module) -> bool:
     return isinstance(module, _StaysInEval)
 
 
-def start_lines(recipe: Recipe, model: Any, class_names: list[str]) -> Iterator[str]:
+def start_lines(recipe: Recipe, model: Classifier, class_names: list[str]) -> Iterator[str]:
     """What a person should know of where training starts: the checkpoint, its head, and what is frozen."""
     if recipe.pretrained:
         before, now = model.pretrained_cfg["num_classes"], model.num_classes
@@ -124,7 +124,7 @@ class _StaysInEval:
 
 
 @cache
-def _frozen_kind(kind: type[Any]) -> type[Any]:
+def _frozen_kind(kind: type[nn.Module]) -> type[nn.Module]:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         kind.train(self, False)
         return self

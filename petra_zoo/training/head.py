@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from petra_zoo.data.labels import all_named, names_of, positions
+from petra_zoo.models.classifier import Classifier
 
 
 @torch.no_grad()
-def arrange_head(model: Any, class_names: Sequence[str]) -> None:
+def arrange_head(model: Classifier, class_names: Sequence[str]) -> None:
     """Puts the classifier's rows into the order of `class_names`, in place, where the checkpoint's head was kept.
 
     Classes that the checkpoint knows by name get their rows; those that it does not know get the rows that are left. A

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from petra_zoo.evaluation.scores import Evaluation
 from petra_zoo.petra import Pipeline
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.training.callbacks import ValidationEvent
 
 
 class Reporter:
@@ -26,25 +33,26 @@ class Reporter:
         self.console = console or Console(highlight=False)
         self.quiet = quiet
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task = TaskID(0)
         self._plain_interval = 0
 
     def start(self, recipe: Recipe, pipeline: Pipeline, batches: int, epochs: int) -> None:
         """Says what is about to run: stages, and how evenly the work is spread where there are several ranks."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps
-        sizes = [len(owned) for owned in pipeline.partition]
-        if recipe.method in ("backprop", "reversible"):
+        layout, sizes = pipeline.layout, pipeline.layout.sizes
+        if not pipeline.method.delayed:
             how = f"{recipe.method} (exact, no delay)"
         else:
             how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
         self.line(f"{recipe.model} on {recipe.dataset}, {how}, {epochs} epochs of {batches} micro-batches")
         if pipeline.world.size > 1:
-            for rank, (stages, share) in enumerate(zip(pipeline.owners, pipeline.loads(), strict=True)):
+            for rank, (stages, share) in enumerate(zip(layout.ranks, layout.loads(), strict=True)):
                 owned = [str(sizes[j]) for j in stages]
                 self.line(
                     f"  rank {rank}  stages {stages[0]} to {stages[-1]}  units {'+'.join(owned)}  load {share:.0%}"
                 )
-            self.line(f"  predicted efficiency {pipeline.efficiency():.0%} of {pipeline.world.size} processes")
+            efficiency = layout.efficiency(pipeline.method.delayed)
+            self.line(f"  predicted efficiency {efficiency:.0%} of {pipeline.world.size} processes")
         if recipe.data_parallel > 1:
             self.line(f"  {recipe.data_parallel} replicas of it")
         if self.console.is_terminal and not self.quiet:
@@ -72,12 +80,11 @@ class Reporter:
             shown = f"loss {loss:.4f}  acc {top1:.1f}%  {speed:.0f} img/s  {seconds:.0f} s left"
             self.line(f"epoch {epoch + 1}  {done}/{total}  {shown}")
 
-    def epoch(self, epoch: int, train_loss: float | None, result: Evaluation, seconds: float) -> None:
+    def epoch(self, event: ValidationEvent) -> None:
         """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
-        shown = "pipeline filling" if train_loss is None else f"train loss {train_loss:.4f}"
-        self.line(
-            f"epoch {epoch + 1:>3}  {shown}  val loss {result.loss:.4f}  val top-1 {result.top1:.2f} %  {seconds:.1f} s"
-        )
+        shown = "pipeline filling" if event.train_loss is None else f"train loss {event.train_loss:.4f}"
+        validation = f"val loss {event.loss:.4f}  val top-1 {event.top1:.2f} %"
+        self.line(f"epoch {event.epoch + 1:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
 
     def line(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -97,21 +104,3 @@ class Reporter:
     ) -> None:
         if self._bar:
             self._bar.stop()
-
-
-class Speed:
-    """Images per second over a sliding window of about five seconds."""
-
-    def __init__(self) -> None:
-        self._marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
-        self._images = 0
-
-    def add(self, images: int) -> float:
-        """Counts images and gives the present speed."""
-        now = time.perf_counter()
-        self._images += images
-        self._marks.append((now, self._images))
-        while len(self._marks) > 2 and now - self._marks[0][0] > 5.0:
-            self._marks.pop(0)
-        then, before = self._marks[0]
-        return (self._images - before) / max(now - then, 1e-9)

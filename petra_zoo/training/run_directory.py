@@ -13,7 +13,6 @@ import tempfile
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,13 +28,15 @@ from petra_zoo.checkpoints.provenance import (
     write_json,
 )
 from petra_zoo.data.labels import all_named
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
-from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import apply_umask, check_free
+from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import first_not_finite
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import save_recipe
-from petra_zoo.strict_json import to_json
+from petra_zoo.strict_json import Json, JsonObject, to_json
 
 RECIPE, MODEL = "recipe.yaml", "model.safetensors"
 
@@ -65,12 +66,12 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot write the run to {wanted}: {error.strerror}; choose another output=DIR") from error
 
-    def log(self, **values: Any) -> None:
+    def log(self, **values: Json) -> None:
         """Appends a line to metrics.jsonl; null where a number is not finite."""
         with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(to_json(values) + "\n")
 
-    def summarize(self, row: dict[str, Any]) -> None:
+    def summarize(self, row: JsonObject) -> None:
         """Appends an epoch to summary.csv, with timm's columns; an empty field where the value is None."""
         path = self.path / "summary.csv"
         with self._writing("summary.csv"):
@@ -81,8 +82,13 @@ class RunDirectory:
                     writer.writeheader()
                 writer.writerow(row)
 
-    def save_model(self, model: Any, data_config: dict[str, Any], class_names: list[str]) -> None:
+    def save_model(self, model: Classifier, preprocessing: Preprocessing | None, class_names: list[str]) -> None:
         """Writes model.safetensors and config.json, which `timm.create_model('local-dir:...')` reads.
+
+        Args:
+            model: complete, on any device.
+            preprocessing: that its images get; None for the architecture's.
+            class_names: of the data; classes beyond are numbered.
 
         Raises:
             Failure: a parameter or buffer is not finite; what was saved before is still there.
@@ -90,7 +96,7 @@ class RunDirectory:
         """
         if (name := first_not_finite(model)) is not None:
             raise Failure(f"{name} is not finite: the model is not saved, {self.what_is_kept()}")
-        model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors' condition
+        model = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format)  # safetensors' condition
         # Else the tag, and the sizes to test at, of other weights: the architecture's.
         others = {"tag": None, "test_input_size": None, "test_crop_pct": None}
         words = {"pretrained_cfg": others, "label_names": all_named(class_names, model.num_classes)}
@@ -100,7 +106,7 @@ class RunDirectory:
                 new,
                 model_config=words,
                 safe_serialization=True,
-                data_config=data_config,
+                data_config={**preprocessing.as_dict()} if preprocessing else None,
             )
             apply_umask(Path(new) / MODEL)
             for name in (MODEL, "config.json"):
@@ -159,7 +165,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def record_run(
-    path: Path, recipe: Recipe, evaluation: Evaluation, processes: int, *, wall_seconds: float, training_seconds: float
+    path: Path, recipe: Recipe, evaluation: Scores, processes: int, *, wall_seconds: float, training_seconds: float
 ) -> None:
     """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
 
@@ -174,7 +180,7 @@ def record_run(
         raise UserError(f"the model is saved, but {path} takes no more files: {error.strerror}") from error
 
 
-def evaluation_record(dataset: str, evaluation: Evaluation, weights: Path) -> dict[str, Any]:
+def evaluation_record(dataset: str, evaluation: Scores, weights: Path) -> JsonObject:
     """What was measured of which weights."""
     return {
         "dataset": dataset,

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from petra_zoo.checkpoints.public import public_dataset, public_source, without_places
-from petra_zoo.converters import Fidelity, Run
-from petra_zoo.converters.report_files import Report, write_report
+from petra_zoo.converters import CoupledRun, Fidelity
+from petra_zoo.converters.report import ConversionReport, write_report
 from petra_zoo.hub.card import hub_id
 from petra_zoo.hub.checkpoint import read_checkpoint
 from petra_zoo.hub.repository import Files, read, repository_files
@@ -36,9 +36,11 @@ def published(home: Path) -> Files:
     recipe = load_recipe("digits/petra_revnet_tiny", [*settings, f"model_kwargs={{cache_dir: {secret / 'cache'}}}"])
     save_recipe(recipe, path / "recipe.yaml")
     measure(path, dataset=f"hfds/{secret / 'images'}")
-    same = Fidelity(64, 98.0, 0.01, 0.002, None, None, [Run("layer1", 3, 0.25, 0, 1e-6)])
+    same = Fidelity(64, 98.0, 0.01, 0.002, None, None, [CoupledRun("layer1", 3, 0.25, 0, 1e-6)])
     memory = {"source": StepBytes(2**20, 2**21)}
-    report = Report(str(secret / "resnet18.pth"), str(path), f"hfds/{secret / 'images'}", 1e-4, same, (3, 8, 8), memory)
+    report = ConversionReport(
+        str(secret / "resnet18.pth"), str(path), f"hfds/{secret / 'images'}", 1e-4, same, (3, 8, 8), memory
+    )
     write_report(report, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "trained_from": str(secret / "start")}))

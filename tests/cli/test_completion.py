@@ -9,9 +9,12 @@ import pytest
 import timm
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
-from petra_zoo.cli.completion import complete_model, complete_source
+from petra_zoo.cli.completion import _values, complete_model, complete_source
+from petra_zoo.data.datasets import DATASETS
+from petra_zoo.petra import METHODS
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import list_recipes
+from petra_zoo.training.losses import LOSSES
 
 PROGRAM = "import sys; sys.argv[0] = 'petra-zoo'; from petra_zoo.cli.main import run; run()"
 DIGITS = "digits/petra_revnet_tiny"
@@ -50,10 +53,13 @@ def test_models() -> None:
     assert bash("plan", "petra_revnet34_") == [n for n in timm.list_models("petra_revnet34_*") if n != "petra_revnet34"]
 
 
-def test_models_are_the_registered_ones() -> None:
+def test_names_are_the_registered_ones() -> None:
     """They are read from the sources: what is registered in another way would be missing."""
-    assert sorted(complete_model("")) == sorted(timm.list_models("petra_*"))
-    assert sorted(complete_source("")) == sorted(timm.list_models(module="resnet"))
+    assert complete_model("") == sorted(timm.list_models("petra_*"))
+    assert complete_source("") == sorted(timm.list_models(module="resnet"))
+    assert _values("method") == sorted(METHODS)
+    assert _values("dataset") == sorted(DATASETS.names())
+    assert _values("loss") == sorted(LOSSES.names())
 
 
 def test_settings() -> None:

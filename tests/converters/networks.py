@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from petra_zoo.data.datasets import Split, open_dataset
 from petra_zoo.data.loader import create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from tests.models.networks import with_trained_statistics
 
 
@@ -37,7 +38,8 @@ def images(n: int = 4, size: int = 64, seed: int = 2) -> Tensor:
 def labelled(name: str, split: Split) -> list[tuple[Tensor, Tensor]]:
     """Batches of a data set that is always there: digits at 8x8, shapes at 16x16."""
     data, n = open_dataset(name, split), {"digits": 8, "shapes": 16}[name]
-    return list(create_loader(data, batch_size=64, train=False, input_size=(3, n, n), mean=data.mean, std=data.std))
+    preprocessing = Preprocessing((3, n, n), data.mean, data.std, crop_pct=1.0 if n == data.image_size else 0.875)
+    return list(create_loader(data, preprocessing, batch_size=64))
 
 
 def calibration(name: str) -> list[Tensor]:

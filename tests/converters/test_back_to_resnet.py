@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from petra_zoo.converters import convert, save_converted, to_resnet
 from timm.models.resnet import ResNet
 
+from petra_zoo.converters import convert, save_converted, to_resnet
 from petra_zoo.errors import UserError
 from tests.cli.test_main import petra_zoo
 from tests.converters.networks import images, source

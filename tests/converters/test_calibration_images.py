@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from petra_zoo.converters import compare, convert, re_estimate
-from petra_zoo.converters.calibration import image_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from petra_zoo.converters import convert, measure_fidelity, re_estimate
+from petra_zoo.converters.calibration import image_batches
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from tests.converters.networks import images, source
@@ -53,7 +53,7 @@ def test_statistics_are_estimated_on_a_tensor_and_on_a_loader() -> None:
 
 def test_networks_are_compared_on_a_tensor(network: Any) -> None:
     model = PetraRevNet.from_resnet(network).eval()
-    assert compare(network, model, images(6, 32)).images == 6
+    assert measure_fidelity(network, model, images(6, 32)).images == 6
 
 
 def test_many_images_are_cut_into_batches_of_about_one_size() -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from petra_zoo.converters import convert, save_converted
-from petra_zoo.converters.choose import measure
-from petra_zoo.converters.conversion import noise
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
+from petra_zoo.converters import convert, save_converted
+from petra_zoo.converters.calibration import noise
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.branch_scaling import scale_branches
@@ -32,7 +32,7 @@ def test_coupling_0_computes_the_same_to_the_bit(name: str) -> None:
 def test_auto_on_one_device_leaves_a_resnet18_as_it_is() -> None:
     network = source("resnet18")
     model = convert(network)
-    assert [run.g for run in measure(model, noise(model))] == [0.0] * 4
+    assert [run.g for run in measure_runs(model, noise(model))] == [0.0] * 4
     assert torch.equal(model(images()), network(images()))
 
 
@@ -68,7 +68,7 @@ LONG = [pytest.param(depth, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) 
 @pytest.mark.parametrize("depth", [18, 34, *LONG])
 def test_auto_keeps_the_measured_error_under_the_tolerance(depth: int) -> None:
     model = convert(source(f"resnet{depth}"), purpose="petra")
-    runs = measure(model, noise(model))
+    runs = measure_runs(model, noise(model))
     assert [run.blocks for run in runs] == BLOCKS[depth]
     for run in runs:
         assert run.error <= 1e-4
@@ -82,7 +82,7 @@ def test_auto_takes_the_smallest_coupling_that_passes() -> None:
     (g,) = {layer.g() for layer in convert(network, tolerance=1e-4).coupled_layers()[2:3]}
     assert g > 1 / 16
     smaller = convert(network, coupling=[0.0, 0.0, g / 2, 0.0], tolerance=1.0)
-    assert measure(smaller, noise(smaller))[2].error > 1e-4
+    assert measure_runs(smaller, noise(smaller))[2].error > 1e-4
 
 
 def long_network() -> ResNet:
@@ -93,34 +93,34 @@ def long_network() -> ResNet:
 def test_a_long_run_is_anchored_as_widely_as_the_tolerance_allows() -> None:
     # Measured at random initialisation, whose branches are as strong as their shortcuts: an ill-conditioned run.
     network = long_network()
-    run = measure(model := convert(network, tolerance=1e-5), noise(model))[1]
+    run = measure_runs(model := convert(network, tolerance=1e-5), noise(model))[1]
     assert (run.blocks, run.g) == (14, 0.5)
     assert 1 <= run.anchor_every < 13
     assert run.error <= 1e-5
     model.layer2.anchor_every += 1
-    assert measure(model, noise(model))[1].error > 1e-5
+    assert measure_runs(model, noise(model))[1].error > 1e-5
     assert sum(unit.anchor for unit in model.units()) > 0
 
 
 def test_an_explicit_coupling_is_anchored_where_its_inverse_needs_it() -> None:
     network = long_network()
     model = convert(network, coupling=0.25)
-    run = measure(model, noise(model))[1]
+    run = measure_runs(model, noise(model))[1]
     assert run.g == 0.25
     assert run.anchor_every > 0
     assert run.error <= 1e-4
-    assert run.anchor_every <= measure(convert(network, coupling=0.5), noise(model))[1].anchor_every
+    assert run.anchor_every <= measure_runs(convert(network, coupling=0.5), noise(model))[1].anchor_every
 
 
 @pytest.mark.parametrize("g", [0.25, 0.5])
 def test_anchors_fit_the_statistics_that_are_saved(g: float) -> None:
     batches = [images(8, 32, seed) for seed in range(4)]
     model = convert(long_network(), coupling=g, tolerance=1e-4, calibration=batches)  # estimated anew: other errors
-    run = measure(model, batches[0])[1]
+    run = measure_runs(model, batches[0])[1]
     assert 0 < run.anchor_every < 13
     assert run.error <= 1e-4
     model.layer2.anchor_every += 1
-    assert measure(model, batches[0])[1].error > 1e-4
+    assert measure_runs(model, batches[0])[1].error > 1e-4
 
 
 def test_training_a_converted_network_gives_autograds_gradients() -> None:
@@ -143,7 +143,7 @@ def test_a_converted_network_loads_its_own_weights_and_others() -> None:
 
 def test_exact_reconstructs_to_the_bit_at_coupling_1() -> None:
     model = convert(source("resnet18"), coupling=1.0, exact=True)
-    assert [run.error for run in measure(model, noise(model))] == [0.0] * 4
+    assert [run.error for run in measure_runs(model, noise(model))] == [0.0] * 4
 
 
 def test_exact_without_a_reversible_run_stays_the_source() -> None:

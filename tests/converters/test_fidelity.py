@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from petra_zoo.converters import compare, convert
 
+from petra_zoo.converters import convert, measure_fidelity
 from petra_zoo.errors import UserError
 from petra_zoo.models.branch_scaling import branch_scales
 from tests.converters.networks import calibration, images, labelled, source, trained
@@ -19,7 +19,7 @@ def test_a_converted_network_predicts_what_its_source_predicts(name: str, epochs
     found = {}
     for coupling in ("auto", 1.0):
         model = convert(network, coupling=coupling, purpose="petra", calibration=calibration(name))
-        found[coupling] = compare(network, model, labelled(name, "val"))
+        found[coupling] = measure_fidelity(network, model, labelled(name, "val"))
     assert found["auto"].source_top1 > {"digits": 90, "shapes": 80}[name]
     assert found["auto"].agreement >= 98
     assert found["auto"].converted_top1 >= found["auto"].source_top1 - 1
@@ -38,9 +38,9 @@ def test_scaling_the_branch_that_starts_a_run_is_closer_to_the_source(monkeypatc
                 layer.get_parameter(key).data.div_(factor)
 
     network = trained("digits", 5)
-    scaled = compare(network, convert(network, coupling=0.25), labelled("digits", "val"))
+    scaled = measure_fidelity(network, convert(network, coupling=0.25), labelled("digits", "val"))
     monkeypatch.setattr(choose, "scale_branches", all_but_the_start)
-    unscaled = compare(network, convert(network, coupling=0.25), labelled("digits", "val"))
+    unscaled = measure_fidelity(network, convert(network, coupling=0.25), labelled("digits", "val"))
     assert scaled.logit_error < 0.8 * unscaled.logit_error
 
 
@@ -49,7 +49,7 @@ def test_a_network_compared_with_its_exact_copy() -> None:
     model = convert(network, coupling=0.0)
     labels = network.eval()(images()).argmax(1)
     network.train()
-    report = compare(network, model, [(images(), labels)])
+    report = measure_fidelity(network, model, [(images(), labels)])
     assert (report.images, report.agreement, report.logit_error, report.source_top1) == (4, 100.0, 0.0, 100.0)
     assert abs(report.kl) < 1e-12
     assert network.training
@@ -59,7 +59,7 @@ def test_a_network_compared_with_its_exact_copy() -> None:
 
 def test_without_labels_there_is_no_accuracy() -> None:
     network = source("resnet18")
-    report = compare(network, convert(network, coupling=0.0), [images()])
+    report = measure_fidelity(network, convert(network, coupling=0.0), [images()])
     assert report.source_top1 is None
     assert report.converted_top1 is None
 
@@ -68,4 +68,4 @@ def test_without_labels_there_is_no_accuracy() -> None:
 def test_a_comparison_needs_images_and_consistent_labels(batches: list[object]) -> None:
     network = source("resnet18")
     with pytest.raises(UserError, match="at least one image"):
-        compare(network, convert(network, coupling=0.0), batches)
+        measure_fidelity(network, convert(network, coupling=0.0), batches)

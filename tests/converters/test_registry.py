@@ -2,10 +2,10 @@
 
 import pytest
 import timm
-from petra_zoo.converters.checks import check_blocks
-from petra_zoo.converters.identity import take_identity
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from petra_zoo.converters.checks import check_blocks
+from petra_zoo.converters.identity import take_identity
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from petra_zoo.converters import convert, load_source, save_converted
-from petra_zoo.converters.identity import take_identity
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from petra_zoo.converters import convert, load_source, save_converted
+from petra_zoo.converters.identity import take_identity
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.layer_arguments import from_words
@@ -200,7 +200,7 @@ def test_the_command_keeps_the_function_at_coupling_0(saved_source: Path, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--coupling", "0.3"], "multiples of 1/256"),
+        (["--coupling", "0.3"], "multiple of 1/256"),
         (["--coupling", "high"], "--coupling high: expected auto, one number, or four"),
         (["--coupling", "0.5,0.5"], "one per layer; got 2"),
         (["--tolerance", "0"], "tolerance=0"),

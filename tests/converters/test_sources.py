@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from petra_zoo.converters import convert, load_source, save_converted
 
+from petra_zoo.converters import convert, load_source, save_converted
 from petra_zoo.errors import UserError
 from tests.converters.networks import images
 from tests.models.networks import with_trained_statistics

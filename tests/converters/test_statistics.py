@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from petra_zoo.converters import re_estimate
 from torch import nn
 
+from petra_zoo.converters import re_estimate
 from petra_zoo.errors import UserError
 from tests.converters.networks import images
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from petra_zoo.converters import load_source
 from safetensors.torch import save_file
 from torch import Tensor
 
+from petra_zoo.converters import load_source
 from petra_zoo.errors import UserError
 from tests.converters.networks import images, source
 

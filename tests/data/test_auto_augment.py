@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from petra_zoo.data.datasets import open_dataset
-from petra_zoo.data.loader import create_loader
-from petra_zoo.data.transforms import build_transform, seeded_generators
+from petra_zoo.data.loader import Reading, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
+from petra_zoo.data.transforms import seeded_generators, training_transform
 from petra_zoo.errors import UserError
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe_files import make_recipe
@@ -23,7 +24,7 @@ POLICIES = [
 
 def build(policy: str, channels: int = 3) -> Any:
     half = (0.5,) * channels
-    return build_transform(Augmentation(aa=policy), train=True, input_size=(channels, 16, 16), mean=half, std=half)
+    return training_transform(Augmentation(aa=policy), Preprocessing((channels, 16, 16), half, half))
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -98,8 +99,8 @@ def test_a_transformation_that_fails_names_image_and_policy(tmp_path: Path, work
     folder.mkdir(parents=True)
     picture().save(folder / "a.png")
     loader = create_loader(
-        open_dataset("folder", "train", data_dir=tmp_path), batch_size=1, train=True, input_size=(3, 16, 16),
-        mean=(0.5,) * 3, std=(0.5,) * 3, augmentation=Augmentation(aa="v0"), workers=workers,
+        open_dataset("folder", "train", data_dir=tmp_path), Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3),
+        batch_size=1, augmentation=Augmentation(aa="v0"), reading=Reading(workers=workers),
     )  # fmt: skip
     samples: Any = loader._loader.dataset
     samples._transform = fails

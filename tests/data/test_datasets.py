@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from petra_zoo.data.datasets import DataError, ImageDataset, open_dataset
+from petra_zoo.data.datasets import DATASETS, DataError, ImageDataset, open_dataset, register_dataset
+from petra_zoo.errors import UserError
 
 
 def write_images(folder: Path, count: int = 1) -> None:
@@ -204,3 +205,77 @@ def test_what_timm_cannot_open_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="timm cannot open data set 'torch/nothing'") as caught:
         open_dataset("torch/nothing", "val", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# -- registered ones --------------------------------------------------------------------------------------------------
+
+
+class Squares(ImageDataset):
+    """Two classes of one colour each."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(["dark", "light"], image_size=8)
+        self.split = split
+
+    def __len__(self) -> int:
+        return 16 if self.split == "train" else 4
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (8, 8), (200 * (index % 2),) * 3), index % 2
+
+
+def test_a_registered_data_set_is_opened_by_its_name_with_the_options_it_takes(tmp_path: Path) -> None:
+    seen = []
+    with DATASETS.restored():
+
+        @register_dataset("squares")
+        def open_squares(split: str, data_dir: Path | None) -> ImageDataset:
+            seen.append(data_dir)
+            return Squares(split)
+
+        @register_dataset("sized")
+        def open_sized(split: str, data_dir: Path | None, variant: str, seed: int) -> ImageDataset:
+            seen.append((variant, seed))
+            return Squares(split)
+
+        assert len(open_dataset("squares", "train", data_dir=tmp_path)) == 16
+        assert len(open_dataset("sized:x2", "val", seed=3)) == 4
+        assert seen == [tmp_path, ("x2", 3)]
+        with pytest.raises(DataError, match=r"unknown data set 'squares:2'; did you mean squares"):
+            open_dataset("squares:2", "train")
+        with pytest.raises(DataError, match="unknown data set 'square'; did you mean squares"):
+            open_dataset("square", "train")
+    with pytest.raises(DataError, match="unknown data set 'squares'"):
+        open_dataset("squares", "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digits", "there is a data set 'digits' already: register yours under another name"),
+        ("my/own", "'my/own' cannot name a data set: expected letters, digits"),
+        ("a:b", "'a:b' cannot name a data set"),
+        ("", "'' cannot name a data set"),
+    ],
+)
+def test_a_name_that_cannot_be_registered_is_refused(name: str, message: str) -> None:
+    with DATASETS.restored(), pytest.raises(UserError, match=message):
+        register_dataset(name)(lambda split, data_dir: Squares(split))
+
+
+def test_a_function_without_split_and_folder_is_refused_when_it_is_registered() -> None:
+    with DATASETS.restored(), pytest.raises(UserError, match="is called with split and data_dir"):
+        register_dataset("squares")(lambda: Squares("train"))
+
+
+def test_a_registered_data_set_that_needs_a_folder_says_so() -> None:
+    with DATASETS.restored():
+        register_dataset("squares", needs_dir=True)(lambda split, data_dir: Squares(split))
+        with pytest.raises(DataError, match="data set 'squares' needs data_dir=DIR"):
+            open_dataset("squares", "train")
+
+
+@pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:3xa", "digits:3"])
+def test_a_variant_that_does_not_exist_is_unknown(name: str) -> None:
+    with pytest.raises(DataError, match=f"unknown data set '{name}'"):
+        open_dataset(name, "train")

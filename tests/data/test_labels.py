@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo
 from petra_zoo.checkpoints.load import load_model
 from petra_zoo.data.labels import names_of, numbers_in, positions, shown_names
 from petra_zoo.errors import UserError
-from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
+from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoint
 from petra_zoo.evaluation.comparison import compare
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import make_recipe
@@ -30,6 +30,7 @@ from tests.hub.saved_models import DIGITS, save
 
 NAMES = ["ant", "bee", "cat", "dog"]
 REORDERED = ["dog", "ant", "cat", "bee"]
+CPU, PIXELS = EvaluationOptions(device="cpu"), EvaluationOptions(device="cpu", fingerprints=True)
 Folders = Callable[[Sequence[str]], Path]
 
 
@@ -86,7 +87,7 @@ def reordered(checkpoint: Path, path: Path, names: list[str] | None = REORDERED)
 
 
 def top1(checkpoint: Path, data: Path) -> float:
-    return evaluate_checkpoint(str(checkpoint), "folder", data_dir=data, device="cpu").evaluation.top1
+    return evaluate_checkpoint(str(checkpoint), "folder", data_dir=data, options=CPU).evaluation.top1
 
 
 def recipe(data: Path, **settings: Any) -> Recipe:
@@ -145,14 +146,14 @@ def test_without_names_on_one_side_numbers_count_and_a_line_says_so(
         f"{nameless} does not name its classes: {nameless} and data set folder are matched by number"
     ]
     caplog.clear()
-    evaluate_checkpoint(str(checkpoint), "synthetic:4x8", device="cpu")
+    evaluate_checkpoint(str(checkpoint), "synthetic:4x8", options=CPU)
     assert [record.message.split(":")[0] for record in caplog.records] == ["data set synthetic"]
 
 
 def test_without_names_on_both_sides_there_is_nothing_to_say(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluate_checkpoint(str(reordered(checkpoint, tmp_path / "nameless", None)), "synthetic:4x8", device="cpu")
+    evaluate_checkpoint(str(reordered(checkpoint, tmp_path / "nameless", None)), "synthetic:4x8", options=CPU)
     assert not caplog.records
 
 
@@ -164,9 +165,7 @@ def test_models_that_number_the_classes_in_different_ways_are_compared_by_name(
 ) -> None:
     data = folders(NAMES)
     sources = (checkpoint, reordered(checkpoint, tmp_path / "reordered"))
-    reports = [
-        evaluate_checkpoint(str(source), "folder", data_dir=data, device="cpu", fingerprints=True) for source in sources
-    ]
+    reports = [evaluate_checkpoint(str(source), "folder", data_dir=data, options=PIXELS) for source in sources]
     found = compare(*reports)
     assert (found.agreement, found.only_first_right, found.only_second_right) == (100.0, 0, 0)
 
@@ -176,13 +175,13 @@ def test_other_images_with_the_same_labels_are_not_compared(checkpoint: Path, fo
     shutil.copytree(data, tmp_path / "copy")
     changed = tmp_path / "copy" / "val" / "bee" / "0.png"
     first, same = (
-        evaluate_checkpoint(str(checkpoint), "folder", data_dir=place, device="cpu", fingerprints=True)
+        evaluate_checkpoint(str(checkpoint), "folder", data_dir=place, options=PIXELS)
         for place in (data, changed.parents[2])
     )
     assert compare(first, same).agreement == 100.0, "the same images at another place"
     with Image.open(changed) as image:
         image.transpose(Image.Transpose.ROTATE_90).save(changed)
-    other = evaluate_checkpoint(str(checkpoint), "folder", data_dir=changed.parents[2], device="cpu", fingerprints=True)
+    other = evaluate_checkpoint(str(checkpoint), "folder", data_dir=changed.parents[2], options=PIXELS)
     with pytest.raises(UserError, match=r"not evaluated on the same images \(\d+ and \d+ images, of which 1 differ\)"):
         compare(first, other)
 

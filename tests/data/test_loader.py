@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from petra_zoo.data.datasets import DataError, ImageDataset, open_dataset
-from petra_zoo.data.loader import LEFT_OUT, ImageLoader, create_loader
+from petra_zoo.data.loader import LEFT_OUT, ImageLoader, Reading, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
 from petra_zoo.settings.augmentation import Augmentation
@@ -44,8 +45,9 @@ def make_loader(
     dataset = FewSamples(open_dataset("shapes", "train"), length)
     half = (0.5,) * channels
     return create_loader(
-        dataset, batch_size=batch_size, train=train, input_size=(channels, size, size), mean=half, std=half,
-        augmentation=augmentation, seed=seed, workers=workers, drop_last=drop_last,
+        dataset, Preprocessing((channels, size, size), half, half, crop_pct=1.0 if size == 32 else 0.875),
+        batch_size=batch_size, augmentation=augmentation if train else None, seed=seed, drop_last=drop_last,
+        reading=Reading(workers=workers),
     )  # fmt: skip
 
 
@@ -131,9 +133,7 @@ def test_an_abandoned_epoch_does_not_leak_into_the_next() -> None:
 
 def test_native_resolution_is_kept_where_sizes_agree() -> None:
     digits = open_dataset("digits", "val")
-    loader = create_loader(
-        digits, batch_size=4, train=False, input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3
-    )  # fmt: skip
+    loader = create_loader(digits, Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0), batch_size=4)
     images, _ = next(iter(loader))
     expected = torch.from_numpy(np.asarray(digits[0][0]).copy()).permute(2, 0, 1) / 255
     assert torch.equal(images[0], expected)
@@ -142,9 +142,7 @@ def test_native_resolution_is_kept_where_sizes_agree() -> None:
 def test_pad_crop_shifts_by_at_most_the_padding() -> None:
     pad = Augmentation(train_crop_mode="pad", crop_padding=1, hflip=0.0)
     digits = open_dataset("digits", "train")
-    loader = create_loader(
-        digits, batch_size=1, train=True, input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, augmentation=pad
-    )
+    loader = create_loader(digits, Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3), batch_size=1, augmentation=pad)
     image, _ = next(iter(loader))
     everything = torch.stack([torch.from_numpy(np.asarray(digits[i][0]).copy()) for i in range(len(digits))])
     padded = torch.nn.functional.pad(everything.permute(0, 3, 1, 2) / 255, (1, 1, 1, 1))
@@ -164,9 +162,7 @@ def test_other_sizes_are_resized() -> None:
 
 def test_mean_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(UserError, match="expected 1 or 3 channels and one value for each"):
-        create_loader(
-            open_dataset("digits", "val"), batch_size=4, train=True, input_size=(1, 8, 8), mean=(0, 0, 0), std=(1, 1, 1)
-        )
+        create_loader(open_dataset("digits", "val"), Preprocessing((1, 8, 8), (0, 0, 0), (1, 1, 1)), batch_size=4)
 
 
 def test_smoothing_gives_soft_labels_only_in_training() -> None:
@@ -206,9 +202,8 @@ def damaged(tmp_path: Path) -> ImageDataset:
 
 def load_damaged(dataset: ImageDataset, workers: int, policy: str, leave_out: bool = False) -> ImageLoader:
     return create_loader(
-        dataset, batch_size=4, train=False, leave_out=leave_out,
-        input_size=(3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3, workers=workers,
-        on_bad_image=policy, augmentation=Augmentation(crop_pct=1.0),
+        dataset, Preprocessing((3, 16, 16), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0), batch_size=4,
+        reading=Reading(workers=workers, on_bad_image=policy, leave_out=leave_out),
     )  # fmt: skip
 
 
@@ -266,7 +261,7 @@ def test_a_runs_validation_leaves_bad_images_out_and_its_training_replaces_them(
         (folder / "2.png").write_bytes(b"not an image")
     settings = {"model": "petra_revnet_tiny", "dataset": "folder", "data_dir": str(tmp_path), "img_size": 8}
     recipe = make_recipe({**settings, "batch_size": 4, "workers": 0, "on_bad_image": "skip"})
-    config = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    config = Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3)
     train, val = build_loaders(recipe, *open_data(recipe), config, World(device=torch.device("cpu")))
     assert next(iter(train))[1].tolist() == [0, 0, 0, 0]
     assert next(iter(val))[1].tolist() == [0, 0, LEFT_OUT, 0]

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from petra_zoo.data.datasets import open_dataset
 from petra_zoo.data.loader import create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
-from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint, evaluate_checkpoints
+from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoint, evaluate_checkpoints
 from petra_zoo.evaluation.comparison import compare, mcnemar
 from petra_zoo.evaluation.watch import is_out_of_memory
-from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe_files import make_recipe
 from petra_zoo.training.run_directory import RunDirectory
 from tests.cli.test_main import petra_zoo
@@ -64,11 +64,16 @@ def test_a_model_of_timm_is_evaluated(tmp_path: Path) -> None:
     timm.models.save_for_hf(
         model, str(tmp_path / "m"), safe_serialization=True, data_config={"input_size": (3, 32, 32)}
     )
-    assert evaluate_checkpoint(str(tmp_path / "m"), DATA, batch_size=512).evaluation.images == 1024
+    assert (
+        evaluate_checkpoint(str(tmp_path / "m"), DATA, options=EvaluationOptions(batch_size=512)).evaluation.images
+        == 1024
+    )
 
 
 def test_memory_grows_with_the_batch(two: list[str]) -> None:
-    small, large = (evaluate_checkpoint(two[0], DATA, batch_size=n).peak_memory for n in (64, 512))
+    small, large = (
+        evaluate_checkpoint(two[0], DATA, options=EvaluationOptions(batch_size=n)).peak_memory for n in (64, 512)
+    )
     image = 3 * 8 * 8 * 4
     assert large - small > (512 - 64) * image
 
@@ -79,7 +84,7 @@ def test_a_model_that_is_missing_is_known_before_the_first_is_evaluated(two: lis
 
 
 def test_a_model_agrees_with_itself(two: list[str]) -> None:
-    report = evaluate_checkpoint(two[0], DATA, fingerprints=True)
+    report = evaluate_checkpoint(two[0], DATA, options=EvaluationOptions(fingerprints=True))
     found = compare(report, report)
     assert (found.agreement, found.only_first_right, found.only_second_right, found.p_value) == (100.0, 0, 0, 1.0)
 
@@ -99,7 +104,7 @@ def test_comparing_needs_two_models_and_the_same_images(two: list[str]) -> None:
     assert done.returncode == 2
     assert "--compare takes two models" in done.stderr
     reports = [
-        evaluate_checkpoint(two[0], data, batch_size=512, fingerprints=True)
+        evaluate_checkpoint(two[0], data, options=EvaluationOptions(batch_size=512, fingerprints=True))
         for data in (DATA, "synthetic:3x8", "synthetic:4x9")
     ]
     with pytest.raises(UserError, match="on the same images, but with other labels"):
@@ -149,8 +154,8 @@ def test_a_run_is_not_tested_at_the_size_of_the_weights_it_started_from(tmp_path
     model.pretrained_cfg |= {"test_input_size": (3, 16, 16), "test_crop_pct": 1.0}
     config = {"input_size": (3, 8, 8), "crop_pct": 0.8, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     RunDirectory(recipe, "run").save_model(model, config, list("abcd"))
-    report = evaluate_checkpoint(str(tmp_path / "run"), DATA, batch_size=512)
-    assert (report.config["input_size"], report.config["crop_pct"]) == ((3, 8, 8), 0.8)
+    report = evaluate_checkpoint(str(tmp_path / "run"), DATA, options=EvaluationOptions(batch_size=512))
+    assert (report.preprocessing.input_size, report.preprocessing.crop_pct) == ((3, 8, 8), 0.8)
 
 
 def test_images_are_cropped_as_the_checkpoints_config_says(tmp_path: Path) -> None:
@@ -162,15 +167,15 @@ def test_images_are_cropped_as_the_checkpoints_config_says(tmp_path: Path) -> No
     seen = []
     for crop_mode in ("center", "squash"):
         loader = create_loader(
-            open_dataset("folder", "val", data_dir=tmp_path), batch_size=1, train=False, input_size=(3, 8, 8),
-            mean=(0.0,) * 3, std=(1.0,) * 3, augmentation=Augmentation(crop_pct=1.0), crop_mode=crop_mode,
+            open_dataset("folder", "val", data_dir=tmp_path),
+            Preprocessing((3, 8, 8), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0, crop_mode=crop_mode), batch_size=1,
         )  # fmt: skip
         seen.append(float(next(iter(loader))[0].mean()))
     assert seen == pytest.approx([1.0, 1 / 3], abs=0.02)
 
 
 def test_without_fingerprints_nothing_is_compared(two: list[str]) -> None:
-    report = evaluate_checkpoint(two[0], DATA, batch_size=512)
+    report = evaluate_checkpoint(two[0], DATA, options=EvaluationOptions(batch_size=512))
     with pytest.raises(ValueError, match="fingerprints=True"):
         compare(report, report)
 
@@ -192,14 +197,15 @@ def test_mcnemar_is_a_probability_and_symmetric(b: int, c: int) -> None:
 EVALUATE_IN_LITTLE_MEMORY = """
 import resource, sys
 from petra_zoo.errors import Failure, UserError
-from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
+from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoint
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
 try:
-    evaluate_checkpoint(sys.argv[1], "synthetic:4x32", batch_size=1024, device="cpu")
+    evaluate_checkpoint(sys.argv[1], "synthetic:4x32", options=EvaluationOptions(batch_size=1024, device="cpu"))
 except UserError as error:
     print(error)
-print(evaluate_checkpoint(sys.argv[1], "synthetic:4x32", batch_size=1024, device="cpu", retry=True).batch_size)
+options = EvaluationOptions(batch_size=1024, device="cpu", retry=True)
+print(evaluate_checkpoint(sys.argv[1], "synthetic:4x32", options=options).batch_size)
 """
 
 

@@ -6,7 +6,7 @@ import timm
 from timm.models import save_for_hf
 
 from petra_zoo.checkpoints.provenance import EVALUATION, write_json
-from petra_zoo.evaluation.scores import Evaluation
+from petra_zoo.evaluation.scores import Scores
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.run import Result, train
 from petra_zoo.training.run_directory import evaluation_record
@@ -16,7 +16,7 @@ QUICK = ["dataset=synthetic:4x8", "batch_size=256", "epochs=1", "workers=0", "im
 
 def trained(path: Path) -> Result:
     """A run of a few seconds."""
-    return train(load_recipe("digits/petra_revnet_tiny", [*QUICK, f"output={path}"]), "quick")
+    return train(load_recipe("digits/petra_revnet_tiny", [*QUICK, f"output={path}"]), name="quick")
 
 
 def untrained(path: Path, **kwargs: object) -> Path:
@@ -29,5 +29,5 @@ def untrained(path: Path, **kwargs: object) -> Path:
 
 def measure(path: Path, top1: float = 50.0, dataset: str = "cifar10") -> None:
     """Says what was measured of the weights in a directory."""
-    result = Evaluation(top1, 90.0, 1.5, 200, None)  # type: ignore[arg-type]
+    result = Scores(top1, 90.0, 1.5, 200, None)  # type: ignore[arg-type]
     write_json(path / EVALUATION, evaluation_record(dataset, result, path / "model.safetensors"))

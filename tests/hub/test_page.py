@@ -10,7 +10,7 @@ import pytest
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.catalog import Facts, Reference, Tag
-from petra_zoo.hub.page import Entry, entry, page, write_page
+from petra_zoo.hub.page import Entry, entry, render_page, write_page
 from petra_zoo.models.describe import Description
 from petra_zoo.models.training_memory import ActivationMemory
 from tests.cli.test_main import petra_zoo
@@ -52,7 +52,7 @@ def data(html: str) -> list[dict[str, Any]]:
 
 
 def test_the_facts_are_in_the_table_without_a_script() -> None:
-    html = page([an_entry(weights={"a1_in1k": None})])
+    html = render_page([an_entry(weights={"a1_in1k": None})])
     (row,) = re.findall(r'<tr id="petra_a">.*?</tr>', html, flags=re.DOTALL)
     for fact in (
         "A network.",
@@ -69,8 +69,8 @@ def test_the_facts_are_in_the_table_without_a_script() -> None:
 
 
 def test_a_column_that_nothing_is_known_for_is_left_out() -> None:
-    assert "top-1 %" not in page([an_entry()])
-    assert ">weights<" not in page([an_entry()])
+    assert "top-1 %" not in render_page([an_entry()])
+    assert ">weights<" not in render_page([an_entry()])
 
 
 def test_accuracy_comes_with_its_weights_data_set_and_source_or_not_at_all() -> None:
@@ -79,7 +79,7 @@ def test_accuracy_comes_with_its_weights_data_set_and_source_or_not_at_all() -> 
         "ours": Reference("digits", 99.25, "the committed result", True),
         "theirs": Reference("imagenet-1k", 70.5, "published by X", False),
     }
-    html = page([an_entry(), an_entry("petra_b", figures)])
+    html = render_page([an_entry(), an_entry("petra_b", figures)])
     assert '<div title="the committed result">99.25<small>ours, digits, measured here</small></div>' in html
     assert (
         '<div title="published by X">70.50<small>theirs, imagenet-1k, published with the source</small></div>' in html
@@ -95,13 +95,13 @@ def test_accuracy_comes_with_its_weights_data_set_and_source_or_not_at_all() -> 
 
 def test_words_of_others_cannot_become_markup() -> None:
     nasty = "</script><script>alert(1)</script>"
-    html = page([an_entry(summary=nasty, weights={nasty: Reference(nasty, 1.0, nasty, False)})])
+    html = render_page([an_entry(summary=nasty, weights={nasty: Reference(nasty, 1.0, nasty, False)})])
     assert "<script>alert" not in html
     assert data(html)[0]["accuracy"][0]["dataset"] == nasty
 
 
 def test_the_file_refers_to_nothing_outside() -> None:
-    html = page([an_entry()])
+    html = render_page([an_entry()])
     assert "default-src 'none'" in html
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!data:|#)", html.replace("href: `#", ""))
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", html)

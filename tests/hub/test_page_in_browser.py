@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from petra_zoo.hub.catalog import Reference
-from petra_zoo.hub.page import page
+from petra_zoo.hub.page import render_page
 from tests.hub.test_page import an_entry
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (the extra `test`)")
@@ -46,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[s
         )
         for name, millions in SIZES.items()
     ]
-    (folder / "index.html").write_text(page(entries), encoding="utf-8")
+    (folder / "index.html").write_text(render_page(entries), encoding="utf-8")
     asked: list[str] = []
 
     class Handler(SimpleHTTPRequestHandler):

@@ -379,8 +379,14 @@ def test_a_diverged_model_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
 def test_another_network_than_the_zoos_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
     model = timm.create_model("resnet18", num_classes=2)
     timm.models.save_for_hf(model, str(tmp_path / "resnet"), safe_serialization=True)
-    with pytest.raises(UserError, match="not reversible"):
+    with pytest.raises(UserError, match=r"cannot be published: ResNet has no units\(\): petra-zoo convert"):
         push(tmp_path / "resnet", REPO)
+
+
+def test_a_record_that_lacks_something_is_named(plain: Path) -> None:
+    (plain / "environment.json").write_text('{"python": "3.12.0"}')
+    with pytest.raises(UserError, match=r"environment\.json lacks devices, .*: remove it, or write it anew"):
+        push(plain, REPO, dry_run=True)
 
 
 def test_convert_publishes_what_it_saved(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,6 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from petra_zoo.converters.choose import measure
-from petra_zoo.converters.conversion import noise
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, save_for_hf
@@ -16,6 +14,8 @@ from timm.models.resnet import ResNet
 from torch import Tensor
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
+from petra_zoo.converters.calibration import noise
+from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.resnet_weights import run_anchors, run_coupling
 from tests.converters.networks import source
@@ -152,7 +152,7 @@ def test_a_key_that_is_missing_is_named() -> None:
 def reconstruction_errors(depth: int, **kwargs: object) -> list[float]:
     overlay = {"state_dict": source(f"resnet{depth}", num_classes=1000).state_dict()}
     model = timm.create_model(f"petra_revnet{depth}", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-    return [run.error for run in measure(model, noise(model))]
+    return [run.error for run in measure_runs(model, noise(model))]
 
 
 @pytest.mark.slow

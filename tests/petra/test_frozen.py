@@ -90,7 +90,7 @@ def test_probes_measure_only_what_trains() -> None:
     model = make_model()
     freeze(model, BELOW)
     pipeline = make_pipeline(model, 5, optimizer=updating(set()))
-    first = next(j for j, owned in enumerate(pipeline.partition) if owned[-1] >= FIRST)
+    first = next(j for j, owned in enumerate(pipeline.layout.stages) if owned[-1] >= FIRST)
     assert first > 0
     with pipeline.probe() as probe:
         run(pipeline, batches(9))

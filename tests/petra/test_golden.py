@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from petra_zoo.models import PetraPaperRevNet
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Optimization, Pipeline
 
 GOLDEN = Path(__file__).with_name("golden")
 FILES = ("petra_k1", "petra_k2", "dsp_k1", "delayed_k1", "backprop_k1")
@@ -51,8 +51,7 @@ def test_golden_trajectory_is_reproduced(name: str) -> None:
         model,
         len(UNITS),
         method=settings["method"],
-        accumulation_steps=int(settings["accumulation_steps"]),
-        optimizer=optimizer,
+        optimization=Optimization(optimizer, accumulation_steps=int(settings["accumulation_steps"])),
     )
     for t in range(int(settings["ticks"])):
         loss = pipeline.step(tensors["images"][t], tensors["labels"][t]).loss

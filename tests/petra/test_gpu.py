@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from petra_zoo.petra import Pipeline, World, join
+from petra_zoo.petra import World, join
 from tests.petra.processes import run_processes
-from tests.petra.test_pipeline import SIZE, batches, make_model, sgd
+from tests.petra.test_pipeline import batches, make_model, make_pipeline, sgd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dist, pytest.mark.timeout(300)]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -20,7 +20,7 @@ def train(world: World, options: dict[str, Any]) -> list[float]:
     model = make_model(torch.float32).to(memory_format=torch.channels_last)
     if world.size == 1:
         model = model.to(world.device)
-    pipeline = Pipeline(model, 4, optimizer=sgd(0.02), input_size=SIZE, world=world, **options)
+    pipeline = make_pipeline(model, 4, optimizer=sgd(0.02), world=world, **options)
     losses = []
     for images, labels in batches(8, dtype=torch.float32):
         fed = (images.to(world.device, memory_format=torch.channels_last), labels.to(world.device))

@@ -12,20 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from petra_zoo.petra import Pipeline
-from petra_zoo.petra.local import AuxiliaryHead, LocalStage, output_widths
+from petra_zoo.petra.counting import output_shapes
+from petra_zoo.petra.local import AuxiliaryHead, LocalStage, output_width
 from petra_zoo.reversible import FunctionUnit, Unit
 from petra_zoo.settings.recipe_files import load_recipe
-from petra_zoo.training.build import optimizer_factory
+from petra_zoo.training.optimization import optimizer_factory
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import train
-from tests.petra.test_pipeline import SIZE, UNITS, batches, make_model, run, sgd
+from tests.petra.test_pipeline import UNITS, batches, make_model, make_pipeline, run, sgd
 
 DIGITS = "digits/petra_revnet_tiny"
 
 
-def make_local(model: nn.Module, stages: int = 5, **kwargs: Any) -> Pipeline:
-    kwargs.setdefault("optimizer", sgd(0.02))
-    return Pipeline(model, stages, method="local", input_size=SIZE, **kwargs)
+def make_local(model: nn.Module, layout: int | list[int] = 5, **kwargs: Any) -> Pipeline:
+    return make_pipeline(model, layout, method="local", **kwargs)
 
 
 def make_paper_model() -> nn.Module:
@@ -120,7 +120,7 @@ def test_parameters_of_model_and_heads_are_updated_in_every_stage() -> None:
 
 def test_a_head_depends_on_seed_and_stage_alone() -> None:
     def heads_of(**kwargs: Any) -> list[Tensor]:
-        pipeline = Pipeline(make_model(), split=[3, 1, 10], method="local", input_size=SIZE, **kwargs)
+        pipeline = make_local(make_model(), [3, 1, 10], **kwargs)
         return [head.mlp[0].weight for head in heads(pipeline)]
 
     first, again, other = heads_of(), heads_of(optimizer=sgd(0.1)), heads_of(seed=1)
@@ -225,7 +225,10 @@ def test_a_head_takes_a_single_image_of_one_pixel() -> None:
 
 
 def test_widths_count_all_streams_and_end_with_the_classes() -> None:
-    assert output_widths(make_paper_model(), (3, 32, 32)) == [16, 16, 16, 32, 32, 10]
+    model: Any = make_paper_model()
+    shapes = output_shapes(model, (3, 32, 32))
+    assert [output_width(*pair) for pair in zip(model.units()[:-1], shapes[:-1], strict=True)] == [16, 16, 16, 32, 32]
+    assert [list(shape) for shape in shapes[-1]] == [[1, 10]]
 
 
 class Tokens(nn.Module):
@@ -244,7 +247,7 @@ class Tokens(nn.Module):
 
 def test_streams_that_are_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"streams \[B, C, H, W\], but unit embed gives \[1, 3, 64\]"):
-        Pipeline(Tokens(), 2, method="local", input_size=SIZE)
+        make_local(Tokens(), 2)
 
 
 @pytest.mark.slow

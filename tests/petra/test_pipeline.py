@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import petra_zoo  # noqa: F401 - registers the models
-from petra_zoo.petra import METHODS, Output, Pipeline, World
+from petra_zoo.petra import METHODS, Layout, Optimization, Output, Pipeline, World, find_method
 from tests.models.networks import with_trained_statistics
 
 SIZE = (3, 8, 8)
 UNITS = 14  # of petra_revnet_tiny
 PIPELINED = ("petra", "dsp", "delayed")
+OPTIMIZATION = {field.name for field in fields(Optimization)}
 
 
 def make_model(dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
@@ -35,9 +37,20 @@ def sgd(lr: float, momentum: float = 0.9) -> Any:
     return lambda named: torch.optim.SGD([p for _, p in named], lr, momentum=momentum)
 
 
-def make_pipeline(model: nn.Module, stages: int | None = None, **kwargs: Any) -> Pipeline:
-    kwargs.setdefault("optimizer", sgd(0.02))
-    return Pipeline(model, stages, input_size=SIZE, **kwargs)
+def make_pipeline(
+    model: Any, layout: int | list[int], *, method: str = "petra", last_stage: str = "graph", **kwargs: Any
+) -> Pipeline:
+    """A pipeline for images of `SIZE`; what belongs to its layout and its optimization is told apart from the rest."""
+    world = kwargs.get("world")
+    chosen = find_method(method).with_last_stage(last_stage)
+    optimization = {key: kwargs.pop(key) for key in OPTIMIZATION if key in kwargs}
+    return Pipeline(
+        model,
+        Layout.of(model, layout, method=chosen, ranks=world.size if world else 1, input_size=SIZE),
+        method=chosen,
+        optimization=Optimization(**{"optimizer": sgd(0.02), **optimization}),
+        **kwargs,
+    )
 
 
 def run(pipeline: Pipeline, data: list[tuple[Tensor, Tensor]], drain: bool = True) -> list[Output]:
@@ -139,7 +152,7 @@ def test_fifos_of_units_without_an_inverse_hold_2_times_j_minus_1_minus_i() -> N
 
 def test_f_is_evaluated_twice_in_a_reversible_stage_and_once_in_the_last() -> None:
     model = make_model()
-    pipeline = make_pipeline(model, split=[4, 5, 5])
+    pipeline = make_pipeline(model, [4, 5, 5])
     counts: Counter[str] = Counter()
     for name, block in model.named_modules():
         if name.endswith("conv1"):
@@ -274,13 +287,15 @@ def test_evaluation_leaves_messages_statistics_and_modes_alone() -> None:
     model.layer1[0].bn1.eval(), control.layer1[0].bn1.eval()
     for batch in data:
         pipeline.step(*batch)
-        logits = pipeline.evaluate(data[0][0])
+        ((logits, labels),) = pipeline.predict(data[:1])
         assert logits.shape == (4, 10)
+        assert torch.equal(labels, data[0][1])
         undisturbed.step(*batch)
     pairs = zip(model.state_dict().values(), control.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert model.training
     assert not model.layer1[0].bn1.training
+    assert torch.equal(logits, model.eval()(data[0][0]))
 
 
 def test_all_stages_change_their_learning_rate_in_the_same_tick() -> None:
@@ -364,15 +379,13 @@ def test_training_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"stages": UNITS + 1}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
-        ({"stages": 0}, "choose 1 to 14"),
-        ({"split": [7, 6]}, "add up to the model's 14 units, not 13"),
-        ({"split": [14, 0]}, "must be positive"),
-        ({"split": [7, 7], "stages": 3}, "give one of them"),
-        ({}, "give stages=J, or split"),
-        ({"stages": 2, "method": "dps"}, "method is one of petra, dsp, delayed, local"),
-        ({"stages": 2, "accumulation_steps": 0}, "at least 1"),
-        ({"stages": 2, "last_stage": "keep"}, "'graph' or 'recompute'"),
+        ({"layout": UNITS + 1}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
+        ({"layout": 0}, "choose 1 to 14"),
+        ({"layout": [7, 6]}, "add up to the model's 14 units, not 13"),
+        ({"layout": [14, 0]}, "must be positive"),
+        ({"layout": 2, "method": "dps"}, "method is one of petra, dsp, delayed, local.*; did you mean 'dsp'"),
+        ({"layout": 2, "accumulation_steps": 0}, "at least 1"),
+        ({"layout": 2, "last_stage": "keep"}, "'graph' or 'recompute'"),
     ],
 )
 def test_bad_settings_say_what_would_do(kwargs: dict[str, Any], message: str) -> None:
@@ -382,9 +395,8 @@ def test_bad_settings_say_what_would_do(kwargs: dict[str, Any], message: str) ->
 
 def test_what_needs_the_whole_model_is_refused_where_stages_are_spread_over_processes() -> None:
     pipeline = make_pipeline(make_model(), 2, world=World(rank=0, size=2, peers=(0, 1)))
-    images, _ = batches(1)[0]
-    with pytest.raises(RuntimeError, match=r"evaluate\(\) is for a pipeline in one process; predict\(\)"):
-        pipeline.evaluate(images)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) is for a pipeline in one process; whole_model\(\)"):
+        pipeline.state_dict()
     with pytest.raises(RuntimeError, match=r"probe\(\) is for a pipeline in one process"), pipeline.probe():
         pass
     with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for a pipeline in one process"):
@@ -395,4 +407,4 @@ def test_a_parameter_that_no_unit_has_is_refused_by_name() -> None:
     model = make_model()
     model.temperature = torch.nn.Parameter(torch.ones(()))  # of a head that somebody extended
     with pytest.raises(ValueError, match="temperature belongs to no unit"):
-        Pipeline(model, 2, input_size=SIZE)
+        Pipeline(model, 2)

@@ -1,5 +1,6 @@
 """One process or many: the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from petra_zoo.petra import METHODS, Pipeline, Wire
+from petra_zoo.petra import METHODS, Wire, World
 from tests.petra.processes import own_world, run_processes
-from tests.petra.test_pipeline import SIZE, UNITS, batches, make_model, sgd
+from tests.petra.test_pipeline import UNITS, batches, make_model, make_pipeline, sgd
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 
@@ -18,7 +19,8 @@ def adamw(named: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for _, p in named], 1e-3, foreach=True)
 
 
-Case = tuple[str, dict[str, Any], bool]  # optimizer, the pipeline's options, channels_last
+PLAIN = Wire()
+Case = tuple[Any, ...]  # optimizer, layout, the pipeline's options, channels_last, and the wire
 OPTIMIZERS = {"sgd": sgd(0.02), "adamw": adamw}
 
 
@@ -28,17 +30,23 @@ def data(n: int) -> list[tuple[Tensor, Tensor]]:
     return [*whole[:-1], (whole[-1][0][:3], whole[-1][1][:3])]
 
 
-def train(world: Any, optimizer: str, options: dict[str, Any], channels_last: bool) -> dict[str, Any]:
+def train(
+    world: World | None,
+    optimizer: str,
+    layout: Any,
+    options: dict[str, Any],
+    channels_last: bool,
+    wire: Wire = PLAIN,
+) -> dict[str, Any]:
     """Trains with dropout and stochastic depth, evaluates with micro-batches in flight, trains on, drains."""
     model = make_model(torch.float32, drop_rate=0.1, drop_path_rate=0.2, coupling=[1.0, 0.5, 0.0, 1.0])
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(memory_format=layout)
-    pipeline = Pipeline(model, optimizer=OPTIMIZERS[optimizer], input_size=SIZE, world=world, **options)
-    feed = [(x.to(memory_format=layout), y) for x, y in data(8)]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=memory_format)
+    world = replace(world or World(), wire=wire)
+    pipeline = make_pipeline(model, layout, optimizer=OPTIMIZERS[optimizer], world=world, **options)
+    feed = [(x.to(memory_format=memory_format), y) for x, y in data(8)]
     outputs = [pipeline.step(*batch) if pipeline.world.first else pipeline.step() for batch in feed[:5]]
-    model.eval()
     logits = [x for x, _ in pipeline.predict(feed[:3] if pipeline.world.first else [], 3)]
-    model.train()
     outputs += [pipeline.step(*batch) if pipeline.world.first else pipeline.step() for batch in feed[5:]]
     outputs += pipeline.drain()
     pipeline.links.finish()
@@ -72,17 +80,17 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 # Launching processes takes longer than training: each number of ranks runs all its cases in one launch.
 CASES: dict[int, list[Case]] = {
     2: [
-        *(("sgd", {"stages": 2, "method": method}, False) for method in METHODS),
-        ("adamw", {"stages": UNITS, "method": "petra", "last_stage": "recompute"}, False),
-        ("sgd", {"stages": 3, "method": "petra", "wire": Wire(torch.bfloat16, torch.bfloat16)}, False),
-        ("sgd", {"stages": 3, "method": "petra", "autocast": torch.bfloat16}, False),
-        ("sgd", {"stages": 4, "method": "petra"}, True),
+        *(("sgd", 2, {"method": method}, False) for method in METHODS),
+        ("adamw", UNITS, {"method": "petra", "last_stage": "recompute"}, False),
+        ("sgd", 3, {"method": "petra"}, False, Wire(torch.bfloat16, torch.bfloat16)),
+        ("sgd", 3, {"method": "petra", "autocast": torch.bfloat16}, False),
+        ("sgd", 4, {"method": "petra"}, True),
     ],
-    3: [("sgd", {"stages": 5, "method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS],
+    3: [("sgd", 5, {"method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS],
     4: [
-        ("adamw", {"stages": 4, "method": "petra", "accumulation_steps": 3}, False),
-        ("sgd", {"split": [2, 3, 4, 5], "method": "delayed"}, False),
-        ("sgd", {"stages": UNITS, "method": "dsp"}, True),
+        ("adamw", 4, {"method": "petra", "accumulation_steps": 3}, False),
+        ("sgd", [2, 3, 4, 5], {"method": "delayed"}, False),
+        ("sgd", UNITS, {"method": "dsp"}, True),
     ],
 }
 

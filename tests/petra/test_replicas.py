@@ -8,9 +8,9 @@ import timm
 import torch
 
 import petra_zoo  # noqa: F401 - registers the models
-from petra_zoo.petra import Pipeline, World
+from petra_zoo.petra import World
 from tests.petra.processes import own_world, run_processes
-from tests.petra.test_pipeline import SIZE, batches, sgd
+from tests.petra.test_pipeline import batches, make_pipeline, sgd
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
 REPLICAS = 2
@@ -23,7 +23,7 @@ def make_model(norm: str) -> Any:
 
 def train(world: World | None, norm: str, data: list[Any]) -> list[torch.Tensor]:
     model = make_model(norm)
-    pipeline = Pipeline(model, 2, method="petra", optimizer=sgd(0.02), world=world, input_size=SIZE)
+    pipeline = make_pipeline(model, 2, optimizer=sgd(0.02), world=world)
     for batch in data:
         pipeline.step(*batch) if pipeline.world.first else pipeline.step()
     pipeline.drain()
@@ -41,7 +41,7 @@ def train_a_replica(norms: list[str]) -> list[list[torch.Tensor]]:
 def accumulate(norm: str) -> list[torch.Tensor]:
     """What D replicas compute, in one process: the mean of D gradients, each of a micro-batch of its own."""
     models = [make_model(norm) for _ in range(REPLICAS)]
-    pipelines = [Pipeline(model, 2, method="petra", input_size=SIZE) for model in models]
+    pipelines = [make_pipeline(model, 2, optimizer=None) for model in models]
     shared = make_model(norm)
     optimizers = []
     for j in range(2):

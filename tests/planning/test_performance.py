@@ -5,10 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petra_zoo.petra import Profile
-from petra_zoo.petra.profile import UnitProfile
-from petra_zoo.planning.performance import METHODS, Cluster, Link, predict
+from petra_zoo.petra.unit_profile import UnitProfile
+from petra_zoo.planning.cluster import Cluster, Link
+from petra_zoo.planning.performance import predict
+from petra_zoo.planning.schedules import schedules
 
 IDEAL = Cluster()
+METHODS = tuple(schedules())
 STREAMS, GRAPH, PARAMETERS, WORKING = 1000, 5000, 400, 6000
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petra_zoo.reversible import CoupledUnit, Streams, Unit
+from petra_zoo.reversible import CoupledUnit, Streams, StreamType, Unit
 
 
 class Coupling:
@@ -60,7 +60,7 @@ def make_run(
                 coupling=coupling,
                 starts=starts and i == 0,
                 anchor=anchor_every > 0 and i > 0 and i % anchor_every == 0,
-                grid=grid,
+                streams=StreamType(grid),
             )
         )
     return units

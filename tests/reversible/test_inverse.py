@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petra_zoo.reversible import Streams, advance, couple, snap, uncouple
+from petra_zoo.reversible import Streams, StreamType, advance, couple, uncouple
 from tests.reversible.blocks import make_run, relative
 
 
@@ -46,7 +46,7 @@ def test_exact_mode_reconstructs_35_blocks_to_the_bit_in_float32(bits: int) -> N
     grid = 2.0**-bits
     units = make_run(35, g=1.0, grid=grid, dtype=torch.float32)
     torch.manual_seed(6)
-    x = snap(torch.randn(4, 6, 8, 8), grid)
+    x = StreamType(grid).snap(torch.randn(4, 6, 8, 8))
     (back,) = invert(units, forward(units, (x,)))
     assert float((back - x).abs().max()) == 0.0
 
@@ -62,7 +62,7 @@ def test_without_exact_mode_35_blocks_do_not_reconstruct_to_the_bit() -> None:
 def test_exact_mode_reconstructs_with_the_branch_in_bfloat16() -> None:
     grid = 2.0**-10
     units = make_run(20, g=1.0, grid=grid, dtype=torch.float32)
-    x = snap(torch.randn(4, 6, 8, 8), grid)
+    x = StreamType(grid).snap(torch.randn(4, 6, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
         (back,) = invert(units, forward(units, (x,)))
     assert torch.equal(back, x)
@@ -70,13 +70,13 @@ def test_exact_mode_reconstructs_with_the_branch_in_bfloat16() -> None:
 
 def test_exact_mode_passes_gradients_straight_through() -> None:
     x = torch.randn(5, requires_grad=True)
-    snap(x, 2.0**-3).sum().backward()
+    StreamType(2.0**-3).snap(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(5))
 
 
 def test_exact_mode_refuses_values_that_do_not_fit_its_grid() -> None:
     with pytest.raises(ValueError, match=r"exact inversion needs \|stream\| < 4096"):
-        snap(torch.tensor([5000.0]), 2.0**-12)
+        StreamType(2.0**-12).snap(torch.tensor([5000.0]))
 
 
 @settings(max_examples=200, deadline=None)

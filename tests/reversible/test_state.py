@@ -185,7 +185,7 @@ def test_backward_changes_no_buffer_and_gives_the_plain_gradient(kind: str) -> N
 @pytest.mark.parametrize("method", ["petra", "dsp", "delayed", "reversible", "backprop"])
 def test_under_the_engine_state_advances_once_per_micro_batch(kind: str, method: str) -> None:
     model, plain = chain(STATEFUL[kind]).train(), chain(STATEFUL[kind], plain=True).train()
-    pipeline = Pipeline(model, split=[1, 1, 2], method=method, input_size=(4, 5, 5))
+    pipeline = Pipeline(model, [1, 1, 2], method=method)
     for seed in range(4):
         pipeline.step(x(seed), torch.arange(3))
         with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 
 import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.settings.recipe_files import list_recipes, load_recipe, recipe_text
-from petra_zoo.training.build import scheduler_factory
+from petra_zoo.training.optimization import scheduler_factory
 
 
 class Paper(NamedTuple):

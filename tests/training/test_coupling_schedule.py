@@ -3,14 +3,14 @@
 import pytest
 import timm
 import torch
-from petra_zoo.converters import convert
 from timm.layers import BatchNormAct2d
 from timm.models.resnet import ResNet
 from timm.utils import ModelEmaV3
 
+from petra_zoo.converters import convert
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Layout, Optimization, Pipeline
 from petra_zoo.training.coupling_schedule import CouplingSchedule, move_coupling
 from petra_zoo.training.finetuning import keep_statistics
 from tests.converters.networks import images, source
@@ -90,9 +90,8 @@ def test_a_pipeline_trains_through_a_move(stages: int) -> None:
     model = convert(small(), purpose="petra").train()
     schedule = CouplingSchedule(model, 2)
     schedule.apply(0, model)
-    pipeline = Pipeline(
-        model, stages, optimizer=lambda named: torch.optim.SGD([p for _, p in named], 0.01), input_size=(3, 32, 32)
-    )
+    optimization = Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01))
+    pipeline = Pipeline(model, Layout.balanced(model, stages, input_size=(3, 32, 32)), optimization=optimization)
     for epoch in range(3):
         if schedule.moves(epoch):
             assert pipeline.in_flight == 0

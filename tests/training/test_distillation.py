@@ -4,12 +4,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from petra_zoo.converters import convert
 from timm.task import LogitDistillationTask
 from torch import nn
 
+from petra_zoo.converters import convert
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Layout, Optimization, Pipeline
 from petra_zoo.training.distillation import Distillation
 from tests.converters.networks import images
 from tests.training.test_coupling_schedule import small
@@ -18,7 +19,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def distillation(teacher: nn.Module, **kwargs: float) -> Distillation:
-    return Distillation(teacher, num_classes=5, mean=MEAN, std=STD, **kwargs)
+    return Distillation(teacher, num_classes=5, preprocessing=Preprocessing((3, 32, 32), MEAN, STD), **kwargs)
 
 
 @pytest.mark.parametrize("weights", [{}, {"task_loss_weight": 0.3}, {"distill_loss_weight": 2.0}])
@@ -65,10 +66,9 @@ def test_a_pipeline_distils_a_converted_network_from_its_source() -> None:
     ours.mean, ours.std = ours.teacher.mean_kd, ours.teacher.std_kd
     pipeline = Pipeline(
         model,
-        3,
+        Layout.balanced(model, 3, input_size=(3, 32, 32)),
         loss=ours.loss,
-        optimizer=lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9),
-        input_size=(3, 32, 32),
+        optimization=Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)),
     )
     losses = []
     for step in range(30):

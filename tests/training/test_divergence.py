@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure
 from petra_zoo.petra import Pipeline
 from petra_zoo.settings.recipe import Recipe
@@ -73,11 +74,11 @@ def test_nothing_is_saved_where_no_epoch_was_finite(tmp_path: Path, monkeypatch:
 def test_a_model_that_is_not_finite_is_never_saved_over_a_good_one(tmp_path: Path, wrong: str) -> None:
     directory = RunDirectory(Recipe(**QUICK, output=tmp_path / "run"), "quick")
     model = timm.create_model("petra_revnet_tiny", num_classes=4)
-    directory.save_model(model, {}, [])
+    directory.save_model(model, None, [])
     before = (directory.path / "model.safetensors").read_bytes()
     model.state_dict()[wrong].view(-1)[0] = float("inf")
     with pytest.raises(Failure, match=f"{wrong} is not finite: the model is not saved, the one in .* is kept"):
-        directory.save_model(model, {}, [])
+        directory.save_model(model, None, [])
     assert (directory.path / "model.safetensors").read_bytes() == before
 
 
@@ -85,11 +86,10 @@ def test_a_model_that_predicts_no_numbers_is_not_saved(tmp_path: Path, monkeypat
     """Its weights are finite, but so large that evaluation overflows: the first sign of some divergences."""
     real = Run.run_epoch
 
-    def run_epoch(self: Run, epoch: int, epochs: int) -> Any:
-        meter = real(self, epoch, epochs)
+    def run_epoch(self: Run, epoch: int) -> None:
+        real(self, epoch)
         if epoch == 1:
             self.model.fc.weight.data.fill_(3e38)
-        return meter
 
     monkeypatch.setattr(Run, "run_epoch", run_epoch)
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_json_files_have_null_in_the_place_of_nan(tmp_path: Path) -> None:
 def test_evaluate_prints_no_json_but_one_line_for_a_model_whose_loss_is_not_a_number(tmp_path: Path) -> None:
     directory = RunDirectory(Recipe(**QUICK, output=tmp_path / "run"), "quick")
     model = timm.create_model("petra_revnet_tiny", num_classes=4)
-    directory.save_model(model, {"input_size": (3, 8, 8)}, [])
+    directory.save_model(model, Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3), [])
     model.fc.weight.data.fill_(float("nan"))
     timm.models.save_for_hf(model, str(directory.path), safe_serialization=True)
     done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8", "--json")

@@ -8,20 +8,22 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from petra_zoo.data.loader import ImageLoader, create_loader
+from petra_zoo.data.loader import ImageLoader, Sharding, create_loader
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
+from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
-    autocast_type,
     build_loaders,
     build_model,
-    build_pipeline,
-    check_feed,
-    data_config,
-    learning_rates,
+    check_batches,
+    check_norms,
     open_data,
+    preprocessing_for,
 )
+from petra_zoo.training.engine import autocast_type, build_pipeline
+from petra_zoo.training.optimization import learning_rates
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import train
 from tests.training.test_train import QUICK, quick
@@ -39,8 +41,11 @@ def write_images(folder: Path, train: int, val: int = 2) -> dict[str, Any]:
 
 def make_loader(settings: dict[str, Any], batch_size: int, train: bool = True, shards: int = 1) -> ImageLoader:
     data = open_data(Recipe(**QUICK | settings))[0]
-    common: dict[str, Any] = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return create_loader(data, batch_size=batch_size, train=train, shards=shards, **common)
+    preprocessing = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
+    augmentation = Augmentation() if train else None
+    return create_loader(
+        data, preprocessing, batch_size=batch_size, augmentation=augmentation, sharding=Sharding(count=shards)
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,8 +107,9 @@ def test_single_images_are_fed_where_every_norm_can_take_them(tmp_path: Path, se
     recipe = Recipe(**QUICK | write_images(tmp_path, 9) | {"batch_size": 1} | settings)
     data, val = open_data(recipe)
     model = build_model(recipe, data)
-    config = data_config(recipe, data, model)
-    check_feed(recipe, build_loaders(recipe, data, val, config, World())[0], model, config)
+    preprocessing = preprocessing_for(recipe, data, model)
+    check_batches(recipe, build_loaders(recipe, data, val, preprocessing, World())[0])
+    check_norms(recipe, len(data), model, preprocessing)
 
 
 def test_an_epoch_shorter_than_the_pipeline_is_deep_is_told_to_fill_it(tmp_path: Path) -> None:
@@ -136,7 +142,7 @@ def test_the_logged_learning_rate_is_the_schedules_not_a_scaled_layers(tmp_path:
     rates, plain = (learning_rates(one, 4) for one in (recipe, recipe.model_copy(update={"layer_decay": None})))
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
-    pipeline = build_pipeline(recipe, model, 4, data_config(recipe, data, model))
+    pipeline = build_pipeline(recipe, model, 4, preprocessing_for(recipe, data, model))
     for updates in range(1, 16):
         for stage in pipeline.stages:
             stage.scheduler.step_update(updates)
@@ -152,6 +158,6 @@ def test_autocast_computes_in_the_type_that_the_recipe_says() -> None:
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
     for one, name in ((recipe, "torch.bfloat16"), (other, "torch.float16")):
-        pipeline = build_pipeline(one, model, 4, data_config(recipe, data, model))
+        pipeline = build_pipeline(one, model, 4, preprocessing_for(recipe, data, model))
         assert str(pipeline.settings.autocast) == str(autocast_type(one)) == name
     assert autocast_type(recipe.model_copy(update={"amp": False})) is None

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import timm
 import yaml
-from petra_zoo.converters import convert, save_converted
 from PIL import Image
 from timm.models import save_for_hf
 
+from petra_zoo.converters import convert, save_converted
 from tests.cli.test_main import petra_zoo
 from tests.training.test_coupling_schedule import small
 

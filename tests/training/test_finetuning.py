@@ -13,7 +13,8 @@ from petra_zoo.checkpoints.load import load_model
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, make_recipe
-from petra_zoo.training.build import build_model, build_pipeline, data_config, open_data
+from petra_zoo.training.build import build_model, open_data, preprocessing_for
+from petra_zoo.training.engine import build_pipeline
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.run import train
 from tests.cli.test_main import petra_zoo
@@ -66,12 +67,12 @@ def test_images_are_normalised_as_the_checkpoint_is_used_to(tmp_path: Path) -> N
     save(tmp_path / "model")
     for channels in (3, 1):
         recipe, model = build(pretrained=str(tmp_path / "model"), in_chans=channels)
-        config = data_config(recipe, open_data(recipe)[0], model)
-        assert config["mean"] == pytest.approx(DIGITS["mean"][:channels])
-        assert config["std"] == pytest.approx(DIGITS["std"][:channels])
+        config = preprocessing_for(recipe, open_data(recipe)[0], model)
+        assert config.mean == pytest.approx(DIGITS["mean"][:channels])
+        assert config.std == pytest.approx(DIGITS["std"][:channels])
     scratch, model = build()
     data = open_data(scratch)[0]
-    assert data_config(scratch, data, model)["mean"] == data.mean
+    assert preprocessing_for(scratch, data, model).mean == data.mean
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_checkpoint_of_another_network_says_what_to_set(tmp_path: Path) -> Non
         build(pretrained=str(tmp_path / "model"), model="petra_revnet18_cifar")
     plain = timm.create_model("resnet18", num_classes=4)
     timm.models.save_for_hf(plain, str(tmp_path / "plain"), safe_serialization=True)
-    with pytest.raises(UserError, match="is a resnet18, which is not reversible: petra-zoo convert"):
+    with pytest.raises(UserError, match=r"ResNet has no units\(\): petra-zoo convert"):
         build(pretrained=str(tmp_path / "plain"), img_size=32)
 
 
@@ -165,7 +166,7 @@ def test_freezing_what_does_not_exist_or_everything_is_refused() -> None:
 @pytest.mark.parametrize("sched", ["cosine", "constant"])
 def test_layer_decay_scales_every_layers_learning_rate_in_its_stage(sched: str) -> None:
     recipe, model = build(layer_decay=0.5, lr=0.1, sched=sched)
-    pipeline = build_pipeline(recipe, model, 10, data_config(recipe, open_data(recipe)[0], model))
+    pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, open_data(recipe)[0], model))
     names = {id(p): name for name, p in model.named_parameters()}
     rates: dict[str, float] = {}
     for stage in pipeline.stages:

@@ -12,7 +12,8 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra import LinkError, Profile, World
 from petra_zoo.petra.gather import keep_only
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.training.build import data_config, find_profile, open_data, share_profile
+from petra_zoo.training.build import open_data, preprocessing_for
+from petra_zoo.training.engine import profile_for_run, share_profile
 from petra_zoo.training.ranks import average_statistics, held, together
 from tests.petra.processes import own_world, run_processes
 from tests.training.test_train import QUICK
@@ -67,17 +68,17 @@ def setting(**settings: Any) -> tuple[Recipe, Any, dict[str, Any]]:
     recipe = Recipe(**QUICK | settings)
     data, _ = open_data(recipe)
     model = timm.create_model("petra_revnet_tiny", num_classes=4)
-    return recipe, model, data_config(recipe, data, model)
+    return recipe, model, preprocessing_for(recipe, data, model)
 
 
 def test_one_rank_finds_the_profile_for_all(tmp_path: Path) -> None:
     """The file need not be on the other machines, and cannot differ there."""
     missing = setting(profile=tmp_path / "missing.json")
     for other in (World(rank=1, size=2), World(replica=1, replicas=2)):
-        assert find_profile(*missing, other) is None
+        assert profile_for_run(*missing, other) is None
     with pytest.raises(UserError, match="cannot read the profile"):
-        find_profile(*missing, World(rank=0, size=2))
-    measured = find_profile(*setting(balance="measured", batch_size=2), World(rank=0, size=2))
+        profile_for_run(*missing, World(rank=0, size=2))
+    measured = profile_for_run(*setting(balance="measured", batch_size=2), World(rank=0, size=2))
     assert isinstance(measured, Profile)
     assert share_profile(measured, World()) is measured
     assert share_profile(None, World()) is None
@@ -86,7 +87,7 @@ def test_one_rank_finds_the_profile_for_all(tmp_path: Path) -> None:
 def read_a_missing_profile(folder: str) -> str:
     world = own_world()
     try:
-        together(world, lambda: find_profile(*setting(profile=Path(folder, "missing.json")), world))
+        together(world, lambda: profile_for_run(*setting(profile=Path(folder, "missing.json")), world))
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "went on"

@@ -1,17 +1,22 @@
 """Trying recipes out: what is generated is read as the data set itself, and what is wrong is found."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from timm.utils import ModelEmaV3
 
 from petra_zoo.data.datasets import DataError, open_dataset
 from petra_zoo.data.generated_files import write_dataset
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import list_recipes, load_recipe
-from petra_zoo.training import build, recipe_validation
+from petra_zoo.training import engine, preparation
+from petra_zoo.training.progress import Reporter
 from petra_zoo.training.recipe_validation import try_recipe, validate_recipes
+from petra_zoo.training.run import train
 
 DIGITS = "digits/petra_revnet_tiny"
 TINY = {"model": "petra_revnet_tiny", "stages": 4, "warmup_epochs": 0, "epochs": 1}
@@ -59,10 +64,10 @@ def test_two_updates_are_made_at_the_recipes_learning_rate(monkeypatch: pytest.M
     pipelines = []
 
     def record(recipe: Recipe, *args: Any) -> Any:
-        pipelines.append((recipe, build.build_pipeline(recipe, *args)))
+        pipelines.append((recipe, engine.build_pipeline(recipe, *args)))
         return pipelines[-1][1]
 
-    monkeypatch.setattr(recipe_validation, "build_pipeline", record)
+    monkeypatch.setattr(preparation, "build_pipeline", record)
     recipe = load_recipe(DIGITS, [f"method={method}", "accumulation_steps=3", "opt=adamw"])
     try_recipe(recipe)
     ((tried, pipeline),) = pipelines
@@ -102,11 +107,113 @@ def test_what_is_wrong_with_a_recipe_is_the_reason(overrides: list[str], reason:
     assert "\n" not in str(verdict.reason)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["batch_size=2000"], "batch_size=2000 is more than the 1437 training images"),
+        (["accumulation_steps=50"], "accumulation_steps=50 is more than the 45 micro-batches of an epoch"),
+        (["batch_size=1", "stages=1"], "batch_size=1: a norm of petra_revnet_tiny sees one value per channel"),
+        (["loss=cross_entropi"], "unknown loss 'cross_entropi'; did you mean cross_entropy?"),
+        (["profile=/nowhere/profile.json"], "cannot read the profile /nowhere/profile.json"),
+        (["coupling_epochs=3", "model_kwargs={coupling: 0.5}"], "the network is built with coupling=0.5"),
+        (["coupling_epochs=3", "model=petra_revnet18_paper_cifar", "img_size=32"], "has no coupling to move"),
+        (["coupling_epochs=3", "model_kwargs={layers: [2, 2, 2, 2]}"], None),
+        (["model_ema=true"], None),
+        (["loss=bce", "smoothing=0.1"], None),
+    ],
+)
+def test_what_only_a_run_would_find_is_found(overrides: list[str], reason: str | None) -> None:
+    (verdict,) = validate_recipes(DIGITS, overrides)
+    assert (verdict.reason is None) if reason is None else (reason in str(verdict.reason)), verdict.reason
+
+
+def test_the_moving_average_is_what_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spoiled(ModelEmaV3):
+        def update(self, model: torch.nn.Module, step: int | None = None) -> None:
+            super().update(model, step)
+            self.module.fc.bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(preparation, "ModelEmaV3", Spoiled)
+    assert all(verdict.ok for verdict in validate_recipes(DIGITS))
+    (verdict,) = validate_recipes(DIGITS, ["model_ema=true"])
+    assert verdict.reason == "evaluation gave [2, 10] logits that are wrong in number, or not finite"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "reason"),
+    [
+        (["device_speed=[1, 2]"], None, None),
+        (["device_speed=[1, 2, 1, 1, 1]"], None, "5 processes for 4 stages: launch 1 to 4"),
+        (["device_speed=[1, 2]"], 3, "device_speed=[1.0, 2.0] must give one speed for each of 3 processes"),
+        ([], 4, None),
+        ([], 5, "5 processes for 4 stages: launch 1 to 4"),
+        (["data_parallel=2"], 8, None),
+        (["data_parallel=2"], 3, "data_parallel=2 does not divide 3 processes"),
+        (["data_parallel=2", "batch_size=1500"], None, "batch_size=1500 for each of 2 replicas is more than"),
+        (["data_parallel=2", "sync_bn=true", "device=cpu"], None, "torch synchronises batch norms on CUDA only"),
+        (["wire_up=bfloat16", "wire_down=bfloat16"], 2, None),
+    ],
+)
+def test_what_only_several_processes_would_find_is_found(
+    overrides: list[str], processes: int | None, reason: str | None
+) -> None:
+    (verdict,) = validate_recipes(DIGITS, overrides, processes)
+    assert (verdict.reason is None) if reason is None else (reason in str(verdict.reason)), verdict.reason
+
+
+def no_network(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("nothing is downloaded to try a recipe")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ("resnet18.a1_in1k", "the teacher resnet18.a1_in1k does not know class '0' of data set digits"),
+        ("resnet19", "model 'resnet19' is unknown; nearest: resnet18"),
+        ("resnet18.nothing", "Invalid pretrained tag (nothing) for resnet18"),
+        ("petra_revnet18_cifar", "timm has no trained weights of it"),
+        ("runs/nothing", "there is no run directory 'runs/nothing'"),
+        ("hf-hub:nobody/nothing", "kd_model_name=hf-hub:nobody/nothing: this machine has never had it"),
+        ("petra_revnet_tiny.digits", None),
+    ],
+)
+def test_a_teacher_is_tried_without_a_download(
+    monkeypatch: pytest.MonkeyPatch, teacher: str, reason: str | None
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    (verdict,) = validate_recipes(DIGITS, [f"kd_model_name={teacher}"])
+    assert (verdict.reason is None) if reason is None else (reason in str(verdict.reason)), verdict.reason
+    assert "\n" not in str(verdict.reason)
+
+
+def test_a_teacher_that_lies_here_gives_the_number_of_classes_of_made_up_images(tmp_path: Path) -> None:
+    run = train(
+        Recipe(**TINY, workers=0, dataset="synthetic:7x8", output=tmp_path / "run"), reporter=Reporter(quiet=True)
+    ).path
+    settings = {**TINY, "dataset": "folder", "img_size": 16, "kd_model_name": str(run), "coupling_epochs": 1}
+    try_recipe(Recipe(**settings))
+    with pytest.raises(UserError, match="the teacher tells 7 classes apart, the network 3"):
+        try_recipe(Recipe(**settings, num_classes=3))
+
+
+def test_a_teacher_from_the_hub_is_tried_as_its_config_in_the_cache_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(
+        Recipe(**TINY, workers=0, dataset="synthetic:10x8", output=tmp_path / "run"), reporter=Reporter(quiet=True)
+    ).path
+    (run / "model.safetensors").unlink()  # the weights are not looked at
+    monkeypatch.setattr("petra_zoo.training.teachers.try_to_load_from_cache", lambda *_, **__: str(run / "config.json"))
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    (verdict,) = validate_recipes(DIGITS, ["kd_model_name=hf-hub:me/mine"])
+    assert verdict.ok, verdict.reason
+
+
 def test_a_bug_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("several\nlines")
 
-    monkeypatch.setattr(recipe_validation, "build_model", broken)
+    monkeypatch.setattr(preparation, "build_model", broken)
     (verdict,) = validate_recipes(DIGITS)
     assert verdict.reason == "RuntimeError: several lines"
 

@@ -61,7 +61,7 @@ def test_weights_may_be_read_by_whoever_may_read_the_files_beside_them(tmp_path:
     before = os.umask(0o027)
     try:
         directory = RunDirectory(RECIPE.model_copy(update={"output": tmp_path / "run"}), "quick")
-        directory.save_model(timm.create_model("petra_revnet_tiny", num_classes=4), {}, [])
+        directory.save_model(timm.create_model("petra_revnet_tiny", num_classes=4), None, [])
     finally:
         os.umask(before)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in directory.path.iterdir()}

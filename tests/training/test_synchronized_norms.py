@@ -14,13 +14,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra import Pipeline, World, join
+from petra_zoo.petra import Optimization, Pipeline, World, join
 from petra_zoo.training.finetuning import keep_statistics
 from petra_zoo.training.ranks import average_statistics
 from petra_zoo.training.synchronized_norms import synchronize_statistics
 from tests.petra.processes import run_processes
 
 REPLICAS = 2
+SGD = Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.1))
 
 
 @pytest.fixture
@@ -74,9 +75,7 @@ def train_synchronised() -> list[torch.Tensor]:
     torch.manual_seed(0)
     model: Any = timm.create_model("petra_revnet_tiny", num_classes=4).to(world.device, torch.float64).train()
     synchronize_statistics(model, world)
-    pipeline = Pipeline(
-        model, 3, optimizer=lambda named: torch.optim.SGD([p for _, p in named], 0.1), world=world, input_size=(3, 8, 8)
-    )
+    pipeline = Pipeline(model, 3, optimization=SGD, world=world)
     for images, labels in halves()[world.replica]:
         pipeline.step(images.to(world.device), labels.to(world.device))
     pipeline.drain()
@@ -98,9 +97,7 @@ def test_synchronised_replicas_equal_one_pipeline_with_larger_micro_batches(tmp_
     first, second = run_processes(REPLICAS, tmp_path, train_synchronised)
     torch.manual_seed(0)
     model: Any = timm.create_model("petra_revnet_tiny", num_classes=4).to("cuda", torch.float64).train()
-    pipeline = Pipeline(
-        model, 3, optimizer=lambda named: torch.optim.SGD([p for _, p in named], 0.1), input_size=(3, 8, 8)
-    )
+    pipeline = Pipeline(model, 3, optimization=SGD)
     for (a, x), (b, y) in zip(*halves(), strict=True):
         pipeline.step(torch.cat([a, b]).cuda(), torch.cat([x, y]).cuda())
     pipeline.drain()

@@ -17,7 +17,7 @@ from petra_zoo.petra import METHODS, Pipeline
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training import run_directory
-from petra_zoo.training.build import build_model, data_config, open_data
+from petra_zoo.training.build import build_model, open_data, preprocessing_for
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Result, train
 
@@ -27,7 +27,7 @@ QUICK = {**BASE, "lr": 0.05, "warmup_epochs": 0, "stages": 4, "hflip": 0.0, "tra
 
 def quick(tmp_path: Path, **settings: Any) -> Result:
     recipe = Recipe(**{**QUICK, "output": tmp_path / "run", **settings})
-    return train(recipe, "quick", Reporter(quiet=True))
+    return train(recipe, name="quick", reporter=Reporter(quiet=True))
 
 
 def weights(result: Result) -> dict[str, torch.Tensor]:
@@ -118,9 +118,9 @@ def test_weight_decay_spares_norms_and_biases_in_every_stage(tmp_path: Path) -> 
     recipe = Recipe(**QUICK, weight_decay=0.1, opt="adamw")
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
-    from petra_zoo.training.build import build_pipeline
+    from petra_zoo.training.engine import build_pipeline
 
-    pipeline = build_pipeline(recipe, model, 10, data_config(recipe, data, model))
+    pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, data, model))
     names = {id(p): name for name, p in model.named_parameters()}
     seen = {}
     for stage in pipeline.stages:
@@ -140,7 +140,7 @@ def test_petra_learns_digits(tmp_path: Path) -> None:
 
 def test_plain_lines_tell_loss_accuracy_speed_and_time_left(tmp_path: Path) -> None:
     console = Console(record=True, width=200, force_terminal=False, file=(tmp_path / "out").open("w"))
-    train(Recipe(**QUICK, log_interval=1, output=tmp_path / "run"), "quick", Reporter(console))
+    train(Recipe(**QUICK, log_interval=1, output=tmp_path / "run"), name="quick", reporter=Reporter(console))
     text = console.export_text()
     console.file.close()
     assert "petra: 4 stages of" in text
@@ -151,7 +151,7 @@ def test_plain_lines_tell_loss_accuracy_speed_and_time_left(tmp_path: Path) -> N
 
 def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     console = Console(record=True, width=200, force_terminal=True, file=(tmp_path / "out").open("w"))
-    train(Recipe(**QUICK, output=tmp_path / "run"), "quick", Reporter(console))
+    train(Recipe(**QUICK, output=tmp_path / "run"), name="quick", reporter=Reporter(console))
     text = console.export_text()
     console.file.close()
     assert "in flight" in text
@@ -165,7 +165,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"model": "petra_revnet5"}, "model 'petra_revnet5' is unknown; nearest: petra_revnet50"),
-        ({"model": "resnet50"}, "is timm's, but not reversible; nearest: petra_revnet50"),
+        ({"model": "resnet50"}, "model 'resnet50': ResNet has no units(): petra-zoo convert makes"),
         ({"model_kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"model_kwargs": {"coupling": 0.3}}, "multiple of 1/256"),
         ({"stages": 15}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
@@ -241,7 +241,7 @@ def test_a_really_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(run_directory, "save_for_hf", onto_a_full_disk)
     with pytest.raises(UserError, match="No space left on device"):
-        directory.save_model(load_model(str(result.path), torch.device("cpu")), {}, [])
+        directory.save_model(load_model(str(result.path), torch.device("cpu")), None, [])
     assert (result.path / "model.safetensors").read_bytes() == before
 
 
@@ -257,7 +257,7 @@ def test_ctrl_c_saves_the_model_and_says_what_cannot_be_done(tmp_path: Path, mon
     monkeypatch.setattr(Pipeline, "step", interrupted)
     console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
     recipe = Recipe(**QUICK, output=tmp_path / "run")
-    result = train(recipe, "quick", Reporter(console))
+    result = train(recipe, name="quick", reporter=Reporter(console))
     text = console.export_text()
     console.file.close()
     assert result.interrupted

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from petra_zoo.planning.schedules import gpipe, one_forward_one_backward, tick_seconds, update_seconds
+from petra_zoo.planning.durations import gpipe, one_forward_one_backward, tick_seconds, update_seconds
 
 SECONDS = st.integers(1, 40).map(float)
 

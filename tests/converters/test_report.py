@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from petra_zoo.converters import Fidelity, Run
-from petra_zoo.converters.memory_report import activation_memory
-from petra_zoo.converters.report_files import Report, check_report, write_report
 from PIL import Image
 from timm.models import save_for_hf
 
+from petra_zoo.converters import CoupledRun, Fidelity
+from petra_zoo.converters.memory_report import conversion_memory
+from petra_zoo.converters.report import ConversionReport, check_report, write_report
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.training_memory import StepBytes
@@ -19,11 +19,11 @@ from tests.cli.test_main import petra_zoo
 from tests.converters.networks import images, source
 
 
-def report(labels: bool = True) -> Report:
-    runs = [Run("layer1", 2, 0.0, 0, 0.0), Run("layer2", 22, 0.5, 7, 3e-5)]
+def report(labels: bool = True) -> ConversionReport:
+    runs = [CoupledRun("layer1", 2, 0.0, 0, 0.0), CoupledRun("layer2", 22, 0.5, 7, 3e-5)]
     top1 = (91.5, 91.0) if labels else (None, None)
     same = Fidelity(200, 98.5, 0.0123, 0.004, *top1, runs)
-    return Report("resnet101", "out", "digits", 1e-4, same, (3, 8, 8), MEMORY)
+    return ConversionReport("resnet101", "out", "digits", 1e-4, same, (3, 8, 8), MEMORY)
 
 
 MEMORY = {
@@ -98,7 +98,7 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_done(
 def test_stored_activations_are_counted_per_image() -> None:
     network = source("resnet18")
     model = PetraRevNet.from_resnet(network, coupling=0.5)
-    found = activation_memory(network, model, (3, 64, 64))
+    found = conversion_memory(network, model, (3, 64, 64))
     assert found["converted"].stored < found["source, checkpointed"].stored < found["source"].stored
     network.train()
     with LiveBytes([*network.parameters(), *network.buffers()]) as memory:

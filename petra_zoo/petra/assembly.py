@@ -1,0 +1,59 @@
+"""From a network and its layout to the stages of a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra.counting import output_shapes, required_input_size
+from petra_zoo.petra.layout import Layout
+from petra_zoo.petra.methods import Method
+from petra_zoo.petra.part import Part, Shapes, StageSettings
+from petra_zoo.petra.stage import Stage
+from petra_zoo.reversible import Unit, UnitModel
+
+
+def make_stages(
+    model: UnitModel, units: Sequence[Unit], layout: Layout, rank: int, method: Method, settings: StageSettings
+) -> list[Stage]:
+    """The stages of a rank, with their optimizers."""
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    @cache
+    def shapes() -> Shapes:
+        return output_shapes(model, required_input_size(model, layout.input_size))
+
+    stages = []
+    for j in layout.ranks[rank]:
+        owned = layout.stages[j]
+        part = Part(
+            units=[units[i] for i in owned],
+            index=j,
+            first_unit=owned.start,
+            last=j == len(layout.stages) - 1,
+            # Only a stage whose last unit has an inverse has a use for its output.
+            sends_streams=method.streams_travel and j > 0 and units[owned.start - 1].reversible,
+            shapes=shapes,
+        )
+        stage = method.stage(part, settings)
+        stage.start_optimizer(names)
+        stages.append(stage)
+    return stages
+
+
+def first_trainable(units: Sequence[Unit]) -> int:
+    """Index of the first unit with a parameter to train; the last one's where there is none."""
+    return next((i for i, unit in enumerate(units) if any(p.requires_grad for p in unit.parameters())), len(units) - 1)
+
+
+def require_all_parameters(model: UnitModel, units: Sequence[Unit]) -> None:
+    """Refuses a parameter that no stage would train or update.
+
+    Raises:
+        UserError: names it.
+    """
+    owned = {id(p) for unit in units for p in unit.parameters()}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in owned:
+            raise UserError(f"{name} belongs to no unit, so no stage would train it: model.units() must contain it")

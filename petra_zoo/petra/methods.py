@@ -1,0 +1,155 @@
+"""What a method is: how a stage trains, what travels, what it costs. One object each, and the registry of them.
+
+Everybody reads a method's facts here: the pipeline, the balance of stages, recipes, the planner. A new one is a `Stage`
+of its own and a call of `register_method`; nothing else needs to know.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra.ancestors import BufferedStage, GraphStage
+from petra_zoo.petra.footprint import Keeps, keeps_graphs_and_parameters, keeps_irreversible_inputs, keeps_stage_inputs
+from petra_zoo.petra.local import LocalStage
+from petra_zoo.petra.part import Part, StageSettings
+from petra_zoo.petra.stage import Stage
+from petra_zoo.petra.unit_profile import Work
+
+MakeStage = Callable[[Part, StageSettings], Stage]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training a network in stages.
+
+    Attributes:
+        name: what recipes call it.
+        summary: one line for people.
+        stage: makes a stage; a subclass of `Stage`, or a function.
+        work: what a stage does for a micro-batch, for balancing and prediction.
+        delayed: whether messages take a tick, so that all stages work at once on different micro-batches. If not, a
+            micro-batch goes up and down within one tick: the gradient is exact.
+        gradients_travel: whether gradients are sent down.
+        streams_travel: whether a stage is sent its output back, reconstructed, to reconstruct its input from.
+        last_stage_keeps_graph: whether the last stage, which has no delay, keeps its graph within the tick (its work is
+            then `graph`) or works like all others.
+        keeps: what a stage keeps between the forward and the backward of a micro-batch; None: the planner, which
+            compares pipelines that never drain, leaves the method out.
+    """
+
+    name: str
+    summary: str
+    stage: MakeStage
+    work: Work
+    delayed: bool = True
+    gradients_travel: bool = True
+    streams_travel: bool = False
+    last_stage_keeps_graph: bool = True
+    keeps: Keeps | None = None
+
+    @property
+    def last_work(self) -> Work:
+        """What the last stage does for a micro-batch."""
+        return "graph" if self.last_stage_keeps_graph else self.work
+
+    def with_last_stage(self, kind: str) -> Method:
+        """The same method with a last stage that keeps its `graph` (cost 3), or does not and must `recompute` (4).
+
+        Raises:
+            UserError: neither of the two.
+        """
+        if kind not in ("graph", "recompute"):
+            raise UserError(f"last_stage is 'graph' or 'recompute', not {kind!r}")
+        return replace(self, last_stage_keeps_graph=kind == "graph")
+
+
+_REGISTERED: dict[str, Method] = {}
+METHODS: Mapping[str, Method] = MappingProxyType(_REGISTERED)  # by name, in the order of registration
+
+
+def register_method(method: Method) -> Method:
+    """Makes a method known by its name: to pipelines, recipes and the planner.
+
+    Raises:
+        UserError: another method has that name.
+    """
+    if _REGISTERED.setdefault(method.name, method) != method:
+        raise UserError(f"a method named {method.name!r} is registered already: choose another name")
+    return method
+
+
+def unregister_method(name: str) -> None:
+    """Forgets a method."""
+    _REGISTERED.pop(name, None)
+
+
+def find_method(method: str | Method) -> Method:
+    """The method of a name; a method itself is given back.
+
+    Raises:
+        UserError: no method has that name; tells the nearest.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1)
+        nearest = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"method is one of {', '.join(METHODS)}, not {method!r}{nearest}")
+    return METHODS[method]
+
+
+register_method(
+    Method(
+        "petra",
+        "reconstructs every stage's input with the current parameters; keeps neither activations nor older parameters",
+        Stage,
+        work="reverse",
+        streams_travel=True,
+        keeps=keeps_irreversible_inputs,
+    )
+)
+register_method(
+    Method(
+        "dsp",
+        "keeps every stage's inputs and runs it once more with the current parameters",
+        BufferedStage,
+        work="rerun",
+        keeps=keeps_stage_inputs,
+    )
+)
+register_method(
+    Method(
+        "delayed",
+        "keeps graphs and the parameters they were built of: the classic delayed gradient",
+        partial(GraphStage, stash=True),
+        work="graph",
+        keeps=keeps_graphs_and_parameters,
+    )
+)
+register_method(
+    Method(
+        "local",
+        "every stage learns from a loss of its own; nothing travels down",
+        LocalStage,
+        work="graph",
+        gradients_travel=False,
+    )
+)
+register_method(
+    Method("backprop", "backpropagation, without delay: the exact control", GraphStage, work="graph", delayed=False)
+)
+register_method(
+    Method(
+        "reversible",
+        "reversible backpropagation, without delay: the exact control that stores no activations",
+        Stage,
+        work="reverse",
+        delayed=False,
+        streams_travel=True,
+    )
+)

@@ -1,0 +1,67 @@
+"""How the stages of a pipeline update their parameters: what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from petra_zoo.errors import UserError
+
+State = dict[str, Any]  # plain values for torch.save, as torch's own state_dict() gives them
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+class StepSchedule(Protocol):
+    """A learning-rate schedule as torch has it: told of every update."""
+
+    def step(self) -> None: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state_dict: State) -> None: ...
+
+
+@runtime_checkable
+class CountSchedule(Protocol):
+    """A learning-rate schedule as timm has it: told how many updates there have been."""
+
+    def step_update(self, num_updates: int) -> None: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state_dict: State) -> None: ...
+
+
+LearningRateSchedule = StepSchedule | CountSchedule
+MakeOptimizer = Callable[[NamedParameters], torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], LearningRateSchedule | None]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """From gradients to updates; each stage has an optimizer and a schedule of its own.
+
+    Attributes:
+        optimizer: called with a stage's [(full name in the model, parameter), ...], gives its optimizer; None:
+            gradients are found and nothing is updated.
+        scheduler: called with a stage's optimizer, gives its schedule (torch's, or timm's with `step_update`). All
+            advance in the same tick, once for every k micro-batches fed.
+        accumulation_steps: k, gradients averaged per update.
+        clip_grad: largest gradient norm, per stage.
+
+    Raises:
+        UserError: less than one gradient per update.
+    """
+
+    optimizer: MakeOptimizer | None = None
+    scheduler: MakeSchedule | None = None
+    accumulation_steps: int = 1
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulation_steps < 1:
+            raise UserError(f"accumulation_steps must be at least 1, not {self.accumulation_steps}")

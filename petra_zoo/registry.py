@@ -1,0 +1,80 @@
+"""Objects that are known by name: what a recipe may name, and what a package beside this one may add."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from petra_zoo.errors import UserError
+from petra_zoo.extensions import load_entry_points
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names and what they stand for.
+
+    Args:
+        kind: what is registered, for messages, such as "data set".
+        entry_points: the group of entry points through which installed packages add theirs.
+
+    Example:
+        >>> LOSSES = Registry[Loss]("loss", "petra_zoo.losses")
+        >>> LOSSES.add("cross_entropy", F.cross_entropy)
+        >>> LOSSES.find("cross_entropy")
+    """
+
+    def __init__(self, kind: str, entry_points: str) -> None:
+        self.kind, self.entry_points = kind, entry_points
+        self._known: dict[str, T] = {}
+
+    def add(self, name: str, item: T) -> None:
+        """Registers an object.
+
+        Raises:
+            UserError: the name is taken, or none.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise UserError(f"{name!r} cannot name a {self.kind}: expected letters, digits, '_', '.' and '-'")
+        if name in self._known:
+            raise UserError(f"there is a {self.kind} {name!r} already: register yours under another name")
+        self._known[name] = item
+
+    def get(self, name: str) -> T | None:
+        """What the name stands for; None where it is unknown."""
+        return self._all().get(name)
+
+    def find(self, name: str) -> T:
+        """What the name stands for.
+
+        Raises:
+            UserError: it is unknown; gives the nearest.
+        """
+        item = self.get(name)
+        if item is None:
+            raise UserError(f"unknown {self.kind} '{name}'; did you mean {self.nearest(name)}?")
+        return item
+
+    def nearest(self, name: str) -> str:
+        """The one or two names that are most like it, else all, for messages."""
+        return " or ".join(difflib.get_close_matches(name, self._all(), n=2) or self._all())
+
+    def names(self) -> list[str]:
+        """All names, in the order of registration."""
+        return list(self._all())
+
+    def _all(self) -> dict[str, T]:
+        load_entry_points(self.entry_points)
+        return self._known
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """What is registered in here is forgotten afterwards: for tests."""
+        before = dict(self._known)
+        try:
+            yield
+        finally:
+            self._known = before

@@ -1,0 +1,49 @@
+"""What has come out of a pipeline, and how fast images go in."""
+
+from __future__ import annotations
+
+import time
+
+
+class Meter:
+    """Loss and accuracy of what came out of the pipeline."""
+
+    WINDOW = 50
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, int, int]] = []
+
+    def add(self, loss: float, correct: int, images: int) -> None:
+        """A micro-batch: its mean loss, how many of its images were told right, and how many there are."""
+        self.rows.append((loss, correct, images))
+
+    def recent(self) -> tuple[float | None, float]:
+        """Mean loss and accuracy in percent over the last micro-batches; no loss before the first came out."""
+        rows = self.rows[-self.WINDOW :]
+        images = sum(row[2] for row in rows)
+        if not images:
+            return None, 0.0
+        return sum(row[0] * row[2] for row in rows) / images, 100.0 * sum(row[1] for row in rows) / images
+
+    def mean_loss(self) -> float | None:
+        """Over everything; None where nothing came out: the pipeline was filling."""
+        images = sum(row[2] for row in self.rows)
+        return sum(row[0] * row[2] for row in self.rows) / images if images else None
+
+
+class Speed:
+    """Images per second over a sliding window of about five seconds."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+        self._images = 0
+
+    def add(self, images: int) -> float:
+        """Counts images and gives the present speed."""
+        now = time.perf_counter()
+        self._images += images
+        self._marks.append((now, self._images))
+        while len(self._marks) > 2 and now - self._marks[0][0] > 5.0:
+            self._marks.pop(0)
+        then, before = self._marks[0]
+        return (self._images - before) / max(now - then, 1e-9)

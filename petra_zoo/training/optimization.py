@@ -1,0 +1,98 @@
+"""Optimizers and learning rates: timm's, made for each stage of a pipeline from the settings of a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from petra_zoo.checkpoints.hub_errors import first_line
+from petra_zoo.errors import UserError
+from petra_zoo.settings.recipe import Recipe
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+@runtime_checkable
+class _SparesDecay(Protocol):
+    """A network of timm's that names parameters which are not to decay."""
+
+    def no_weight_decay(self) -> Iterable[str]: ...
+
+
+def optimizer_factory(recipe: Recipe, model: nn.Module) -> Callable[[NamedParameters], torch.optim.Optimizer]:
+    """Makes a stage's optimizer: timm's, with timm's parameter groups of the whole model cut down to the stage."""
+    decay, spared = recipe.weight_decay, set(model.no_weight_decay()) if isinstance(model, _SparesDecay) else set()
+    if recipe.layer_decay is None:
+        groups = param_groups_weight_decay(model, decay, no_weight_decay_list=spared)
+    else:
+        groups = param_groups_layer_decay(model, decay, no_weight_decay_list=spared, layer_decay=recipe.layer_decay)
+    in_model = {name for name, _ in model.named_parameters()}
+    options = dict(recipe.opt_kwargs)
+    if recipe.opt_eps is not None:
+        options["eps"] = recipe.opt_eps
+    if recipe.opt_betas is not None:
+        options["betas"] = recipe.opt_betas
+
+    def make(named: NamedParameters) -> torch.optim.Optimizer:
+        own = {id(p) for _, p in named}
+        mine = [{**group, "params": [p for p in group["params"] if id(p) in own]} for group in groups]
+        auxiliary = [p for name, p in named if name not in in_model]  # of local learning
+        mine.append({"params": [p for p in auxiliary if p.ndim > 1]})
+        mine.append({"params": [p for p in auxiliary if p.ndim == 1], "weight_decay": 0.0})
+        try:
+            return create_optimizer_v2(
+                [group for group in mine if group["params"]],
+                opt=recipe.opt,
+                lr=recipe.learning_rate,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                **options,
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer {recipe.opt!r}: {first_line(error)}") from error
+
+    return make
+
+
+def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch.optim.Optimizer], Scheduler | None]:
+    """Makes a stage's schedule: timm's, advanced with every update."""
+    updates = max(1, math.ceil(batches_per_epoch / recipe.accumulation_steps))
+
+    def make(optimizer: torch.optim.Optimizer) -> Scheduler | None:
+        return create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            decay_epochs=recipe.decay_epochs,
+            decay_milestones=recipe.decay_milestones,
+            cooldown_epochs=recipe.cooldown_epochs,
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_prefix=recipe.warmup_prefix,
+            step_on_epochs=False,
+            updates_per_epoch=updates,
+        )[0]
+
+    return make
+
+
+def learning_rates(recipe: Recipe, batches_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of the schedule after so many updates, before `layer_decay` scales it layer by layer."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    schedule = scheduler_factory(recipe, batches_per_epoch)(optimizer)
+
+    def rate(updates: int) -> float:
+        if schedule is not None and updates > 0:
+            schedule.step_update(updates)
+        return float(optimizer.param_groups[0]["lr"])
+
+    return rate

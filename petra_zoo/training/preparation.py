@@ -1,0 +1,162 @@
+"""From a recipe to everything a run needs: the one place where its settings become objects.
+
+`train` runs what comes out; `recipes validate` hands in small generated data and tries it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from petra_zoo.data.image_dataset import ImageDataset
+from petra_zoo.data.loader import ImageLoader
+from petra_zoo.data.preprocessing import Preprocessing
+from petra_zoo.device import choose_device
+from petra_zoo.models.classifier import Classifier, UnitClassifier
+from petra_zoo.petra import Pipeline, Profile, World
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.training.build import (
+    build_loaders,
+    build_model,
+    check_batches,
+    check_norms,
+    memory_format,
+    open_data,
+    preprocessing_for,
+)
+from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
+from petra_zoo.training.distillation import Distillation, build_distillation, load_teacher
+from petra_zoo.training.engine import build_pipeline, profile_for_run, share_profile
+from petra_zoo.training.losses import find_loss
+from petra_zoo.training.ranks import together
+from petra_zoo.training.synchronized_norms import synchronize_statistics
+
+LoadTeacher = Callable[[Recipe, torch.device], Classifier | None]
+Splits = tuple[ImageDataset, ImageDataset]  # to train on, to validate on
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has not begun: every rank has one.
+
+    Attributes:
+        recipe: the settings.
+        name: of the recipe, for the default run directory.
+        world: this process's place.
+        data: what is trained on.
+        train_loader, val_loader: this replica's share of the training split, the whole validation split.
+        model: the network; a rank of several keeps its own stages, and the rest on the meta device.
+        preprocessing: of an image; it is saved with the model.
+        profile: the measured costs that balanced the stages; None where operations were counted.
+        pipeline: the model cut into stages, with its optimizers.
+        ema: the moving average of the model.
+        distillation: from a teacher.
+        schedule: of the couplings.
+    """
+
+    recipe: Recipe
+    name: str
+    world: World
+    data: ImageDataset
+    train_loader: ImageLoader
+    val_loader: ImageLoader
+    model: UnitClassifier
+    preprocessing: Preprocessing
+    profile: Profile | None
+    pipeline: Pipeline
+    ema: ModelEmaV3 | None
+    distillation: Distillation | None
+    schedule: CouplingSchedule | None
+
+    def batches(self, loader: ImageLoader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of a loader, on the device."""
+        device = self.world.device
+        for images, labels in loader:
+            images = images.to(device, memory_format=memory_format(self.recipe), non_blocking=True)
+            yield images, labels.to(device, non_blocking=True)
+
+    def ticks(self, loader: ImageLoader) -> Iterable[tuple[Tensor, Tensor] | tuple[None, None]]:
+        """What each tick feeds: a batch, on the rank that owns the stem; as many times nothing on the others."""
+        return self.batches(loader) if self.world.first else repeat((None, None), len(loader))
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    name: str = "run",
+    world: World | None = None,
+    data: Splits | None = None,
+    teacher_from: LoadTeacher = load_teacher,
+) -> Prepared:
+    """Builds everything that a recipe asks for; writes nothing.
+
+    Args:
+        recipe: the settings.
+        name: of the recipe, for the default run directory.
+        world: this process among those that train together; default: alone.
+        data: both splits, in the place of the recipe's.
+        teacher_from: where a teacher comes from.
+
+    Raises:
+        UserError: settings, data or devices do not allow it. Every process raises it, whichever one found the mistake.
+    """
+    world = world or World(device=choose_device(recipe.device))
+    parts = together(world, lambda: _build_parts(recipe, data, world))
+    found = together(world, lambda: profile_for_run(recipe, parts.model, parts.preprocessing, world))
+    profile = share_profile(found, world)
+    return together(world, lambda: _assemble(recipe, name, world, parts, profile, teacher_from))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    data: ImageDataset
+    model: UnitClassifier
+    preprocessing: Preprocessing
+    loaders: tuple[ImageLoader, ImageLoader]
+
+
+def _build_parts(recipe: Recipe, data: Splits | None, world: World) -> _Parts:
+    """What depends on no other process."""
+    train, val = data or open_data(recipe)
+    # A rank of several builds the whole model on the CPU and keeps its own stages.
+    model = build_model(recipe, train, world.device if world.size == 1 else torch.device("cpu"))
+    preprocessing = preprocessing_for(recipe, train, model)
+    loaders = build_loaders(recipe, train, val, preprocessing, world)
+    if data is None:  # what is handed in stands for more
+        check_batches(recipe, loaders[0])
+    check_norms(recipe, len(train), model, preprocessing)
+    return _Parts(train, model, preprocessing, loaders)
+
+
+def _assemble(
+    recipe: Recipe, name: str, world: World, parts: _Parts, profile: Profile | None, teacher_from: LoadTeacher
+) -> Prepared:
+    """The order matters: norms and couplings decide what the pipeline's units are, and the pipeline which are here."""
+    model, preprocessing, train_loader = parts.model, parts.preprocessing, parts.loaders[0]
+    if recipe.sync_bn and world.replicas > 1:  # not before: a profile is measured by one process alone
+        synchronize_statistics(model, world)
+    schedule = start_schedule(recipe, model)
+    teacher = teacher_from(recipe, world.device) if world.first else None
+    distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data)
+    loss = distillation.loss if distillation else find_loss(recipe.loss)
+    pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing, world, profile, loss)
+    return Prepared(
+        recipe=recipe,
+        name=name,
+        world=world,
+        data=parts.data,
+        train_loader=train_loader,
+        val_loader=parts.loaders[1],
+        model=model,
+        preprocessing=preprocessing,
+        profile=profile,
+        pipeline=pipeline,
+        ema=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema else None,
+        distillation=distillation,
+        schedule=schedule,
+    )

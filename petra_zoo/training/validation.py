@@ -1,0 +1,45 @@
+"""Validation of the model in training, and of what is saved: its moving average, where there is one."""
+
+from __future__ import annotations
+
+import time
+
+from torch import nn
+
+from petra_zoo.evaluation.scores import Scores, score
+from petra_zoo.models.classifier import as_classifier
+from petra_zoo.training.observer import Observer
+from petra_zoo.training.preparation import Prepared
+from petra_zoo.training.ranks import average_statistics, held
+
+
+def validate(run: Prepared, observer: Observer, *, ended: bool = True) -> Scores | None:
+    """Evaluates the model through the pipeline of the first replica, and has it saved; what is in flight stays there.
+
+    Args:
+        run: in progress.
+        observer: of it.
+        ended: whether an epoch has; else training was interrupted.
+
+    Returns:
+        The evaluation, on the rank that reports.
+
+    Raises:
+        Failure: the model or its loss is not finite; it is not saved.
+    """
+    model = run.ema.module if run.ema else run.model
+    average_statistics(model, run.world)
+    with held(run.world):
+        if run.world.replica > 0:
+            return None
+        started = time.perf_counter()
+        model.eval()
+        batches = run.batches(run.val_loader) if run.world.first else ()
+        scores = score(run.pipeline.predict(batches, len(run.val_loader), model), run.model.num_classes)
+        run.model.train()
+        whole = run.pipeline.whole_model(model)
+        if whole is None:
+            return None
+        assert isinstance(whole, nn.Module)
+        observer.validated(scores, as_classifier(whole), time.perf_counter() - started, ended)
+        return scores
