@@ -6,16 +6,17 @@ import copy
 import difflib
 import inspect
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.petra_revnet import PetraRevNet
 from petra_zoo.models.resnet_weights import choose_couplings
-from petra_zoo.reversible import segments
+from petra_zoo.reversible import CoupledUnit, UnitModel, segments, units_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Description:
     runs: list[int]
     coupling: list[float]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, str | float | list[int] | list[float] | tuple[int, ...]]:
         """For JSON."""
         return asdict(self)
 
@@ -58,7 +59,7 @@ def model_names(pattern: str = "*") -> list[str]:
     return list(names)
 
 
-def describe(name: str) -> Description:
+def describe_registered(name: str) -> Description:
     """Looks a network up, or one of its tags (ARCHITECTURE.TAG): then as it is once those weights are loaded.
 
     Raises:
@@ -67,7 +68,7 @@ def describe(name: str) -> Description:
     return describe_model(create_meta(name), name)
 
 
-def create_meta(name: str) -> Any:
+def create_meta(name: str) -> nn.Module:
     """A network of the zoo on the meta device, without content.
 
     Raises:
@@ -82,29 +83,31 @@ def create_meta(name: str) -> Any:
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
     model = timm.create_model(name, device="meta")
-    if tag and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):  # a ResNet's, coupled while they load
-        chosen = choose_couplings(model.named_layers())
+    if tag and isinstance(model, PetraRevNet) and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):
+        chosen = choose_couplings(model.named_layers())  # a ResNet's weights become coupled while they load
         return timm.create_model(name, device="meta", coupling=chosen.couplings, anchor_every=chosen.anchors)
     return model
 
 
-def describe_model(model: Any, name: str) -> Description:
+def describe_model(model: nn.Module | UnitModel, name: str) -> Description:
     """The same facts about a model at hand, made by `timm.create_model` as `name`; it is left as it is."""
-    input_size = tuple(model.pretrained_cfg["input_size"])
+    of_timm = vars(model)
+    channels, height, width = of_timm["pretrained_cfg"]["input_size"]
     meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(torch.empty(1, *input_size, device="meta"))
-    units = model.units()
-    runs: list[list[Any]] = [segment for segment in segments(units) if segment[0].reversible]  # of `CoupledUnit`s
+        meta(torch.empty(1, channels, height, width, device="meta"))
+    units = units_of(model)
+    runs = [segment for segment in segments(units) if segment[0].reversible]
+    couplings = [first.coupling() for first, *_ in runs if isinstance(first, CoupledUnit)]
     return Description(
         name=name,
         summary=(inspect.getdoc(model_entrypoint(name.partition(".")[0])) or "").split("\n")[0],
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() / 2,
-        input_size=input_size,
-        num_classes=model.num_classes,
+        input_size=(channels, height, width),
+        num_classes=of_timm["num_classes"],
         units=len(units),
         reversible_units=sum(len(run) for run in runs),
         runs=[len(run) for run in runs],
-        coupling=[run[0].coupling() for run in runs],
+        coupling=couplings,
     )
