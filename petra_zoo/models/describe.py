@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
@@ -63,7 +64,7 @@ def model_names(pattern: str = "*") -> list[str]:
     return names
 
 
-def describe(name: str) -> Description:
+def describe_registered(name: str) -> Description:
     """Looks a network up, or one of its tags (ARCHITECTURE.TAG): then as it is once those weights are loaded.
 
     Raises:
