@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from petra_zoo.planning.cluster import Cluster
-from petra_zoo.planning.plan import COLUMNS, draw, make_plan
+from petra_zoo.planning.plan import PLAN_COLUMNS, draw, make_plan
 from petra_zoo.planning.profiles import profile_of
 from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
 from petra_zoo.strict_json import to_json
@@ -52,7 +52,7 @@ def plan(
     for note in result.notes():
         typer.echo(note)
     counts = [str(p.devices) for p in next(iter(result.curves.values()))]
-    _print(f"on {devices} devices", COLUMNS, result.rows())
+    _print(f"on {devices} devices", PLAN_COLUMNS, result.rows())
     _print("images/s by devices", ("method", *counts), result.curve_rows())
 
 
