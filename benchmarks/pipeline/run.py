@@ -42,8 +42,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from petra_zoo.petra import Profile, World, measure
 from petra_zoo.planning.cluster import Cluster
-from petra_zoo.planning.performance import predict
-from petra_zoo.planning.schedules import schedules
+from petra_zoo.planning.performance import forecast
+from petra_zoo.planning.schedules import all_schedules
 from petra_zoo.reversible import LiveBytes
 
 HERE = Path(__file__).parent
@@ -160,7 +160,7 @@ def weigh(rank: int, processes: int, folder: str, options: argparse.Namespace) -
             data(task, batches)  # made here, so that they do not count
         peaks[name] = {"measured": world.gather(peak_bytes(make, task, world))}
         if method is not None:
-            memory = predict(profile, method, processes, Cluster(), micro_batches=m).memory
+            memory = forecast(profile, method, processes, Cluster(), micro_batches=m).memory
             peaks[name]["predicted"] = [stage.total - stage.parameters for stage in memory]
     finish(world, folder, "weigh", peaks)
 
@@ -169,7 +169,7 @@ def planned(name: str) -> tuple[str | None, int]:
     """What `petra-zoo plan` calls a pipeline, and its m."""
     kind, _, m = name.replace("k=", "m=").partition(", m=")
     method = {"GPipe": "gpipe", "1F1B": "1f1b", "1F1B + checkpointing": "1f1b+checkpoint"}.get(kind, kind)
-    return (method, int(m)) if method in schedules() else (None, 0)
+    return (method, int(m)) if method in all_schedules() else (None, 0)
 
 
 def finish(world: World, folder: str, name: str, result: Any) -> None:
@@ -200,7 +200,7 @@ def validate(rank: int, processes: int, folder: str, options: argparse.Namespace
     for _ in range(options.rounds):  # each with a profile of its own: the machine changes
         now = shared_profile(task, world, repeats=3)
         for method, contender in made.items():
-            predicted = predict(now, method, 2, cluster, micro_batches=m, split=contender.split)
+            predicted = forecast(now, method, 2, cluster, micro_batches=m, split=contender.split)
             found[method].append((predicted.images_per_second, images / block_seconds(contender, options.updates)))
         load.append(os.getloadavg()[0])
     rows = [

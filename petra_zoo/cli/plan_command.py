@@ -32,7 +32,7 @@ def plan(
 ) -> None:
     """Predict speed, links, memory and delay of PETRA and its peers on 1 to 64 devices."""
     from petra_zoo.planning.cluster import Cluster
-    from petra_zoo.planning.plan import COLUMNS, draw, make_plan
+    from petra_zoo.planning.plan import PLAN_COLUMNS, draw, make_plan
     from petra_zoo.planning.profiles import profile_of
     from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
 
@@ -53,5 +53,5 @@ def plan(
     for note in result.notes():
         typer.echo(note)
     counts = [str(p.devices) for p in next(iter(result.curves.values()))]
-    print_table(COLUMNS, result.rows(), title=f"on {devices} devices")
+    print_table(PLAN_COLUMNS, result.rows(), title=f"on {devices} devices")
     print_table(("method", *counts), result.curve_rows(), title="images/s by devices")

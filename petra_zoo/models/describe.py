@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError

@@ -30,15 +30,14 @@ from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.gather import keep_only, whole_model
 from petra_zoo.petra.generator import own_generators
 from petra_zoo.petra.layout import Layout
-from petra_zoo.petra.links import Wire
 from petra_zoo.petra.messages import Down, Output, Up
 from petra_zoo.petra.methods import Method, find_method
 from petra_zoo.petra.optimization import Optimization
 from petra_zoo.petra.part import Loss, StageSettings
 from petra_zoo.petra.pipeline_state import PipelineState, restore, state_of
-from petra_zoo.petra.prediction import Batches, predict
+from petra_zoo.petra.prediction import Batches, predict_batches
 from petra_zoo.petra.probes import Probe
-from petra_zoo.petra.process_links import EVALUATION_TAG, make_links
+from petra_zoo.petra.process_links import make_links
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
@@ -172,8 +171,8 @@ class Pipeline:
         """Forward of a young micro-batch and backward of an older one in every stage, then the updates.
 
         Links are queues: what was sent in the previous tick is received before what is sent in this one, so with delay
-        the order of stages within a tick changes nothing. Without it messages of this very tick are received: forwards
-        must climb from the first stage and backwards descend from the last.
+        the order of the stages changes nothing. Without it messages of this very tick are received: forwards must climb
+        from the first stage and backwards descend from the last. Updates come last: a tick has one theta_j per stage.
         """
         clock, links, output = self.clock, self.links, Output()
         clock.next_tick(feeding)
@@ -227,14 +226,8 @@ class Pipeline:
         Yields:
             Logits [B, classes] and labels, on the rank that owns the head.
         """
-        model = model or self.model
-        owned = self.layout.ranks[self.world.rank]
-        units = units_of(model)
-        own = [units[i] for i in self.layout.units_of_rank(self.world.rank)]
-        # Nothing is rounded on the way: the model is evaluated, not the wire.
-        wire = Wire(timeout=self.world.wire.timeout)
-        links = make_links(self.world, owned, wire, EVALUATION_TAG, running=self.fed > 0)
-        return predict(model, own, batches, count, self.world, links, owned, self.settings.autocast)
+        model, autocast = model or self.model, self.settings.autocast
+        return predict_batches(model, batches, count, self.layout, self.world, autocast, running=self.fed > 0)
 
     def whole_model(self, model: UnitModel | None = None) -> UnitModel | None:
         """The model, or a moving average of it, complete and on the CPU, on the rank that owns the head; else None.

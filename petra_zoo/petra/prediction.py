@@ -3,48 +3,55 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra.links import Links
+from petra_zoo.petra.layout import Layout
+from petra_zoo.petra.links import Wire
 from petra_zoo.petra.messages import Up
+from petra_zoo.petra.process_links import EVALUATION_TAG, make_links
 from petra_zoo.petra.stage import precision
 from petra_zoo.petra.world import World
-from petra_zoo.reversible import Unit, UnitModel
+from petra_zoo.reversible import UnitModel, units_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def predict(
+def predict_batches(
     model: UnitModel,
-    units: Sequence[Unit],
     batches: Batches,
     count: int | None,
+    layout: Layout,
     world: World,
-    links: Links,
-    stages: range,
     autocast: torch.dtype | None,
+    running: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs batches through this rank's units; see `Pipeline.predict`.
+    """Runs batches through a model's stages, forward only; see `Pipeline.predict`.
 
     Args:
-        model: the units' model; its modes are as they were whenever the caller has control.
-        units: of this rank's stages.
+        model: whose units run; its modes are as they were whenever the caller has control.
         batches: images and labels, on the rank that owns the stem.
         count: how many there are.
+        layout: of the training.
         world: this rank's place.
-        links: of their own: the training's messages stay where they are.
-        stages: this rank's.
         autocast: of the training.
+        running: whether the training's first tick is over.
+
+    Raises:
+        UserError: nobody says how many batches there are, or there are fewer.
     """
     if count is None and world.size > 1:
         raise UserError("predict() through several processes needs count=, the number of batches, on every rank")
-    feed = iter(batches)
+    units, stages, feed = units_of(model), layout.ranks[world.rank], iter(batches)
+    own = [units[i] for i in layout.units_of_rank(world.rank)]
+    # Of their own, so that the training's messages stay where they are. Nothing is rounded on the way: the model is
+    # evaluated, not the wire.
+    links = make_links(world, stages, Wire(timeout=world.wire.timeout), EVALUATION_TAG, running)
     links.expect(0, stages[:1], ())
     for number in itertools.count() if count is None else range(count):
         if count is None or number + 1 < count:  # posted a batch ahead: a receive must be there before its message
@@ -60,7 +67,7 @@ def predict(
             up = links.receive_up(stages[0])
         streams = up.streams
         with _evaluating(model), precision(world.device, autocast):
-            for unit in units:
+            for unit in own:
                 streams = unit(*streams)
         if world.last:
             yield streams[0], up.labels

@@ -21,7 +21,7 @@ from petra_zoo.planning.stage_memory import StageMemory
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Forecast:
     """What a method would do.
 
     Attributes:
@@ -58,7 +58,7 @@ class Prediction:
         return tuple(ticks / self.micro_batches for ticks in self.delay)
 
 
-def predict(
+def forecast(
     profile: Profile,
     method: str,
     devices: int,
@@ -68,12 +68,12 @@ def predict(
     optimizer_states: int = 1,
     factorisation: tuple[int, int] | None = None,
     split: Sequence[int] | None = None,
-) -> Prediction:
+) -> Forecast:
     """Predicts one method on a number of devices.
 
     Args:
         profile: of the model's units at the micro-batch size.
-        method: one of `petra_zoo.planning.schedules.schedules()`.
+        method: one of `petra_zoo.planning.schedules.all_schedules()`.
         devices: how many there are.
         cluster: their links and memory.
         micro_batches: images of an update over the profile's batch size, of all replicas together.
@@ -101,7 +101,7 @@ def predict(
         parts = tuple(tuple(profile.units[i] for i in units_of_stage) for units_of_stage in owned)
         replica = Replica(parts, per_replica, replicas, scale)
         images = micro_batches * profile.batch_size
-        predictions.append(_predict(schedule, replica, devices, cluster, profile, images, optimizer_states))
+        predictions.append(_forecast(schedule, replica, devices, cluster, profile, images, optimizer_states))
     fitting = [prediction for prediction in predictions if prediction.rejected is None]
     return max(fitting or predictions, key=lambda prediction: prediction.images_per_second)
 
@@ -113,7 +113,7 @@ def split_units(profile: Profile, method: str, stages: int) -> list[range]:
     return consecutive(balance(each, stages, last_stage_costs=in_last))
 
 
-def _predict(
+def _forecast(
     schedule: Schedule,
     replica: Replica,
     devices: int,
@@ -121,14 +121,14 @@ def _predict(
     profile: Profile,
     images: int,
     optimizer_states: int,
-) -> Prediction:
+) -> Forecast:
     """One factorisation; `images` are those of an update."""
     images_per_second = images / schedule.update_seconds(replica, cluster)
     alone = profile.batch_size / sum(profile.costs("backprop"))
     memory = tuple(schedule.memory(replica, stage, optimizer_states) for stage in replica.stages)
     links = [schedule.link(stage.units[-1]) for stage in replica.stages[:-1]]
     d, scale = replica.replicas, replica.scale
-    return Prediction(
+    return Forecast(
         method=schedule.name,
         devices=devices,
         replicas=d,

@@ -9,13 +9,13 @@ from pathlib import Path
 from petra_zoo.errors import UserError
 from petra_zoo.petra.profile import Profile
 from petra_zoo.planning.cluster import Cluster
-from petra_zoo.planning.performance import Prediction, predict
+from petra_zoo.planning.performance import Forecast, forecast
 from petra_zoo.planning.quantities import format_bytes
-from petra_zoo.planning.schedules import schedules
+from petra_zoo.planning.schedules import all_schedules
 from petra_zoo.strict_json import JsonObject
 
 SCALES = (1, 2, 4, 8, 16, 32, 64)
-COLUMNS = (
+PLAN_COLUMNS = (
     "method",
     "images/s",
     "efficiency",
@@ -40,11 +40,11 @@ class Plan:
     cluster: Cluster
     devices: int
     micro_batches: int
-    predictions: tuple[Prediction, ...]
-    curves: dict[str, tuple[Prediction, ...]]
+    predictions: tuple[Forecast, ...]
+    curves: dict[str, tuple[Forecast, ...]]
 
     def rows(self) -> list[list[str]]:
-        """One row per method for the devices asked for, under `COLUMNS`."""
+        """One row per method for the devices asked for, under `PLAN_COLUMNS`."""
         return [_row(prediction) for prediction in self.predictions]
 
     def curve_rows(self) -> list[list[str]]:
@@ -86,11 +86,11 @@ def make_plan(
 ) -> Plan:
     """Predicts every method at `devices` and at 1 to 64 devices."""
 
-    def at(method: str, n: int) -> Prediction:
-        return predict(profile, method, n, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)
+    def at(method: str, n: int) -> Forecast:
+        return forecast(profile, method, n, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)
 
     scales = sorted({*SCALES, devices})
-    curves = {method: tuple(at(method, n) for n in scales) for method in schedules()}
+    curves = {method: tuple(at(method, n) for n in scales) for method in all_schedules()}
     predictions = tuple(curve[scales.index(devices)] for curve in curves.values())
     return Plan(profile, cluster, devices, micro_batches, predictions, curves)
 
@@ -142,7 +142,7 @@ def draw(plan: Plan, path: Path) -> None:
         raise UserError(f"cannot write the plot {path}: {error}") from error
 
 
-def _row(p: Prediction) -> list[str]:
+def _row(p: Forecast) -> list[str]:
     links = sorted({(link.up, link.down) for link in p.links}, key=sum)
     largest = max(p.memory, key=lambda memory: memory.total)
     name, size = largest.largest()
@@ -169,6 +169,6 @@ def _bracketed(text: str, brackets: bool) -> str:
     return f"({text})" if brackets else text
 
 
-def _as_dict(prediction: Prediction) -> JsonObject:
+def _as_dict(prediction: Forecast) -> JsonObject:
     memory = [asdict(m) | {"total": m.total} for m in prediction.memory]
     return asdict(prediction) | {"memory": memory, "update_delay": list(prediction.update_delay)}

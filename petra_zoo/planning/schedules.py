@@ -203,7 +203,7 @@ SYNCHRONOUS: tuple[Schedule, ...] = (
 )
 
 
-def schedules() -> dict[str, Schedule]:
+def all_schedules() -> dict[str, Schedule]:
     """All that can be predicted, by name: the engine's methods that say what they keep, then the synchronous ones."""
     methods = [Continuous(method) for method in METHODS.values() if method.delayed and method.keeps is not None]
     return {schedule.name: schedule for schedule in (*methods, *SYNCHRONOUS)}
@@ -215,7 +215,7 @@ def find_schedule(name: str) -> Schedule:
     Raises:
         UserError: there is none.
     """
-    known = schedules()
+    known = all_schedules()
     if name not in known:
         raise UserError(f"method is one of {', '.join(known)}, not {name!r}")
     return known[name]

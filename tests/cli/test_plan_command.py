@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from petra_zoo.petra import Profile
-from petra_zoo.planning.schedules import schedules
+from petra_zoo.planning.schedules import all_schedules
 from tests.cli.test_main import petra_zoo
 
 QUICK = ("--batch-size", "2", "--input-size", "3", "8", "8", "--device", "cpu")
@@ -19,7 +19,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "profile.json"
     done = petra_zoo("plan", "petra_revnet_tiny", *QUICK, "--save-profile", path)
     assert done.returncode == 0, done.stderr
-    for word in (*schedules(), "micro-batches of 2 images of 3x8x8", "on 8 devices", "images/s by devices"):
+    for word in (*all_schedules(), "micro-batches of 2 images of 3x8x8", "on 8 devices", "images/s by devices"):
         assert word in done.stdout
     return path
 
@@ -27,7 +27,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_saved_profile_gives_json_with_every_link_and_device(profile: Path) -> None:
     done = petra_zoo("plan", "petra_revnet_tiny", "--profile", profile, "--devices", 4, "--memory", "1kB", "--json")
     plan = json.loads(done.stdout)
-    assert [p["method"] for p in plan["predictions"]] == list(schedules())
+    assert [p["method"] for p in plan["predictions"]] == list(all_schedules())
     petra = plan["predictions"][0]
     assert (petra["devices"], petra["stages"], len(petra["links"]), len(petra["memory"])) == (4, 4, 3, 4)
     assert petra["delay"] == [6, 4, 2, 0]

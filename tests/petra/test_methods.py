@@ -16,7 +16,7 @@ from petra_zoo.petra.messages import Down
 from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.stage import Stage
 from petra_zoo.planning.cluster import Cluster
-from petra_zoo.planning.performance import predict
+from petra_zoo.planning.performance import forecast
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.engine import build_pipeline
 from tests.petra.test_pipeline import SIZE, batches, make_model, make_pipeline, run, summed_gradients
@@ -61,7 +61,7 @@ def test_a_new_method_trains_and_is_planned(keeping: Method, tmp_path: Path) -> 
     assert build_pipeline(recipe, model, 10, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3)).method == keeping
 
     profile = measure(make_model(torch.float32), 2, SIZE, repeats=1)
-    prediction, like = (predict(profile, method, 4, Cluster()) for method in ("keeping", "dsp"))
+    prediction, like = (forecast(profile, method, 4, Cluster()) for method in ("keeping", "dsp"))
     assert prediction.delay == (6, 4, 2, 0)
     assert [m.inputs for m in prediction.memory] == [m.inputs for m in like.memory]
     assert prediction.links != like.links, "its streams come down as well"
@@ -74,7 +74,7 @@ def test_a_method_is_found_by_its_name_or_given() -> None:
     assert list(METHODS) == ["petra", "dsp", "delayed", "local", "backprop", "reversible"]
     assert find_method("dsp") is METHODS["dsp"]
     assert find_method(KEEPING) is KEEPING
-    with pytest.raises(UserError, match="method is one of petra, .*, reversible, not 'delaid'; did you mean 'delayed'"):
+    with pytest.raises(UserError, match=r"one of petra, .*, reversible, not 'delaid'; did you mean 'delayed'"):
         find_method("delaid")
 
 

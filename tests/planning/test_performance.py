@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from petra_zoo.petra import Profile
 from petra_zoo.petra.unit_profile import UnitProfile
 from petra_zoo.planning.cluster import Cluster, Link
-from petra_zoo.planning.performance import predict
-from petra_zoo.planning.schedules import schedules
+from petra_zoo.planning.performance import forecast
+from petra_zoo.planning.schedules import all_schedules
 
 IDEAL = Cluster()
-METHODS = tuple(schedules())
+METHODS = tuple(all_schedules())
 STREAMS, GRAPH, PARAMETERS, WORKING = 1000, 5000, 400, 6000
 
 
@@ -27,7 +27,7 @@ def equal_units(n: int, head_graph: float = 3.0) -> Profile:
 
 
 def seconds_per_micro_batch(profile: Profile, method: str, devices: int, m: int = 8) -> float:
-    return 1 / predict(profile, method, devices, IDEAL, micro_batches=m).images_per_second
+    return 1 / forecast(profile, method, devices, IDEAL, micro_batches=m).images_per_second
 
 
 @given(p=st.sampled_from([1, 2, 4, 8]), m=st.sampled_from([4, 8, 16, 32]), each=st.integers(1, 3))
@@ -50,7 +50,7 @@ def test_one_device_is_plain_backpropagation(n: int, m: int) -> None:
     profile = equal_units(n)
     for method in METHODS:
         if method != "1f1b+checkpoint":
-            prediction = predict(profile, method, 1, IDEAL, micro_batches=m)
+            prediction = forecast(profile, method, 1, IDEAL, micro_batches=m)
             assert prediction.efficiency == pytest.approx(1)
             assert prediction.images_per_second == pytest.approx(1 / (3 * n))
 
@@ -69,16 +69,16 @@ def test_petra_with_every_stage_at_4_over_1f1b(p: int, m: int, over_1f1b: float,
 
 
 def test_two_devices_give_7_eighths_of_two_backpropagations() -> None:
-    assert predict(equal_units(7), "petra", 2, IDEAL).efficiency == pytest.approx(0.875)
-    assert predict(equal_units(8), "delayed", 2, IDEAL).efficiency == pytest.approx(1)
+    assert forecast(equal_units(7), "petra", 2, IDEAL).efficiency == pytest.approx(0.875)
+    assert forecast(equal_units(8), "delayed", 2, IDEAL).efficiency == pytest.approx(1)
 
 
 def test_data_parallel_shares_the_micro_batches_and_hides_its_all_reduce_behind_the_last_backward() -> None:
     profile = equal_units(10)
-    assert predict(profile, "ddp", 8, IDEAL).efficiency == pytest.approx(1)
-    assert predict(profile, "ddp", 64, IDEAL, micro_batches=8).efficiency == pytest.approx(1)
+    assert forecast(profile, "ddp", 8, IDEAL).efficiency == pytest.approx(1)
+    assert forecast(profile, "ddp", 64, IDEAL, micro_batches=8).efficiency == pytest.approx(1)
     slow = Cluster(bandwidth=2 * PARAMETERS * 10 / 4 * 3 / 50)  # the all-reduce over 4 devices takes 50 s, 30 too many
-    prediction = predict(profile, "ddp", 4, slow, micro_batches=8)
+    prediction = forecast(profile, "ddp", 4, slow, micro_batches=8)
     assert 8 / prediction.images_per_second == pytest.approx(2 * 30 + 30)
     assert prediction.all_reduce == (2 * 3 * PARAMETERS * 10 // 4,)
 
@@ -88,31 +88,31 @@ def test_a_slow_link_slows_every_pipeline() -> None:
     slow = Cluster(bandwidth=STREAMS / 10, latency=1.0)
     for method in METHODS[:-1]:
         assert (
-            predict(profile, method, 4, slow).images_per_second < predict(profile, method, 4, IDEAL).images_per_second
+            forecast(profile, method, 4, slow).images_per_second < forecast(profile, method, 4, IDEAL).images_per_second
         )
-    assert 1 / predict(profile, "petra", 4, slow).images_per_second == pytest.approx(
+    assert 1 / forecast(profile, "petra", 4, slow).images_per_second == pytest.approx(
         21
     )  # a message down: 2 s of 10, + 1
 
 
 def test_what_crosses_a_link() -> None:
     profile = equal_units(4)
-    assert predict(profile, "petra", 4, IDEAL).links == (Link(STREAMS, 2 * STREAMS),) * 3
+    assert forecast(profile, "petra", 4, IDEAL).links == (Link(STREAMS, 2 * STREAMS),) * 3
     for method in ("dsp", "delayed", "1f1b", "gpipe"):
-        assert predict(profile, method, 4, IDEAL).links == (Link(STREAMS, STREAMS),) * 3
-    assert predict(profile, "ddp", 4, IDEAL).links == ()
+        assert forecast(profile, method, 4, IDEAL).links == (Link(STREAMS, STREAMS),) * 3
+    assert forecast(profile, "ddp", 4, IDEAL).links == ()
 
 
 def test_delays_in_ticks_and_in_updates() -> None:
-    prediction = predict(equal_units(4), "petra", 4, IDEAL, micro_batches=4)
+    prediction = forecast(equal_units(4), "petra", 4, IDEAL, micro_batches=4)
     assert prediction.delay == (6, 4, 2, 0)
     assert prediction.update_delay == (1.5, 1, 0.5, 0)
-    assert predict(equal_units(4), "1f1b", 4, IDEAL).delay == (0, 0, 0, 0)
+    assert forecast(equal_units(4), "1f1b", 4, IDEAL).delay == (0, 0, 0, 0)
 
 
 def test_what_each_method_keeps() -> None:
     profile = equal_units(4)
-    found = {method: predict(profile, method, 4, IDEAL, micro_batches=8).memory for method in METHODS}
+    found = {method: forecast(profile, method, 4, IDEAL, micro_batches=8).memory for method in METHODS}
     assert [m.inputs for m in found["petra"]] == [0, 0, 0, 0]
     assert [m.inputs for m in found["dsp"][:3]] == [7 * STREAMS, 5 * STREAMS, 3 * STREAMS]
     assert [m.graphs - WORKING for m in found["delayed"]] == [n * GRAPH for n in (6, 4, 2, 0)]
@@ -124,11 +124,11 @@ def test_what_each_method_keeps() -> None:
 
 
 def test_more_devices_than_units_are_used_by_replicas_of_pipelines() -> None:
-    prediction = predict(equal_units(6), "petra", 16, IDEAL, micro_batches=8)
+    prediction = forecast(equal_units(6), "petra", 16, IDEAL, micro_batches=8)
     assert prediction.replicas * prediction.stages <= 16
     assert prediction.stages <= 6
     others = [
-        predict(equal_units(6), "petra", 16, IDEAL, micro_batches=8, factorisation=(16 // p, p)).images_per_second
+        forecast(equal_units(6), "petra", 16, IDEAL, micro_batches=8, factorisation=(16 // p, p)).images_per_second
         for p in range(2, 7)
     ]
     assert prediction.images_per_second == max(others)
@@ -136,12 +136,12 @@ def test_more_devices_than_units_are_used_by_replicas_of_pipelines() -> None:
 
 def test_what_the_memory_rejects_is_said_with_the_reason_and_another_factorisation_is_taken() -> None:
     tight = Cluster(memory=4 * GRAPH)
-    reason = predict(equal_units(4), "gpipe", 4, tight).rejected
+    reason = forecast(equal_units(4), "gpipe", 4, tight).rejected
     assert reason == "stage 1 needs 51.2 kB of 20 kB, 41 kB of them graphs"
-    assert predict(equal_units(4), "petra", 4, tight).rejected is None
-    unlimited = predict(equal_units(6), "1f1b", 16, IDEAL)
+    assert forecast(equal_units(4), "petra", 4, tight).rejected is None
+    unlimited = forecast(equal_units(6), "1f1b", 16, IDEAL)
     limit = Cluster(memory=max(m.total for m in unlimited.memory) - 1)
-    limited = predict(equal_units(6), "1f1b", 16, limit)
+    limited = forecast(equal_units(6), "1f1b", 16, limit)
     assert limited.rejected is not None or limited.stages != unlimited.stages
 
 
@@ -151,14 +151,14 @@ def test_what_the_memory_rejects_is_said_with_the_reason_and_another_factorisati
 )
 def test_what_cannot_be_predicted_is_refused(arguments: tuple[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        predict(equal_units(4), *arguments, IDEAL)
+        forecast(equal_units(4), *arguments, IDEAL)
     with pytest.raises(ValueError, match="fit neither"):
-        predict(equal_units(4), "petra", 4, IDEAL, factorisation=(2, 4))
+        forecast(equal_units(4), "petra", 4, IDEAL, factorisation=(2, 4))
     with pytest.raises(ValueError, match=r"split=\[1, 2\] must be 2 positive numbers that add up to 4 units"):
-        predict(equal_units(4), "petra", 2, IDEAL, split=[1, 2])
+        forecast(equal_units(4), "petra", 2, IDEAL, split=[1, 2])
 
 
 def test_a_given_split_is_predicted() -> None:
-    prediction = predict(equal_units(4), "delayed", 2, IDEAL, split=[1, 3])
+    prediction = forecast(equal_units(4), "delayed", 2, IDEAL, split=[1, 3])
     assert prediction.split == (1, 3)
     assert prediction.images_per_second == pytest.approx(1 / 9)
