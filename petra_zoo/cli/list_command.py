@@ -12,7 +12,7 @@ from rich.table import Table
 
 from petra_zoo.hub.catalog import pretrained_tags
 from petra_zoo.hub.page import write_page
-from petra_zoo.models.describe import describe, model_names
+from petra_zoo.models.describe import describe_registered, model_names
 from petra_zoo.strict_json import to_json
 
 
@@ -36,10 +36,10 @@ def list_models(
     names = model_names(pattern)
     console = Console()
     if as_json:
-        typer.echo(to_json([describe(name).as_dict() for name in names], indent=2))
+        typer.echo(to_json([describe_registered(name).as_dict() for name in names], indent=2))
     elif console.is_terminal:
         table = Table("model", "parameters", "input", "units", "reversible")
-        for row in map(describe, names):
+        for row in map(describe_registered, names):
             size = "x".join(map(str, row.input_size))
             table.add_row(row.name, f"{row.parameters / 1e6:.2f} M", size, str(row.units), str(row.reversible_units))
         console.print(table)

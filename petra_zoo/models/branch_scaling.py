@@ -32,7 +32,7 @@ def branch_scales(layer: CoupledLayer, g: float) -> dict[str, float]:
     """
     factor = 1.0 + g
     scales: dict[str, float] = {}
-    for i, block, _, in_run, _ in layer.positions():
+    for i, block, in_run, _ in layer.positions():
         if not in_run:
             continue
         name = "bn3" if hasattr(block, "bn3") else "bn2"

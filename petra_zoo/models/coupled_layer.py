@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Optional, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.coupled_block import CoupledBlock, couple_block, is_zero
+from petra_zoo.models.coupled_block import CoupledBlock, couple_block, is_coupled, is_zero
+from petra_zoo.models.layer_parts import Enter, Foreign, Leaving, Merge, Opening, first_stream
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.reversible import (
     COUPLING_STEPS,
     CoupledUnit,
     Coupling,
     FunctionUnit,
-    Streams,
     StreamType,
     Unit,
     backpropagate,
@@ -33,8 +33,7 @@ class Position(NamedTuple):
     """A block's part in its layer."""
 
     name: str
-    block: Any
-    coupled: bool  # takes and gives streams; any other module (Identity, a block of one's own) takes and gives h
+    block: nn.Module
     in_run: bool  # has an inverse where g > 0; a coupled block that is not in a run opens the layer
     run_index: int  # 0: starts its run
 
@@ -56,11 +55,10 @@ class CoupledLayer(nn.Sequential):
         grid: > 0 makes the inversion exact at g = 1 (see `petra_zoo.reversible.StreamType`).
     """
 
-    if TYPE_CHECKING:  # torch types blocks as Module, and modules and buffers as Tensor | Module
+    if TYPE_CHECKING:
+        coupling: Tensor
 
-        def __getattr__(self, name: str) -> Any: ...
-
-        def __iter__(self) -> Iterator[CoupledBlock]: ...
+        def __iter__(self) -> Iterator[CoupledBlock]: ...  # or what somebody has put in a block's place
 
     def __init__(
         self,
@@ -72,12 +70,13 @@ class CoupledLayer(nn.Sequential):
     ) -> None:
         super().__init__(*(couple_block(block) for block in blocks))
         # Whether block 0 is in the run (TorchScript: an attribute).
-        self.starts = behind_stem and self[0].downsample is None and _idempotent(self[0].activate)
+        first = self[0]
+        self.starts = behind_stem and first.downsample is None and _idempotent(first.activate)
         self.anchor_every = anchor_every
         self.grid = grid
         self.memory: Memory = "reversible"
         self.asked_for = coupling
-        self._read: Any = None  # a weak reference to the buffer that `_g` was read from, and its version
+        self._read = _Reading()
         self._g = check_coupling(1.0 if coupling is None else coupling)
         weight = next(self.parameters())
         self.register_buffer("coupling", torch.full((), self._g, device=weight.device, dtype=weight.dtype))
@@ -105,10 +104,9 @@ class CoupledLayer(nn.Sequential):
             return self._g
         if buffer.is_cpu or buffer.is_inference():  # reading costs nothing, or nobody counts
             return nearest_coupling(buffer.item())
-        known = self._read
-        if known is None or known[0]() is not buffer or known[1] != buffer._version:
+        if not self._read.is_of(buffer):
             self._g = nearest_coupling(buffer.item())
-            self._read = (weakref.ref(buffer), buffer._version)
+            self._read = _Reading(buffer)
         return self._g
 
     @torch.jit.unused
@@ -135,22 +133,27 @@ class CoupledLayer(nn.Sequential):
         """Sets g as a newly built layer has it."""
         self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not self.coupling.is_meta:
             self._g = self.g()  # on the meta device it could not be read any more
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_read": None}
+    if TYPE_CHECKING:
 
-    def __getitem__(self, idx: Any) -> Any:
+        @overload
+        def __getitem__(self, idx: slice) -> CoupledLayer: ...
+
+        @overload
+        def __getitem__(self, idx: int) -> CoupledBlock: ...
+
+    def __getitem__(self, idx: int | slice) -> nn.Module:
         """A block, or a slice as a layer that shares blocks and coupling with this one."""
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
         return self.with_blocks(dict(list(self._modules.items())[idx]))
 
     @torch.jit.unused
-    def __add__(self, other: nn.Sequential) -> Any:
+    def __add__(self, other: nn.Sequential) -> CoupledLayer:
         """A layer of these blocks and the others behind them, with this layer's coupling."""
         if not isinstance(other, nn.Sequential):
             raise ValueError(f"only a Sequential can be added to a layer, not {type(other).__name__}")
@@ -159,17 +162,17 @@ class CoupledLayer(nn.Sequential):
         return self.with_blocks({str(i): block for i, block in enumerate([*self, *other])})
 
     @torch.jit.unused
-    def __mul__(self, times: int) -> Any:
+    def __mul__(self, times: int) -> CoupledLayer:
         """A layer of these blocks so many times over, with this layer's coupling."""
         if not isinstance(times, int) or times < 1:
             raise ValueError(f"a layer can be multiplied by 1, 2, ..., not by {times!r}")
         return self.with_blocks({str(i): block for i, block in enumerate([*self] * times)})
 
     @torch.jit.unused
-    def with_blocks(self, blocks: dict[str, Any]) -> Any:
+    def with_blocks(self, blocks: Mapping[str, nn.Module]) -> CoupledLayer:
         """A layer of other blocks that shares this one's coupling."""
-        other: CoupledLayer = copy.copy(self)  # shares the dict of buffers: its coupling stays this layer's
-        other._modules = blocks
+        other = copy.copy(self)  # shares the dict of buffers: its coupling stays this layer's
+        other._modules = dict(blocks)
         other.starts = self.starts and len(other) > 0 and other[0] is self[0]
         return other
 
@@ -235,7 +238,7 @@ class CoupledLayer(nn.Sequential):
 
     @torch.jit.unused
     def _forward_units(self, h: Tensor) -> Tensor:
-        units, leave = self.units("layer", _same)
+        units, leave = self.units("layer", first_stream)
         units.append(FunctionUnit("merge", lambda *streams: (leave(*streams),), {}))
         for unit in units:
             unit.outside = (self,)
@@ -254,10 +257,9 @@ class CoupledLayer(nn.Sequential):
         found: list[Position] = []
         run_index = -1
         for i, (name, block) in enumerate(self._modules.items()):
-            coupled = hasattr(block, "coupled_step")  # a wrapped block has it too
-            in_run = coupled and block.downsample is None and (i > 0 or self.starts)
+            in_run = is_coupled(block) and block.downsample is None and (i > 0 or self.starts)
             run_index = run_index + 1 if in_run else -1
-            found.append(Position(name, block, coupled, in_run, max(0, run_index)))
+            found.append(Position(name, block, in_run, max(0, run_index)))
         return found
 
     @torch.jit.unused
@@ -266,7 +268,7 @@ class CoupledLayer(nn.Sequential):
         return [i for i, position in enumerate(self.positions()) if position.in_run]
 
     @torch.jit.unused
-    def units(self, name: str, enter: Callable[..., Tensor]) -> tuple[list[Unit], Callable[..., Tensor]]:
+    def units(self, name: str, enter: Enter) -> tuple[list[Unit], Enter]:
         """The layer's blocks as units.
 
         Args:
@@ -277,35 +279,35 @@ class CoupledLayer(nn.Sequential):
             The units, and what turns the last one's streams into the activation [B, C, H, W] that the layer hands on.
         """
         units: list[Unit] = []
-        before = enter  # from the streams in front of a block to its h
-        for key, block, coupled, in_run, run_index in self.positions():
+        before: Enter = enter  # from the streams in front of a block to its h
+        for key, block, in_run, run_index in self.positions():
             unit = f"{name}.{key}"
-            if in_run:
+            if in_run and is_coupled(block):
                 coupled_unit = CoupledUnit(
                     unit,
                     block,
                     branch=block.branch,
-                    activate=before.behind if isinstance(before, _Merge) and run_index > 0 else before,
+                    activate=before.behind if isinstance(before, Merge) and run_index > 0 else before,
                     coupling=self.g,
                     starts=run_index == 0,
                     anchor=self.anchor_every > 0 and run_index > 0 and run_index % self.anchor_every == 0,
                     streams=self.streams,
                 )
                 units.append(coupled_unit)
-                before = _Merge(block.activate, coupled_unit.activate, self.g)
-            elif coupled:
-                units.append(FunctionUnit(unit, _opening(block, before, self.streams), {"block": block}))
+                before = Merge(block.activate, coupled_unit.activate, self.g)
+            elif is_coupled(block):
+                units.append(FunctionUnit(unit, Opening(block, before, self.streams), {"block": block}))
                 before = block.activate
             else:
-                units.append(FunctionUnit(unit, _foreign(block, before, self.streams), {"block": block}))
-                before = _same
-        return units, lambda *streams: self.streams.leave(before(*streams), self)
+                units.append(FunctionUnit(unit, Foreign(block, before, self.streams), {"block": block}))
+                before = first_stream
+        return units, Leaving(self, before, self.streams)
 
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Tensor],
         prefix: str,
-        local_metadata: dict[str, Any],
+        local_metadata: Mapping[str, int],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -356,40 +358,18 @@ def check_coupling(g: float) -> float:
     return float(g)
 
 
-def _opening(block: CoupledBlock, enter: Callable[..., Tensor], kind: StreamType) -> Callable[..., Streams]:
-    return lambda *streams: (block.coupled_step(enter(*streams), streams=kind),)
+class _Reading:
+    """Of which tensor, and of which version of it, a value was read. Copies and pickles begin without one."""
 
+    def __init__(self, buffer: Tensor | None = None) -> None:
+        self._buffer = None if buffer is None else weakref.ref(buffer)
+        self._version = -1 if buffer is None else buffer._version
 
-def _foreign(block: nn.Module, enter: Callable[..., Tensor], kind: StreamType) -> Callable[..., Streams]:
-    def function(*streams: Tensor) -> Streams:
-        h = enter(*streams)
-        # A block that writes into its argument must not write into a stream.
-        return (kind.carry(block(kind.for_branch(h.clone() if h is streams[0] else h, block))),)
+    def __reduce__(self) -> tuple[type[_Reading], tuple[()]]:
+        return type(self), ()
 
-    return function
-
-
-def _same(*streams: Tensor) -> Tensor:
-    return streams[0]
-
-
-class _Merge:
-    """The end of a run: from the streams behind a block of it to the activation h.
-
-    Args:
-        behind: the activation behind the block.
-        in_front: the one in front of it, which made h of the stream that is now a.
-        coupling: reads g.
-    """
-
-    def __init__(
-        self, behind: Callable[[Tensor], Tensor], in_front: Callable[..., Tensor], coupling: Callable[[], float]
-    ) -> None:
-        self.behind, self.in_front, self.coupling = behind, in_front, coupling
-
-    def __call__(self, *streams: Tensor) -> Tensor:
-        h = self.behind(streams[0])
-        return h if len(streams) == 1 else merge(h, self.in_front(streams[1]), self.coupling())
+    def is_of(self, buffer: Tensor) -> bool:
+        return self._buffer is not None and self._buffer() is buffer and self._version == buffer._version
 
 
 def _idempotent(activate: Callable[[Tensor], Tensor]) -> bool:

@@ -60,7 +60,7 @@ def model_names(pattern: str = "*") -> list[str]:
     return list(names)
 
 
-def describe(name: str) -> Description:
+def describe_registered(name: str) -> Description:
     """Looks a network up, or one of its tags (ARCHITECTURE.TAG): then as it is once those weights are loaded.
 
     Raises:

@@ -12,11 +12,14 @@ from timm.layers import BlurPool2d, SEModule, get_attn
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+Argument = Any  # what timm's constructors and configurations take: numbers, words, classes of layers, partials
+Arguments = dict[str, Argument]
+
 _BLOCKS = {"basic": BasicBlock, "bottleneck": Bottleneck}
 _ANTI_ALIASING = {"avg": nn.AvgPool2d, "blur": BlurPool2d}
 
 
-def to_words(arguments: dict[str, Any]) -> dict[str, Any]:
+def to_words(arguments: Arguments) -> Arguments:
     """Constructor arguments with the layers that timm's ResNets use replaced by words; others stay as they are.
 
     ``block``, where there is one per layer, becomes a list of 'basic' and 'bottleneck', ``aa_layer`` becomes 'avg' or
@@ -35,7 +38,7 @@ def to_words(arguments: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def from_words(arguments: dict[str, Any]) -> dict[str, Any]:
+def from_words(arguments: Arguments) -> Arguments:
     """The inverse of `to_words`.
 
     Raises:

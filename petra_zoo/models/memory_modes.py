@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class MemoryModes:
     @torch.jit.unused
     def _goes_beyond_units(self, *names: str) -> bool:
         """Whether any of these methods is not that of the class that defines `units`, which would leave it out."""
-        own: Any = next(kind for kind in type(self).__mro__ if "units" in vars(kind))
+        own = next(kind for kind in type(self).__mro__ if "units" in vars(kind))
         return any(getattr(type(self), name) is not getattr(own, name) or name in vars(self) for name in names)
 
     @torch.jit.unused

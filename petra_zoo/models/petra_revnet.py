@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.models.coupled_layer import CoupledLayer
-from petra_zoo.models.layer_arguments import from_words
+from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
+from petra_zoo.models.layer_parts import Enter, first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings, resnet_cfgs
 from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
 
 __all__ = ["PetraRevNet"]
+
+_T = TypeVar("_T")
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "petra_revnet_tiny.digits.safetensors"  # in the wheel
@@ -51,19 +54,22 @@ class PetraRevNet(MemoryModes, ResNet):
         **kwargs: timm's `ResNet` arguments; unknown ones raise TypeError.
     """
 
+    if TYPE_CHECKING:
+        pretrained_cfg: Arguments  # timm's builder sets it
+
     def __init__(
         self,
         block: type[nn.Module],
         layers: Sequence[int],
-        *args: Any,
+        *args: Argument,
         stem_type: str = "",
         coupling: float | Sequence[float] | None = None,
         anchor_every: int | Sequence[int] = 0,
         exact: bool = False,
         exact_bits: int = 12,
-        **kwargs: Any,
+        **kwargs: Argument,
     ) -> None:
-        init: Any = super().__init__  # timm's annotations ask for an instance of the block, not its class
+        init: Argument = super().__init__  # timm's annotations ask for an instance of the block, not its class
         if stem_type == "cifar":
             # timm's plain stem is always 64 wide; its deep stem has twice stem_width, and its convolutions go.
             width = kwargs.pop("stem_width", 64)
@@ -84,8 +90,9 @@ class PetraRevNet(MemoryModes, ResNet):
         """
         if type(source) is not ResNet:
             raise UserError(f"expected a timm ResNet, got {type(source).__name__}")
-        model: Any = copy.deepcopy(source)
+        model = copy.deepcopy(source)
         model.__class__ = cls
+        assert isinstance(model, cls)
         model._couple(coupling, anchor_every, 0.0)
         return model
 
@@ -95,7 +102,7 @@ class PetraRevNet(MemoryModes, ResNet):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         self.add_module("conv1", conv)
         self.add_module("maxpool", nn.Identity())
-        infos: list[dict[str, Any]] = self.feature_info
+        infos: list[Arguments] = self.feature_info
         for i, info in enumerate(infos):
             info["reduction"] = max(1, info["reduction"] // (2 if i == 0 else 4))
 
@@ -109,7 +116,7 @@ class PetraRevNet(MemoryModes, ResNet):
             )
             setattr(self, name, layer.train(blocks.training))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Argument) -> None:
         """A layer's blocks in a Sequential of somebody's own, ``nn.Sequential(*model.layer1, extra)``, stay coupled."""
         if name in LAYERS and type(value) is nn.Sequential and any(isinstance(m, CoupledBlock) for m in value):
             layer = self._modules.get(name)
@@ -146,7 +153,7 @@ class PetraRevNet(MemoryModes, ResNet):
             layer.set_coupling(g)
 
     @torch.jit.ignore
-    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+    def init_weights(self, *args: Argument, **kwargs: Argument) -> None:
         """timm's initialisation; couplings become those of a newly built model."""
         super().init_weights(*args, **kwargs)
         for layer in self.coupled_layers():
@@ -163,7 +170,7 @@ class PetraRevNet(MemoryModes, ResNet):
         self._check_units()
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
         units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
-        leave: Callable[..., Tensor] = _same  # from the streams behind a layer to the activation it hands on
+        leave: Enter = first_stream  # from the streams behind a layer to the activation it hands on
         for name in LAYERS:
             layer = getattr(self, name)
             if isinstance(layer, CoupledLayer):
@@ -171,7 +178,7 @@ class PetraRevNet(MemoryModes, ResNet):
                 units += of_layer
             elif not isinstance(layer, nn.Identity):  # somebody's own: a unit without an inverse
                 units.append(FunctionUnit(name, _whole(layer, leave), {name: layer}))
-                leave = _same
+                leave = first_stream
         head = {"global_pool": self.global_pool, "fc": self.fc}
         units.append(FunctionUnit("head", _whole(self.forward_head, leave), head))
         outside = (self, *self.coupled_layers())
@@ -195,11 +202,7 @@ class PetraRevNet(MemoryModes, ResNet):
         return backpropagate(self.units(), (x,), reconstruct=self.memory == "reversible")[0]
 
 
-def _same(*streams: Tensor) -> Tensor:
-    return streams[0]
-
-
-def _whole(layer: Callable[[Tensor], Tensor], enter: Callable[..., Tensor]) -> Callable[..., Streams]:
+def _whole(layer: Callable[[Tensor], Tensor], enter: Enter) -> Callable[..., Streams]:
     def function(*streams: Tensor) -> Streams:
         h = enter(*streams)
         return (layer(h.clone() if h is streams[0] else h),)  # it may write into its argument, not into a stream
@@ -207,15 +210,15 @@ def _whole(layer: Callable[[Tensor], Tensor], enter: Callable[..., Tensor]) -> C
     return function
 
 
-def _one_per_layer(value: Any, name: str) -> list[Any]:
-    if value is None or isinstance(value, int | float):
+def _one_per_layer(value: _T | Sequence[_T], name: str) -> list[_T]:
+    if not isinstance(value, Sequence):
         return [value] * len(LAYERS)
     if len(value) != len(LAYERS):
         raise ValueError(f"{name} is one number or {len(LAYERS)}, one per layer; got {len(value)}")
     return list(value)
 
 
-def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
+def _cfg(size: int = 224, **kwargs: Argument) -> Arguments:
     return {
         "num_classes": 1000,
         "input_size": (3, size, size),
@@ -231,7 +234,7 @@ def _cfg(size: int = 224, **kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+def _cifar_cfg(**kwargs: Argument) -> Arguments:
     return _cfg(32, **{"num_classes": 10, "pool_size": (4, 4), "crop_pct": 1.0, **kwargs})
 
 
@@ -269,7 +272,7 @@ def _couple_pretrained(weights: dict[str, Tensor], model: PetraRevNet, *, anchor
     return couple_weights(weights, layers, chosen.couplings)
 
 
-def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> PetraRevNet:
+def _create(variant: str, pretrained: bool, model_args: Arguments, kwargs: Arguments) -> PetraRevNet:
     return build_model_with_cfg(
         PetraRevNet,
         variant,
@@ -281,37 +284,37 @@ def _create(variant: str, pretrained: bool, model_args: dict[str, Any], kwargs: 
 
 
 @register_model
-def petra_revnet18(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet18(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-18: the parameters of timm's resnet18."""
     return _create("petra_revnet18", pretrained, {"block": BasicBlock, "layers": (2, 2, 2, 2)}, kwargs)
 
 
 @register_model
-def petra_revnet34(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet34(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-34: the parameters of timm's resnet34."""
     return _create("petra_revnet34", pretrained, {"block": BasicBlock, "layers": (3, 4, 6, 3)}, kwargs)
 
 
 @register_model
-def petra_revnet50(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet50(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-50: the parameters of timm's resnet50."""
     return _create("petra_revnet50", pretrained, {"block": Bottleneck, "layers": (3, 4, 6, 3)}, kwargs)
 
 
 @register_model
-def petra_revnet101(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet101(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-101: the parameters of timm's resnet101."""
     return _create("petra_revnet101", pretrained, {"block": Bottleneck, "layers": (3, 4, 23, 3)}, kwargs)
 
 
 @register_model
-def petra_revnet152(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet152(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-152: the parameters of timm's resnet152."""
     return _create("petra_revnet152", pretrained, {"block": Bottleneck, "layers": (3, 8, 36, 3)}, kwargs)
 
 
 @register_model
-def petra_revnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet18_cifar(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-18 for 32x32 images: 3x3 stem, no pooling."""
     return _create(
         "petra_revnet18_cifar", pretrained, {"block": BasicBlock, "layers": (2, 2, 2, 2), "stem_type": "cifar"}, kwargs
@@ -319,7 +322,7 @@ def petra_revnet18_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet
 
 
 @register_model
-def petra_revnet34_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet34_cifar(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-34 for 32x32 images: 3x3 stem, no pooling."""
     return _create(
         "petra_revnet34_cifar", pretrained, {"block": BasicBlock, "layers": (3, 4, 6, 3), "stem_type": "cifar"}, kwargs
@@ -327,7 +330,7 @@ def petra_revnet34_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet
 
 
 @register_model
-def petra_revnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet50_cifar(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """Reversible ResNet-50 for 32x32 images: 3x3 stem, no pooling."""
     return _create(
         "petra_revnet50_cifar", pretrained, {"block": Bottleneck, "layers": (3, 4, 6, 3), "stem_type": "cifar"}, kwargs
@@ -335,7 +338,7 @@ def petra_revnet50_cifar(pretrained: bool = False, **kwargs: Any) -> PetraRevNet
 
 
 @register_model
-def petra_revnet_tiny(pretrained: bool = False, **kwargs: Any) -> PetraRevNet:
+def petra_revnet_tiny(pretrained: bool = False, **kwargs: Argument) -> PetraRevNet:
     """A small reversible ResNet (0.2 M parameters, 14 units) for images of 8x8 to 32x32."""
     model_args = {
         "block": BasicBlock,

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.memory_modes import Memory, MemoryModes
+from petra_zoo.reversible import UnitModel
 from petra_zoo.reversible.operands import Operand
 
 _Result = TypeVar("_Result")
@@ -44,21 +46,25 @@ class ActivationMemory:
         return asdict(self)
 
 
-def activation_memory(model: nn.Module, input_size: tuple[int, int, int]) -> ActivationMemory:
+def activation_memory(model: nn.Module | UnitModel, input_size: tuple[int, int, int]) -> ActivationMemory:
     """Peak bytes of activations per image in a training step of a model with `set_memory`.
 
     Args:
         model: on any device; it is left as it is.
         input_size: channels, height and width of an image.
+
+    Raises:
+        UserError: the model has no `set_memory`.
     """
     meta = copy.deepcopy(model).to("meta")
-    assert isinstance(meta, MemoryModes)
-
-    def peak(memory: Memory) -> int:
-        meta.set_memory(memory)
-        return step_bytes(meta, input_size).peak
-
-    return ActivationMemory(plain=peak("plain"), checkpointed=peak("recompute"), reversible=peak("reversible"))
+    if not isinstance(meta, MemoryModes):
+        raise UserError(f"{type(model).__name__} has no set_memory(): step_bytes counts any network, as it is set up")
+    found = {}
+    modes: dict[str, Memory] = {"plain": "plain", "checkpointed": "recompute", "reversible": "reversible"}
+    for name, mode in modes.items():
+        meta.set_memory(mode)
+        found[name] = step_bytes(meta, input_size).peak
+    return ActivationMemory(**found)
 
 
 class StepBytes(NamedTuple):
@@ -73,7 +79,7 @@ class StepBytes(NamedTuple):
     peak: int
 
 
-def step_bytes(network: nn.Module, input_size: tuple[int, int, int]) -> StepBytes:
+def step_bytes(network: nn.Module | UnitModel, input_size: tuple[int, int, int]) -> StepBytes:
     """Bytes of activations per image in a training step of any network of images, as it is set up.
 
     Args:

@@ -322,11 +322,11 @@ def test_the_papers_networks_have_the_papers_sizes(name: str, parameters: int, u
 
 
 def test_the_runs_are_those_of_the_resnets() -> None:
-    from petra_zoo.models.describe import describe
+    from petra_zoo.models.describe import describe_registered
 
     runs = {18: [2, 1, 1, 1], 34: [3, 3, 5, 2], 50: [2, 3, 5, 2], 101: [2, 3, 22, 2], 152: [2, 7, 35, 2]}
-    assert {depth: describe(f"petra_revnet{depth}").runs for depth in runs} == runs
-    assert 100_000 <= describe("petra_revnet_tiny").parameters <= 300_000
+    assert {depth: describe_registered(f"petra_revnet{depth}").runs for depth in runs} == runs
+    assert 100_000 <= describe_registered("petra_revnet_tiny").parameters <= 300_000
 
 
 @pytest.mark.parametrize("act_layer", ["relu", "silu"])
