@@ -7,11 +7,11 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.identity import Arguments, constructor_arguments
+from petra_zoo.converters.identity import constructor_arguments
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.classifier import as_classifier, config_of
-from petra_zoo.models.layer_arguments import from_words, to_words
+from petra_zoo.models.layer_arguments import Arguments, from_words, to_words
 
 _REVERSIBLE_ONLY = {"coupling", "anchor_every", "exact", "exact_bits"}
 _GIVEN_ANYWAY = {"num_classes", "in_chans", "dtype", "device"}

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 from types import FunctionType
-from typing import Any
 
 from timm.models import is_model, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.classifier import as_classifier, config_of
-from petra_zoo.models.layer_arguments import to_words
-
-Arguments = dict[str, Any]  # of a constructor: numbers, words, layers and blocks
+from petra_zoo.models.layer_arguments import Arguments, to_words
 
 _NAMES = {
     (BasicBlock, (2, 2, 2, 2)): "petra_revnet18",
