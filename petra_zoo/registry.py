@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from petra_zoo.errors import UserError
+from petra_zoo.extensions import load_entry_points
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T | None:
         """What the name stands for; None where it is unknown."""
-        return self._known.get(name)
+        return self._all().get(name)
 
     def find(self, name: str) -> T:
         """What the name stands for.
@@ -59,11 +60,15 @@ class Registry(Generic[T]):
 
     def nearest(self, name: str) -> str:
         """The one or two names that are most like it, else all, for messages."""
-        return " or ".join(difflib.get_close_matches(name, self._known, n=2) or self._known)
+        return " or ".join(difflib.get_close_matches(name, self._all(), n=2) or self._all())
 
     def names(self) -> list[str]:
         """All names, in the order of registration."""
-        return list(self._known)
+        return list(self._all())
+
+    def _all(self) -> dict[str, T]:
+        load_entry_points(self.entry_points)
+        return self._known
 
     @contextmanager
     def restored(self) -> Iterator[None]:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petra_zoo.converters.calibration import CalibrationImages
-from petra_zoo.converters.checkpoint_conversion import Conversion, convert_back, convert_checkpoint, count_blocks
-from petra_zoo.converters.reconstruction import CoupledRun
+from petra_zoo.cli.completion import complete_source
 from petra_zoo.errors import UserError
-from petra_zoo.hub import push as publish
 from petra_zoo.strict_json import to_json
+
+if TYPE_CHECKING:
+    from petra_zoo.converters.checkpoint_conversion import Conversion
+    from petra_zoo.converters.reconstruction import CoupledRun
 
 
 def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A timm name, torchvision:MODEL.WEIGHT, hf-hub:ORG/NAME, a run, or weights."
+            metavar="SOURCE",
+            help="A timm name, torchvision:MODEL.WEIGHT, hf-hub:ORG/NAME, a run, or weights.",
+            autocompletion=complete_source,
         ),
     ],
     output: Annotated[Path, typer.Option(help="The directory to write; it must be absent or empty.")],
@@ -52,6 +55,9 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a trained ResNet into a reversible network that predicts the same, and save it for timm."""
+    from petra_zoo.converters.calibration import CalibrationImages
+    from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
+
     if to_resnet:
         name = convert_back(source, output)
         typer.echo(
@@ -71,7 +77,11 @@ def convert(
         report=report,
         exact=exact,
     )
-    pushed = publish(output, push) if push else None
+    pushed = None
+    if push:
+        from petra_zoo.hub import push as publish
+
+        pushed = publish(output, push)
     if as_json:
         typer.echo(to_json({**done.as_dict(), **({"pushed": pushed.as_dict()} if pushed else {})}))
         return
@@ -98,6 +108,8 @@ def convert(
 def _line(run: CoupledRun, done: Conversion) -> str:
     if not run.g:
         return f"not reversible (coupling 0): {done.why_not(run)}"
+    from petra_zoo.converters.checkpoint_conversion import count_blocks
+
     anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
     return f"{count_blocks(run.blocks)} reversible, coupling {run.g:g}{anchors}, reconstruction error {run.error:.1e}"
 

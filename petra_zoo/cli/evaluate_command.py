@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, EvaluationReport, evaluate_checkpoints
-from petra_zoo.evaluation.comparison import Comparison, compare
+from petra_zoo.cli.completion import complete_model
 from petra_zoo.strict_json import Json, to_json
+
+if TYPE_CHECKING:
+    from petra_zoo.evaluation.checkpoint_evaluation import EvaluationReport
+    from petra_zoo.evaluation.comparison import Comparison
 
 
 def evaluate(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="RUN_OR_MODEL...", help="Runs, hf-hub:ORG/NAME[@REVISION], or pretrained models."),
+        typer.Argument(
+            metavar="RUN_OR_MODEL...",
+            help="Runs, hf-hub:ORG/NAME[@REVISION], or pretrained models.",
+            autocompletion=complete_model,
+        ),
     ],
     dataset: Annotated[
         str | None, typer.Option(help="digits, shapes, cifar10, folder, ...; default: what the run was trained on.")
@@ -40,6 +47,9 @@ def evaluate(
     """Evaluate trained models: top-1, top-5, loss, memory, and the classes they mistake most."""
     if compared and len(sources) != 2:
         raise typer.BadParameter(f"--compare takes two models, not {len(sources)}")
+    from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoints
+    from petra_zoo.evaluation.comparison import compare
+
     options = EvaluationOptions(
         batch_size=batch_size,
         retry=retry,

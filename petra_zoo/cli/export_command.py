@@ -8,13 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
+from petra_zoo.cli.completion import complete_model
 from petra_zoo.errors import UserError
-from petra_zoo.evaluation.export import export_model
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run directory, hf-hub:ORG/NAME, or a pretrained model.")
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A run directory, hf-hub:ORG/NAME, or a pretrained model.",
+            autocompletion=complete_model,
+        ),
     ],
     output: Annotated[Path, typer.Option(help="The file to write, such as model.onnx or model.pt2.")],
     format: Annotated[Literal["onnx", "torch-export"], typer.Option(help="Onnx needs the extra 'export'.")] = "onnx",
@@ -24,6 +29,8 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images at a time.")] = False,
 ) -> None:
     """Write a trained network for inference, checked against the model: images in, logits out."""
+    from petra_zoo.evaluation.export import export_model
+
     size = None if input_size is None else _size(input_size)
     done = export_model(source, output, format=format, image_size=size, dynamic_batch=dynamic_batch)
     batch = "N" if done.dynamic_batch else "1"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from petra_zoo.hub.catalog import Tag, look_up
+from petra_zoo.cli.completion import complete_model
 from petra_zoo.strict_json import to_json
+
+if TYPE_CHECKING:
+    from petra_zoo.hub.catalog import Tag
 
 MIB = 2**20
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A model, or model.tag (petra-zoo list).")],
+    name: Annotated[str, typer.Argument(help="A model, or model.tag (petra-zoo list).", autocompletion=complete_model)],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a network: parameters, operations, units, runs, coupling, activation memory, pretrained weights."""
+    from petra_zoo.hub.catalog import look_up
+
     facts = look_up(name)
     if as_json:
         typer.echo(to_json(facts.as_dict(), indent=2))

@@ -6,13 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from petra_zoo.hub.catalog import pretrained_tags
-from petra_zoo.hub.page import write_page
-from petra_zoo.models.describe import describe, model_names
+from petra_zoo.cli.output import on_terminal, print_lines, print_table
 from petra_zoo.strict_json import to_json
 
 
@@ -26,38 +21,64 @@ def list_models(
 ) -> None:
     """List the networks that timm.create_model makes once petra_zoo is imported."""
     if html is not None:
-        names = model_names(pattern)
-        shown = track(names, "computing memory") if Console().is_terminal else names
-        typer.echo(f"saved {write_page(shown, html)}")
-        return
-    if pretrained:
+        _write_page(pattern, html)
+    elif pretrained:
         _list_pretrained(pattern, as_json)
-        return
+    else:
+        _list_networks(pattern, as_json)
+
+
+def _list_networks(pattern: str, as_json: bool) -> None:
+    from petra_zoo.models.describe import describe, model_names
+
     names = model_names(pattern)
-    console = Console()
     if as_json:
         typer.echo(to_json([describe(name).as_dict() for name in names], indent=2))
-    elif console.is_terminal:
-        table = Table("model", "parameters", "input", "units", "reversible")
-        for row in map(describe, names):
-            size = "x".join(map(str, row.input_size))
-            table.add_row(row.name, f"{row.parameters / 1e6:.2f} M", size, str(row.units), str(row.reversible_units))
-        console.print(table)
+    elif on_terminal():
+        rows = [
+            (
+                row.name,
+                f"{row.parameters / 1e6:.2f} M",
+                "x".join(map(str, row.input_size)),
+                str(row.units),
+                str(row.reversible_units),
+            )
+            for row in map(describe, names)
+        ]
+        print_table(("model", "parameters", "input", "units", "reversible"), rows)
     else:
-        typer.echo("".join(f"{name}\n" for name in names), nl=False)
+        print_lines(names)
 
 
 def _list_pretrained(pattern: str, as_json: bool) -> None:
+    from petra_zoo.hub.catalog import pretrained_tags
+
     tags = pretrained_tags(pattern)
-    console = Console()
     if as_json:
         typer.echo(to_json([tag.as_dict() for tag in tags], indent=2))
-    elif console.is_terminal:
-        table = Table("name", "input", "classes", "licence", "weights", "top-1")
-        for tag in tags:
-            top1 = f"{tag.reference.top1:.2f} %, {tag.reference.source}" if tag.reference else "not measured"
-            size = "x".join(map(str, tag.input_size))
-            table.add_row(tag.name, size, str(tag.num_classes), tag.license or "not stated", tag.weights, top1)
-        console.print(table)
+    elif on_terminal():
+        rows = [
+            (
+                tag.name,
+                "x".join(map(str, tag.input_size)),
+                str(tag.num_classes),
+                tag.license or "not stated",
+                tag.weights,
+                f"{tag.reference.top1:.2f} %, {tag.reference.source}" if tag.reference else "not measured",
+            )
+            for tag in tags
+        ]
+        print_table(("name", "input", "classes", "licence", "weights", "top-1"), rows)
     else:
-        typer.echo("".join(f"{tag.name}\n" for tag in tags), nl=False)
+        print_lines(tag.name for tag in tags)
+
+
+def _write_page(pattern: str, directory: Path) -> None:
+    from rich.progress import track
+
+    from petra_zoo.hub.page import write_page
+    from petra_zoo.models.describe import model_names
+
+    names = model_names(pattern)
+    shown = track(names, "computing memory") if on_terminal() else names
+    typer.echo(f"saved {write_page(shown, directory)}")

@@ -1,4 +1,4 @@
-"""`petra-zoo`: the command line. One small file per command, no logic of its own."""
+"""`petra-zoo`: the command line. One small file per command, no logic of its own, nothing heavy at import."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from petra_zoo import __version__
 from petra_zoo.cli import (
     convert_command,
     demo_command,
@@ -22,15 +21,15 @@ from petra_zoo.cli import (
     recipes_command,
     train_command,
 )
+from petra_zoo.cli.interruption import was_interrupted
 from petra_zoo.errors import Failure, UserError
+from petra_zoo.extensions import import_modules
 from petra_zoo.files import expand_home
-from petra_zoo.training.launch import as_worker
 
 app = typer.Typer(
     name="petra-zoo",
     help="Reversible networks for timm, trained with PETRA. Start with: petra-zoo demo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo_command.demo)
@@ -46,13 +45,28 @@ app.command("plan")(plan_command.plan)
 app.add_typer(recipes_command.app, name="recipes")
 
 
-@app.callback(invoke_without_command=True)
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
-    if version:
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from petra_zoo import __version__
+
         typer.echo(f"petra-zoo {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and leave.", callback=_say_version, is_eager=True),
+    ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="Import your module, which registers models and the like; repeatable."
+        ),
+    ] = None,
+) -> None:
+    import_modules(imports or [])
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -60,7 +74,11 @@ def run(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     words = [expand_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        as_worker(lambda: app(words))
+        app(words)
     except (UserError, Failure) as error:
         print(f"petra-zoo: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except SystemExit as leaving:
+        if was_interrupted(leaving):  # which typer passes over in silence
+            raise KeyboardInterrupt from None
+        raise

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from petra_zoo.planning.cluster import Cluster
-from petra_zoo.planning.plan import COLUMNS, draw, make_plan
-from petra_zoo.planning.profiles import profile_of
-from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
+from petra_zoo.cli.completion import complete_model
+from petra_zoo.cli.output import print_table
 from petra_zoo.strict_json import to_json
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A model's name (petra-zoo list).")],
+    model: Annotated[str, typer.Argument(help="A model's name (petra-zoo list).", autocompletion=complete_model)],
     devices: Annotated[int, typer.Option(min=1, help="How many devices there are.")] = 8,
     bandwidth: Annotated[str, typer.Option(help="Of a link, each way: 10GB/s, 100Gbit/s.")] = "10GB/s",
     latency: Annotated[str, typer.Option(help="Of a message: 10us.")] = "10us",
@@ -35,6 +31,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every link and device in it.")] = False,
 ) -> None:
     """Predict speed, links, memory and delay of PETRA and its peers on 1 to 64 devices."""
+    from petra_zoo.planning.cluster import Cluster
+    from petra_zoo.planning.plan import COLUMNS, draw, make_plan
+    from petra_zoo.planning.profiles import profile_of
+    from petra_zoo.planning.quantities import parse_bandwidth, parse_bytes, parse_seconds
+
     cluster = Cluster(
         parse_bandwidth(bandwidth, "--bandwidth"),
         parse_seconds(latency, "--latency"),
@@ -52,17 +53,5 @@ def plan(
     for note in result.notes():
         typer.echo(note)
     counts = [str(p.devices) for p in next(iter(result.curves.values()))]
-    _print(f"on {devices} devices", COLUMNS, result.rows())
-    _print("images/s by devices", ("method", *counts), result.curve_rows())
-
-
-def _print(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        for line in ([title], columns, *rows):
-            typer.echo("\t".join(line))
-        return
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(COLUMNS, result.rows(), title=f"on {devices} devices")
+    print_table(("method", *counts), result.curve_rows(), title="images/s by devices")

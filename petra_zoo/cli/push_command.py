@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from petra_zoo.hub import push as publish
 from petra_zoo.strict_json import to_json
 
 
@@ -27,6 +26,8 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Publish a model on the Hub: weights, config, card, recipe, results; download it again and compare."""
+    from petra_zoo.hub import push as publish
+
     done = publish(
         directory,
         repo_id,

@@ -1,16 +1,16 @@
 """`petra-zoo recipes`: the recipes that come with the package."""
 
+from __future__ import annotations
+
 import fnmatch
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from petra_zoo.settings.recipe_files import copy_recipe, list_recipes, load_recipe, recipe_text, recipe_yaml
-from petra_zoo.strict_json import to_json
-from petra_zoo.training.recipe_validation import validate_recipes
+from petra_zoo.cli.completion import complete_recipe, complete_setting
+from petra_zoo.cli.output import on_terminal, print_lines, print_table
+from petra_zoo.strict_json import Json, to_json
 
 app = typer.Typer(help="List, show, copy and try the recipes that come with the package.", no_args_is_help=True)
 
@@ -23,50 +23,67 @@ def list_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List recipes."""
+    from petra_zoo.settings.recipe_files import list_recipes
+
     names = fnmatch.filter(list_recipes(), pattern)
-    rows = [{"name": name, **load_recipe(name).model_dump(include=set(_COLUMNS))} for name in names]
-    console = Console()
     if as_json:
-        typer.echo(to_json(rows, indent=2))
-    elif console.is_terminal:
-        table = Table("recipe", *_COLUMNS)
-        for row in rows:
-            table.add_row(*(str(row[column]) for column in ("name", *_COLUMNS)))
-        console.print(table)
+        typer.echo(to_json([_row(name) for name in names], indent=2))
+    elif on_terminal():
+        print_table(("recipe", *_COLUMNS), [[str(value) for value in _row(name).values()] for name in names])
     else:
-        typer.echo("".join(f"{name}\n" for name in names), nl=False)
+        print_lines(names)
+
+
+def _row(name: str) -> dict[str, Json]:
+    """What a recipe is about, as its file says it: to check all settings takes torch and timm."""
+    from petra_zoo.settings.recipe import Recipe
+    from petra_zoo.settings.recipe_files import recipe_settings
+
+    settings = recipe_settings(name)
+    return {"name": name} | {key: settings.get(key, Recipe.model_fields[key].default) for key in _COLUMNS}
 
 
 @app.command("show")
 def show_command(
-    name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    name: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.", autocompletion=complete_recipe)],
     resolved: Annotated[
         bool, typer.Option("--resolved", help="Print all settings, with those of the recipes that it extends.")
     ] = False,
 ) -> None:
     """Print a recipe's YAML."""
+    from petra_zoo.settings.recipe_files import load_recipe, recipe_text, recipe_yaml
+
     typer.echo(recipe_yaml(load_recipe(name)) if resolved else recipe_text(name), nl=False)
 
 
 @app.command("cp")
 def copy_command(
-    name: Annotated[str, typer.Argument(help="A recipe's name.")],
+    name: Annotated[str, typer.Argument(help="A recipe's name.", autocompletion=complete_recipe)],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new file, or an existing folder.")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Copy a recipe to a file of your own."""
+    from petra_zoo.settings.recipe_files import copy_recipe
+
     typer.echo(str(copy_recipe(name, destination, force=force)))
 
 
 @app.command("validate")
 def validate_command(
-    pattern: Annotated[str, typer.Argument(help="Wildcards, such as 'cifar10/*', or a .yaml file.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="Wildcards, such as 'cifar10/*', or a .yaml file.", autocompletion=complete_recipe)
+    ] = "*",
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipes'.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Settings that replace the recipes'.", autocompletion=complete_setting
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Build all that recipes ask for, on small generated files, and make two updates with two images at a time."""
+    from petra_zoo.training.recipe_validation import validate_recipes
+
     verdicts = []
     for verdict in validate_recipes(pattern, overrides or []):
         verdicts.append(verdict)

@@ -1,1 +1,3 @@
 """What a trained model is worth: scores, comparisons, predictions, exports."""
+
+import petra_zoo.models  # noqa: F401  (first: an extension that comes along may import any module of this room)

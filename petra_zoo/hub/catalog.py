@@ -14,6 +14,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.describe import Description, create_meta, describe_model
+from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.models.training_memory import ActivationMemory, activation_memory
 from petra_zoo.strict_json import JsonObject
 
@@ -73,9 +74,13 @@ def look_up(name: str) -> Facts:
     """A network, or one of its tags: then with that tag's couplings and image size; takes a second or more.
 
     Raises:
-        UserError: no such network or tag.
+        UserError: no such network or tag, or its activations cannot be counted.
     """
     model = create_meta(name)
+    if not isinstance(model, MemoryModes):
+        raise UserError(
+            f"{name} is no petra_zoo.models.memory_modes.MemoryModes: its activations are counted by set_memory()"
+        )
     network = describe_model(model, name)
     architecture, _, tag = name.partition(".")
     return Facts(network, activation_memory(model, network.input_size), _tags(f"{architecture}.{tag or '*'}"))

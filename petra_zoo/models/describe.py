@@ -6,7 +6,6 @@ import copy
 import difflib
 import inspect
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import timm
 import torch
@@ -14,8 +13,11 @@ from timm.models import get_arch_pretrained_cfgs, model_entrypoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import UnitClassifier, as_unit_classifier, config_of
+from petra_zoo.models.petra_revnet import PetraRevNet
 from petra_zoo.models.resnet_weights import choose_couplings
-from petra_zoo.reversible import segments
+from petra_zoo.reversible import CoupledUnit, segments, units_of
+from petra_zoo.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,14 @@ class Description:
     runs: list[int]
     coupling: list[float]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """For JSON."""
         return asdict(self)
+
+
+def zoo_names(pattern: str = "*") -> list[str]:
+    """Registered networks whose names match: ours and those of extensions, which is all but timm's own."""
+    return [name for name in timm.list_models(pattern) if not model_entrypoint(name).__module__.startswith("timm.")]
 
 
 def model_names(pattern: str = "*") -> list[str]:
@@ -50,12 +57,10 @@ def model_names(pattern: str = "*") -> list[str]:
     Raises:
         UserError: none does.
     """
-    names = [name for name in timm.list_models(pattern) if name.startswith("petra_")] or timm.list_models(
-        f"petra_*{pattern}"
-    )
+    names = zoo_names(pattern) or zoo_names(f"petra_*{pattern}")
     if not names:
         raise UserError(f"no model matches {pattern!r}; petra-zoo list shows all, wildcards are * and ?")
-    return list(names)
+    return names
 
 
 def describe(name: str) -> Description:
@@ -67,44 +72,45 @@ def describe(name: str) -> Description:
     return describe_model(create_meta(name), name)
 
 
-def create_meta(name: str) -> Any:
-    """A network of the zoo on the meta device, without content.
+def create_meta(name: str) -> UnitClassifier:
+    """A network with units on the meta device, without content.
 
     Raises:
-        UserError: no such network or tag; names the nearest.
+        UserError: no such network or tag, names the nearest; or it has no units.
     """
-    known = timm.list_models("petra_*")
     architecture, _, tag = name.partition(".")
-    if architecture not in known:
+    if not timm.is_model(architecture):
+        known = zoo_names()
         near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4) or known[:3]
         raise UserError(f"model {name!r} is unknown; nearest: {', '.join(near)} (petra-zoo list shows all)")
     tags = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
     model = timm.create_model(name, device="meta")
-    if tag and str(model.pretrained_cfg.get("hf_hub_id")).startswith("timm/"):  # a ResNet's, coupled while they load
+    # A ResNet's weights are coupled while they load.
+    if tag and isinstance(model, PetraRevNet) and str(config_of(model).get("hf_hub_id")).startswith("timm/"):
         chosen = choose_couplings(model.named_layers())
-        return timm.create_model(name, device="meta", coupling=chosen.couplings, anchor_every=chosen.anchors)
-    return model
+        model = timm.create_model(name, device="meta", coupling=chosen.couplings, anchor_every=chosen.anchors)
+    return as_unit_classifier(model)
 
 
-def describe_model(model: Any, name: str) -> Description:
+def describe_model(model: UnitClassifier, name: str) -> Description:
     """The same facts about a model at hand, made by `timm.create_model` as `name`; it is left as it is."""
-    input_size = tuple(model.pretrained_cfg["input_size"])
+    channels, height, width = model.pretrained_cfg["input_size"]
     meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(torch.empty(1, *input_size, device="meta"))
-    units = model.units()
-    runs: list[list[Any]] = [segment for segment in segments(units) if segment[0].reversible]  # of `CoupledUnit`s
+        meta(torch.empty(1, channels, height, width, device="meta"))
+    units = units_of(model)
+    runs = [segment for segment in segments(units) if segment[0].reversible]
     return Description(
         name=name,
         summary=(inspect.getdoc(model_entrypoint(name.partition(".")[0])) or "").split("\n")[0],
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() / 2,
-        input_size=input_size,
+        input_size=(channels, height, width),
         num_classes=model.num_classes,
         units=len(units),
         reversible_units=sum(len(run) for run in runs),
         runs=[len(run) for run in runs],
-        coupling=[run[0].coupling() for run in runs],
+        coupling=[run[0].coupling() for run in runs if isinstance(run[0], CoupledUnit)],
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from petra_zoo.models.memory_modes import Memory, MemoryModes
 from petra_zoo.reversible.operands import Operand
 
 _Result = TypeVar("_Result")
@@ -43,7 +44,7 @@ class ActivationMemory:
         return asdict(self)
 
 
-def activation_memory(model: Any, input_size: tuple[int, int, int]) -> ActivationMemory:
+def activation_memory(model: nn.Module, input_size: tuple[int, int, int]) -> ActivationMemory:
     """Peak bytes of activations per image in a training step of a model with `set_memory`.
 
     Args:
@@ -51,11 +52,13 @@ def activation_memory(model: Any, input_size: tuple[int, int, int]) -> Activatio
         input_size: channels, height and width of an image.
     """
     meta = copy.deepcopy(model).to("meta")
-    found = {}
-    for name, mode in {"plain": "plain", "checkpointed": "recompute", "reversible": "reversible"}.items():
-        meta.set_memory(mode)
-        found[name] = step_bytes(meta, input_size).peak
-    return ActivationMemory(**found)
+    assert isinstance(meta, MemoryModes)
+
+    def peak(memory: Memory) -> int:
+        meta.set_memory(memory)
+        return step_bytes(meta, input_size).peak
+
+    return ActivationMemory(plain=peak("plain"), checkpointed=peak("recompute"), reversible=peak("reversible"))
 
 
 class StepBytes(NamedTuple):

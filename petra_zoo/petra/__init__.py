@@ -1,5 +1,6 @@
 """The PETRA engine: parallel end-to-end training with reversible architectures (arXiv 2406.02052)."""
 
+from petra_zoo.extensions import load_entry_points
 from petra_zoo.petra.counting import count_operations
 from petra_zoo.petra.finite import NotFiniteError, first_not_finite
 from petra_zoo.petra.layout import Costs, Layout, assign_stages, balance
@@ -41,3 +42,5 @@ __all__ = [
     "unregister_method",
     "world_size",
 ]
+
+load_entry_points("petra_zoo.methods")  # last: they build on what this package has

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import world_info_from_env
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -87,12 +86,20 @@ class World:
 
 def world_size() -> int:
     """Number of processes that were launched together, from the environment."""
-    return int(world_info_from_env()[2])
+    return _from_env()[2]
 
 
 def global_rank() -> int:
     """This process among them, from the environment."""
-    return int(world_info_from_env()[1])
+    return _from_env()[1]
+
+
+def _from_env() -> tuple[int, int, int]:
+    """This process on its machine, among all, and their number."""
+    from timm.utils.distributed import world_info_from_env  # here, so that the engine is imported without timm
+
+    local_rank, rank, size = world_info_from_env()
+    return int(local_rank), int(rank), int(size)
 
 
 def join(device: torch.device, replicas: int = 1) -> World:
@@ -108,7 +115,7 @@ def join(device: torch.device, replicas: int = 1) -> World:
     Raises:
         UserError: the processes do not divide into D replicas, or the port is taken; says what would do.
     """
-    local, rank, size = world_info_from_env()
+    local, rank, size = _from_env()
     if size % replicas:
         raise UserError(
             f"data_parallel={replicas} does not divide {size} processes: launch a multiple of {replicas}, or set "

@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "make_recipe",
     "override_recipe",
+    "recipe_settings",
     "recipe_text",
     "recipe_yaml",
     "save_recipe",
@@ -71,7 +72,33 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: The recipe or its base does not exist, is not a YAML mapping, has an unknown setting or a wrong
             value, or extends itself.
     """
-    return make_recipe(override(_resolved(name_or_path), overrides))
+    return make_recipe(override(recipe_settings(name_or_path), overrides))
+
+
+def recipe_settings(name: str, below: tuple[str, ...] = ()) -> Settings:
+    """What a recipe's file says, laid over what the recipes say that it extends; no value is checked.
+
+    Args:
+        name: An installed recipe's name, or the path of a `.yaml` file.
+        below: The recipes that led here, each extending the next.
+
+    Raises:
+        UserError: The recipe or its base does not exist, is not a YAML mapping, has an unknown setting, or extends
+            itself.
+    """
+    this = str(Path(expand_home(name)).resolve()) if name.endswith(_FILES) else name
+    if this in below:
+        raise UserError(f"recipe {name} extends itself: {' -> '.join([*below[below.index(this) :], this])}")
+    try:
+        text = recipe_text(name)
+    except UserError as error:
+        if not below:
+            raise
+        raise UserError(f"recipe {below[-1]} extends another: {error}") from error
+    settings = _mapping(name, text)
+    base = _base_of(settings, name)
+    own = known_names({key: value for key, value in settings.items() if key != EXTENDS})
+    return own if base is None else lay_over(recipe_settings(base, (*below, this)), own)
 
 
 def make_recipe(settings: Mapping[str, Json]) -> Recipe:
@@ -147,23 +174,6 @@ def _installed() -> list[str]:
         for file in folder.iterdir()
         if file.name.endswith(".yaml")
     )
-
-
-def _resolved(name: str, below: tuple[str, ...] = ()) -> Settings:
-    """A recipe's settings, laid over those of the recipes it extends; `below`: those that led here."""
-    this = str(Path(expand_home(name)).resolve()) if name.endswith(_FILES) else name
-    if this in below:
-        raise UserError(f"recipe {name} extends itself: {' -> '.join([*below[below.index(this) :], this])}")
-    try:
-        text = recipe_text(name)
-    except UserError as error:
-        if not below:
-            raise
-        raise UserError(f"recipe {below[-1]} extends another: {error}") from error
-    settings = _mapping(name, text)
-    base = _base_of(settings, name)
-    own = known_names({key: value for key, value in settings.items() if key != EXTENDS})
-    return own if base is None else lay_over(_resolved(base, (*below, this)), own)
 
 
 def _mapping(name: str, text: str) -> Settings:

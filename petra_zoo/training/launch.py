@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,6 +17,7 @@ from petra_zoo.errors import Failure
 from petra_zoo.petra import LinkError, global_rank, world_size
 from petra_zoo.training.ranks import SharedError
 
+T = TypeVar("T")
 INTERRUPTED = 130
 # A rank that lost a neighbour waits so long before it ends, so that the launcher finds the cause first.
 LINGER_SECONDS = 2.0
@@ -50,18 +52,17 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-def as_worker(work: Callable[[], None]) -> None:
-    """Runs the command line in this process; in one of several, failures are told so that the cause stands out.
+def as_worker(work: Callable[[], T]) -> T:
+    """Does work of the command line in this process; in one of several, failures are told so that the cause stands out.
 
     Training that has diverged is said by the rank that found it; a mistake that all of them found by rank 0; a lost
     neighbour in one line, because it is a consequence; anything else with its traceback, which torch.distributed.run is
     told too.
     """
     if world_size() == 1:
-        work()
-        return
+        return work()
     try:
-        record(work)()
+        result = record(work)()
     except SharedError:
         if global_rank() > 0:
             sys.exit(2)
@@ -73,3 +74,5 @@ def as_worker(work: Callable[[], None]) -> None:
         print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
         time.sleep(LINGER_SECONDS)
         os._exit(1)  # torch's process group would wait for the neighbour
+    assert result is not None  # as it would be of work that leaves with sys.exit(0)
+    return result

@@ -3,15 +3,18 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
+from torch import nn
 
-from petra_zoo.checkpoints.load import load_model
+from petra_zoo.checkpoints.load import create_any_model, create_model, load_model
 from petra_zoo.errors import UserError
+from petra_zoo.reversible import FunctionUnit, Unit
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import untrained
 from tests.hub_fixtures import use_hub
@@ -203,3 +206,27 @@ def test_timm_alone_loads_the_same(hub: LoopbackHub, saved: Path) -> None:
     hub.add(REPO, files(saved))
     model = timm.create_model(f"hf-hub:{REPO}", pretrained=True)
     assert torch.equal(model.fc.weight, load_model(str(saved), CPU).fc.weight)
+
+
+class Foreign(nn.Module):
+    """Somebody else's network: two units, nothing of the zoo's."""
+
+    def __init__(self, num_classes: int = 3, **kwargs: Any) -> None:
+        super().__init__()
+        self.num_classes, self.pretrained_cfg = num_classes, {"architecture": "foreign", "input_size": (3, 8, 8)}
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+
+    def units(self) -> list[Unit]:
+        stem = FunctionUnit("stem", lambda x: (self.stem(x).mean((2, 3)),), {"stem": self.stem})
+        return [stem, FunctionUnit("head", lambda x: (self.head(x),), {"head": self.head})]
+
+
+def test_units_make_a_model_trainable_not_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "foreign", lambda pretrained, **kw: Foreign(**kw))
+    assert create_model("foreign", num_classes=5).num_classes == 5
+
+
+def test_a_model_of_timm_says_how_it_becomes_reversible() -> None:
+    with pytest.raises(UserError, match=r"model 'resnet18': ResNet has no units\(\): petra-zoo convert .*revnet18"):
+        create_model("resnet18")
+    assert create_any_model("resnet18", num_classes=2).num_classes == 2

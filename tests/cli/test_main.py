@@ -165,7 +165,7 @@ def test_an_interrupted_import_in_someone_elses_program_is_its_own_affair(tmp_pa
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", "import petra_zoo"], capture_output=True, text=True, timeout=100, env=environment
+        [sys.executable, "-c", "import petra_zoo.models"], capture_output=True, text=True, timeout=100, env=environment
     )
     assert "Traceback" in done.stderr
 
@@ -178,6 +178,23 @@ def test_a_home_is_expanded_in_options_and_settings(tmp_path: Path, monkeypatch:
     done = petra_zoo("train", "digits/petra_revnet_tiny", "dataset=folder", "data_dir=~/data", "output=~/run")
     assert f"{tmp_path}/home/data" in done.stderr
     assert not (tmp_path / "~").exists()
+
+
+def test_a_module_to_import_that_is_not_there_is_one_line() -> None:
+    done = petra_zoo("--import", "mine.nowhere", "list")
+    assert done.returncode == 2
+    assert done.stderr.startswith("petra-zoo: --import mine.nowhere: there is no module mine, neither installed nor")
+
+
+def test_the_ranks_import_what_the_command_line_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr("petra_zoo.training.launch.launch", lambda *given: launched.append(given) or 0)
+    monkeypatch.setattr("petra_zoo.extensions._imported", [])
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_for_ranks.py").write_text("")
+    done = petra_zoo("--import", "mine_for_ranks", "train", "digits/petra_revnet_tiny", "stages=2", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert launched == [(2, ["--import", "mine_for_ranks", "train", "digits/petra_revnet_tiny", "stages=2"])]
 
 
 def test_help_names_every_command() -> None:

@@ -50,7 +50,10 @@ def test_list_pretrained_as_json() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("petra_revnet18.nothing", "petra_revnet18 has no tag 'nothing'; it has: a1_in1k"), ("resnet18", "is unknown")],
+    [
+        ("petra_revnet18.nothing", "petra_revnet18 has no tag 'nothing'; it has: a1_in1k"),
+        ("resnet18", r"ResNet has no units\(\): petra-zoo convert"),
+    ],
 )
 def test_a_name_that_is_not_there(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

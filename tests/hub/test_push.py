@@ -383,6 +383,12 @@ def test_another_network_than_the_zoos_is_refused(hub: LoopbackHub, tmp_path: Pa
         push(tmp_path / "resnet", REPO)
 
 
+def test_a_record_that_lacks_something_is_named(plain: Path) -> None:
+    (plain / "environment.json").write_text('{"python": "3.12.0"}')
+    with pytest.raises(UserError, match=r"environment\.json lacks devices, .*: remove it, or write it anew"):
+        push(plain, REPO, dry_run=True)
+
+
 def test_convert_publishes_what_it_saved(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timm.models.save_for_hf(timm.create_model("test_resnet"), str(tmp_path / "source"), safe_serialization=True)
     source, output = f"local-dir:{tmp_path / 'source'}", tmp_path / "converted"

@@ -1,4 +1,4 @@
-"""Ctrl-C while the command line still imports torch and timm, which takes seconds: a line, not a traceback."""
+"""Ctrl-C while a command imports torch and timm, which takes seconds: a line, not a traceback."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ def say_interruptions() -> None:
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__  # an extension module makes an ImportError of it
-        if cause is None:
-            before(kind, error, traceback)
-        else:
+        if was_interrupted(error):
             print("petra-zoo: interrupted", file=sys.stderr)
+        else:
+            before(kind, error, traceback)
 
     sys.excepthook = hook
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an interruption is behind it: an extension module makes an ImportError of one, typer an exit."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None

@@ -1,0 +1,35 @@
+"""What commands print: tables on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import typer
+
+
+def on_terminal() -> bool:
+    """Whether a person reads it; rich's own judgement, which FORCE_COLOR and the like change."""
+    from rich.console import Console
+
+    return Console().is_terminal
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
+    """Prints rows under their columns' names: as a table on a terminal, else with tabs between."""
+    if not on_terminal():
+        for line in ([title] if title else [], columns, *rows):
+            if line:
+                typer.echo("\t".join(line))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints nothing at all where there are no lines."""
+    typer.echo("".join(f"{line}\n" for line in lines), nl=False)
