@@ -74,7 +74,7 @@ def test_a_method_is_found_by_its_name_or_given() -> None:
     assert list(METHODS) == ["petra", "dsp", "delayed", "local", "backprop", "reversible"]
     assert find_method("dsp") is METHODS["dsp"]
     assert find_method(KEEPING) is KEEPING
-    with pytest.raises(UserError, match="method is one of petra, .*, reversible, not 'delaid'; did you mean 'delayed'"):
+    with pytest.raises(UserError, match=r"method is one of petra, .*, reversible, not 'delaid'; did you mean 'delayed'"):
         find_method("delaid")
 
 
