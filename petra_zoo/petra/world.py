@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
+from petra_zoo.errors import UserError
 from petra_zoo.petra.links import Wire
 
 T = TypeVar("T")
@@ -112,11 +113,11 @@ def join(device: torch.device, replicas: int = 1) -> World:
         replicas: D.
 
     Raises:
-        ValueError: the processes do not divide into D replicas, or the port is taken; says what would do.
+        UserError: the processes do not divide into D replicas, or the port is taken; says what would do.
     """
     local, rank, size = _from_env()
     if size % replicas:
-        raise ValueError(
+        raise UserError(
             f"data_parallel={replicas} does not divide {size} processes: launch a multiple of {replicas}, or set "
             f"data_parallel to a divisor of {size}"
         )
@@ -134,9 +135,9 @@ def join(device: torch.device, replicas: int = 1) -> World:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         taken = "EADDRINUSE" in str(error) or "in use" in str(error)
         what = "is in use: set MASTER_PORT to a free port on every rank" if taken else f"cannot be reached: {error}"
-        raise ValueError(f"the rendezvous at {address} {what}") from error
+        raise UserError(f"the rendezvous at {address} {what}") from error
     except (KeyError, ValueError) as error:
-        raise ValueError(f"processes cannot find each other: {error} (set MASTER_ADDR and MASTER_PORT)") from error
+        raise UserError(f"processes cannot find each other: {error} (set MASTER_ADDR and MASTER_PORT)") from error
     mesh = init_device_mesh(
         "cpu" if not nccl else "cuda", (replicas, size // replicas), mesh_dim_names=("data", "pipe")
     )

@@ -33,10 +33,7 @@ def enter(recipe: Recipe) -> World:
         UserError: they cannot find each other, do not fit the recipe, or have different recipes.
     """
     device = choose_device(recipe.device)
-    try:
-        world = join(device, recipe.data_parallel)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    world = join(device, recipe.data_parallel)
     settings = world.gather((torch.get_num_threads(), recipe.model_dump(mode="json")))
     threads, first = settings[0]
     for rank, (its_threads, other) in enumerate(settings):

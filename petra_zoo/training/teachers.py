@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from petra_zoo.checkpoints.load import create_model, load_model, resolve_source
+from petra_zoo.checkpoints.load import create_any_model, load_model, resolve_source
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.settings.recipe import Recipe
@@ -31,7 +31,7 @@ def untrained_teacher(recipe: Recipe, device: torch.device) -> Classifier | None
         return load_model(source, device)
     if source.startswith(_HUB):
         source = _cached(source)
-    teacher: Classifier = create_model(source, zoo_only=False)
+    teacher: Classifier = create_any_model(source)
     if not any(teacher.pretrained_cfg.get(key) for key in ("url", "file", "hf_hub_id")):
         raise UserError(f"kd_model_name={recipe.kd_model_name}: timm has no trained weights of it; choose another")
     return teacher.to(device).eval()

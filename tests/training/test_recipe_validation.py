@@ -169,7 +169,7 @@ def no_network(*args: Any, **kwargs: Any) -> Any:
     ("teacher", "reason"),
     [
         ("resnet18.a1_in1k", "the teacher resnet18.a1_in1k does not know class '0' of data set digits"),
-        ("resnet19", "model 'resnet19' is unknown; nearest: resnet18"),
+        ("resnet19", "model 'resnet19' is unknown; nearest: "),
         ("resnet18.nothing", "Invalid pretrained tag (nothing) for resnet18"),
         ("petra_revnet18_cifar", "timm has no trained weights of it"),
         ("runs/nothing", "there is no run directory 'runs/nothing'"),
