@@ -202,7 +202,7 @@ class CoupledLayer(nn.Sequential):
         for i, block in enumerate(self):
             if hasattr(block, "coupled_step"):
                 in_run = block.downsample is None and (i > 0 or self.starts)
-                if not in_run and h_before is not None:
+                if not in_run and h_before is not None:  # the block behind a run reads one activation
                     h = merge(h, h_before, g)
                     a = None
                     h_before = None
@@ -214,7 +214,7 @@ class CoupledLayer(nn.Sequential):
                     b = out
                     h = out
                 else:
-                    if in_run:
+                    if in_run:  # a' = b, which is h in front of the run's first block: there a = h
                         a = b
                         h_before = h
                     b = out

@@ -14,7 +14,7 @@ from petra_zoo.reversible.coupling import (
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.random_draws import may_draw
-from petra_zoo.reversible.readable import readable
+from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.state import untouched
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 from petra_zoo.reversible.unit import (

@@ -110,6 +110,7 @@ class _Segment(torch.autograd.Function):
         ctx.anchors, ctx.residues = {}, {}
         ctx.replays = []
         for i, unit in enumerate(units):
+            # An anchor in front of the first unit would be a second copy of what the segment before it stores.
             if not reverse or (i > 0 and unit.anchor):
                 ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
                 kept.extend(streams)
@@ -125,7 +126,7 @@ class _Segment(torch.autograd.Function):
                     "let it work on a copy, or call model.set_memory('plain') first"
                 )
             ctx.replays.append(replay)
-        if reverse:
+        if reverse:  # all that a run stores: its end, from which it is walked back
             ctx.outputs = slice(len(kept), len(kept) + len(streams))
             kept.extend(streams)
         ctx.units, ctx.counts, ctx.reverse, ctx.width = units, counts, reverse, width
@@ -149,6 +150,7 @@ class _Segment(torch.autograd.Function):
                     "backward: the recomputation would see other values than the forward did; call backward() before "
                     "optimizer.step()"
                 )
+        # RevNet's backward: streams hold the outputs of unit i, gradients their gradients, and both move down together.
         kept, parameters = ctx.saved_tensors, list(ctx.parameters)
         streams: Streams = kept[ctx.outputs] if ctx.reverse else ()
         parameter_gradients: list[Tensor | None] = []
@@ -166,7 +168,7 @@ class _Segment(torch.autograd.Function):
                     needs_input = any(ctx.needs_input_grad[5 : 5 + ctx.width])
                     reversal = unit.recompute(inputs, gradients, own, needs_input)
             streams, gradients = reversal.inputs, reversal.input_gradients
-            if i in ctx.anchors:
+            if i in ctx.anchors:  # exact again: the errors of the units above do not reach those below
                 streams = kept[ctx.anchors[i]]
             parameter_gradients[:0] = reversal.parameter_gradients
         return None, None, None, None, None, *gradients, *parameter_gradients

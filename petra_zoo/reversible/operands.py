@@ -1,4 +1,4 @@
-"""What torch hands to a mode that sees every call: its operands may be anything."""
+"""What torch hands to, and takes from, whoever sees every call: an operand may be anything."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ _NO_TENSORS = frozenset((bool, int, float, str, tuple, list, dict, OrderedDict, 
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
-def needs_plain_path(module: nn.Module, x: object) -> bool:
+def needs_plain_path(module: nn.Module, x: Tensor | torch.fx.Proxy) -> bool:
     """Whether `module(x)` has to run as plain operations.
 
     True without gradients, under TorchScript, torch.fx, torch.export, torch.compile (which says so once), torch.func
@@ -32,7 +32,7 @@ def needs_plain_path(module: nn.Module, x: object) -> bool:
             _say_that_compile_stores()
         return True
     return (
-        not isinstance(x, Tensor)  # a torch.fx.Proxy
+        not isinstance(x, Tensor)
         or not torch.is_grad_enabled()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()

@@ -13,6 +13,8 @@ from types import FunctionType, MethodType
 import torch.nn.functional as F
 from torch import nn
 
+from petra_zoo.reversible.operands import Operand
+
 _KNOWN = ("torch.nn.modules.", "timm.layers.", "petra_zoo.")
 _DRAWING_FILES = (  # of those known
     "torch.nn.modules.dropout",
@@ -27,7 +29,7 @@ _DRAWING = frozenset((nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, n
 _KNOWN_FUNCTIONS = (F.relu, F.silu, F.gelu)
 
 
-def may_draw(part: Callable[..., object]) -> bool:
+def may_draw(part: Callable[..., Operand]) -> bool:
     """Whether calling a part of a network may draw random numbers, in train mode or eval mode, at any rate of dropout.
 
     Args:

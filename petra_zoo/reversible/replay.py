@@ -56,7 +56,7 @@ class Replay:
         """
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
         generators = generator_states(device) if draws else {}
-        held.begin()
+        held.begin()  # before the evaluation: a spectral norm's vectors or a counter move in it
         with RememberStatistics() as remembered:
             replay = cls(
                 held,

@@ -101,6 +101,8 @@ class ModuleState:
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Inside, evaluations use batch statistics where they would anyway, and no buffer is changed by them."""
+        # A micro-batch counts once in the running statistics, in its forward: a recomputation that updated them too
+        # would weigh it twice, and under PETRA with activations of other parameters.
         norms = [m for m in self.norms if m.training and m.track_running_stats]
         for m in norms:
             m.track_running_stats = False

@@ -203,7 +203,7 @@ class CoupledUnit(Unit):
         h = self.activate(b)
         a = None if self.starts or g == 0.0 else streams[1]
         b_out = coupled(h, self._branch_of(h), a, g, self.streams)
-        return (b_out, b) if g > 0.0 else (b_out,)
+        return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
     def _branch_of(self, h: Tensor) -> Tensor:
         return self.branch(self.streams.for_branch(h, self.block))
@@ -217,19 +217,23 @@ class CoupledUnit(Unit):
         block and its vector-Jacobian product gives the gradients. One forward and one backward of F in all.
         """
         g = self.coupling()
-        b_out, a_out = outputs
+        b_out, a_out = outputs  # [B, ...] each
         d_b_out, d_a_out = output_gradients
         b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
+        # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
+        # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
+        # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
             with torch.enable_grad():
                 h = self.activate(b)
                 step = step_of(h, self._branch_of(h), 0.0 if self.starts else g, self.streams)
             d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
-        if d_a_out is not None:
+        if d_a_out is not None:  # b went two ways: through F and the shortcut, and, as it is, into a'
             d_b = d_a_out if d_b is None else d_b + d_a_out
         if self.starts:  # its input is the one stream b, which a' holds
             return Reversal((a_out,), (d_b,), tuple(d_parameters))
-        a = uncouple(b_out, step.detach(), g)
+        a = uncouple(b_out, step.detach(), g)  # divides by g, and so multiplies rounding errors by 1/g
+        # b' depends on a by g * a alone, so its gradient needs no graph. (1 - g) * h is part of the step.
         d_a = None if d_b_out is None else (d_b_out if g == 1.0 else g * d_b_out)
         return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
 
