@@ -1,4 +1,4 @@
-"""Partition of units into stages."""
+"""Layouts: units into stages, stages onto ranks."""
 
 from collections.abc import Callable
 from itertools import accumulate, combinations, pairwise
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import petra_zoo  # noqa: F401 - registers the models
-from petra_zoo.petra import assign_stages, balance, count_operations
+from petra_zoo.petra import Costs, Layout, Pipeline, World, assign_stages, balance, count_operations
 
 
 def slowest(costs: list[float], sizes: list[int], discount: float) -> float:
@@ -96,3 +96,50 @@ def test_stages_are_assigned_to_the_ranks_that_they_suit() -> None:
 def test_lists_that_do_not_fit_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+SIZE = (3, 8, 8)
+
+
+def test_a_layout_says_which_units_and_stages_are_where() -> None:
+    model = timm.create_model("petra_revnet_tiny")
+    layout = Layout.balanced(model, 5, ranks=2, input_size=SIZE)
+    assert [i for owned in layout.stages for i in owned] == list(range(14))
+    assert [j for owned in layout.ranks for j in owned] == list(range(5))
+    assert [*layout.units_of_rank(0), *layout.units_of_rank(1)] == list(range(14))
+    assert [layout.stage_of(owned.stop - 1) for owned in layout.stages] == list(range(5))
+    assert sum(layout.sizes) == 14
+    assert max(layout.loads()) == 1.0
+    assert layout.efficiency() == pytest.approx(sum(layout.loads()) / 2)
+    assert layout.efficiency(delayed=False) == 0.5, "ranks of an exact method wait for each other"
+
+
+def test_a_last_stage_that_keeps_its_graph_costs_less() -> None:
+    model = timm.create_model("petra_revnet_tiny")
+    for method, share in (("petra", 0.75), ("dsp", 0.75), ("delayed", 1.0), ("backprop", 1.0)):
+        costs = Costs.counted(model, SIZE, method)
+        assert costs.in_last == [cost * share for cost in costs.each]
+
+
+def test_costs_are_asked_for_only_where_they_decide() -> None:
+    model = timm.create_model("petra_revnet_tiny")
+    model.pretrained_cfg = {}
+    assert Layout.split(model, [7, 7]).loads() == [1.0]
+    assert Layout.balanced(model, 14, ranks=14).sizes == [1] * 14
+    with pytest.raises(ValueError, match=r"does not say its input size: give input_size=\(C, H, W\)"):
+        Layout.balanced(model, 3)
+    with pytest.raises(ValueError, match="loads are not known without costs"):
+        Layout.split(model, [7, 7], ranks=2).loads()
+
+
+def test_layouts_that_do_not_fit_say_what_would() -> None:
+    model = timm.create_model("petra_revnet_tiny")
+    with pytest.raises(ValueError, match="3 processes for 2 stages: launch 1 to 2, or set stages=3 or more"):
+        Layout.split(model, [7, 7], ranks=3)
+    with pytest.raises(ValueError, match="must give one speed for each of 2 processes"):
+        Layout.split(model, [7, 7], ranks=2, device_speed=[1.0])
+    layout = Layout.split(model, [7, 7])
+    with pytest.raises(ValueError, match=r"of 14 units on 1 ranks, .* there are 2 ranks"):
+        Pipeline(model, layout, world=World(rank=0, size=2, peers=(0, 1)))
+    with pytest.raises(ValueError, match="the model has 10 units"):
+        Pipeline(timm.create_model("petra_revnet18"), layout)
