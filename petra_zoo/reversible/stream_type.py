@@ -7,12 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from petra_zoo.errors import UserError
-from petra_zoo.reversible.readable import readable
-=======
 from petra_zoo.reversible.reading import readable
->>>>>>> core
 
 # These look at a tensor's type or values: torch.fx must not trace into them, TorchScript calls the first two as they
 # are (it knows no `StreamType`), and nobody else but `StreamType` does.
