@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from petra_zoo.errors import UserError
 from petra_zoo.extensions import load_entry_points
@@ -14,12 +14,12 @@ from petra_zoo.extensions import load_entry_points
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
-    """Names and what they stand for.
+class Registry(Mapping[str, T]):
+    """Names and what they stand for, in the order of registration.
 
     Args:
         kind: what is registered, for messages, such as "data set".
-        entry_points: the group of entry points through which installed packages add theirs.
+        entry_points: the group of entry points through which installed packages add theirs, loaded at the first look.
 
     Example:
         >>> LOSSES = Registry[Loss]("loss", "petra_zoo.losses")
@@ -32,20 +32,15 @@ class Registry(Generic[T]):
         self._known: dict[str, T] = {}
 
     def add(self, name: str, item: T) -> None:
-        """Registers an object.
+        """Registers an object; the same one twice is once.
 
         Raises:
             UserError: the name is taken, or none.
         """
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise UserError(f"{name!r} cannot name a {self.kind}: expected letters, digits, '_', '.' and '-'")
-        if name in self._known:
+        if self._known.setdefault(name, item) != item:
             raise UserError(f"there is a {self.kind} {name!r} already: register yours under another name")
-        self._known[name] = item
-
-    def get(self, name: str) -> T | None:
-        """What the name stands for; None where it is unknown."""
-        return self._all().get(name)
 
     def find(self, name: str) -> T:
         """What the name stands for.
@@ -53,22 +48,25 @@ class Registry(Generic[T]):
         Raises:
             UserError: it is unknown; gives the nearest.
         """
-        item = self.get(name)
-        if item is None:
-            raise UserError(f"unknown {self.kind} '{name}'; did you mean {self.nearest(name)}?")
-        return item
+        if name not in self:
+            raise UserError(f"unknown {self.kind} {name!r}; did you mean {self.nearest(name)}?")
+        return self[name]
 
     def nearest(self, name: str) -> str:
         """The one or two names that are most like it, else all, for messages."""
-        return " or ".join(difflib.get_close_matches(name, self._all(), n=2) or self._all())
+        return " or ".join(difflib.get_close_matches(name, self, n=2) or self)
 
-    def names(self) -> list[str]:
-        """All names, in the order of registration."""
-        return list(self._all())
-
-    def _all(self) -> dict[str, T]:
+    def __getitem__(self, name: str) -> T:
         load_entry_points(self.entry_points)
-        return self._known
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        load_entry_points(self.entry_points)
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        load_entry_points(self.entry_points)
+        return len(self._known)
 
     @contextmanager
     def restored(self) -> Iterator[None]:

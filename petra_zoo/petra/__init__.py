@@ -1,13 +1,12 @@
 """The PETRA engine: parallel end-to-end training with reversible architectures (arXiv 2406.02052)."""
 
-from petra_zoo.extensions import load_entry_points
 from petra_zoo.petra.counting import count_operations
 from petra_zoo.petra.finite import NotFiniteError, first_not_finite
 from petra_zoo.petra.layout import Costs, Layout, assign_stages, balance
 from petra_zoo.petra.links import LinkError, Wire
 from petra_zoo.petra.measuring import measure
 from petra_zoo.petra.messages import Output
-from petra_zoo.petra.methods import METHODS, Method, find_method, register_method, unregister_method
+from petra_zoo.petra.methods import METHODS, Method, find_method, register_method
 from petra_zoo.petra.optimization import Optimization
 from petra_zoo.petra.pipeline import Pipeline
 from petra_zoo.petra.probes import Measurement, Probe
@@ -39,8 +38,5 @@ __all__ = [
     "leave",
     "measure",
     "register_method",
-    "unregister_method",
     "world_size",
 ]
-
-load_entry_points("petra_zoo.methods")  # last: they build on what this package has

@@ -6,11 +6,9 @@ of its own and a call of `register_method`; nothing else needs to know.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
@@ -19,6 +17,7 @@ from petra_zoo.petra.local import LocalStage
 from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.unit_profile import Work
+from petra_zoo.registry import Registry
 
 MakeStage = Callable[[Part, StageSettings], Stage]
 
@@ -68,8 +67,7 @@ class Method:
         return replace(self, last_stage_keeps_graph=kind == "graph")
 
 
-_REGISTERED: dict[str, Method] = {}
-METHODS: Mapping[str, Method] = MappingProxyType(_REGISTERED)  # by name, in the order of registration
+METHODS: Registry[Method] = Registry("method", "petra_zoo.methods")
 
 
 def register_method(method: Method) -> Method:
@@ -78,29 +76,17 @@ def register_method(method: Method) -> Method:
     Raises:
         UserError: another method has that name.
     """
-    if _REGISTERED.setdefault(method.name, method) != method:
-        raise UserError(f"a method named {method.name!r} is registered already: choose another name")
+    METHODS.add(method.name, method)
     return method
-
-
-def unregister_method(name: str) -> None:
-    """Forgets a method."""
-    _REGISTERED.pop(name, None)
 
 
 def find_method(method: str | Method) -> Method:
     """The method of a name; a method itself is given back.
 
     Raises:
-        UserError: no method has that name; tells the nearest.
+        UserError: no method has that name; gives the nearest.
     """
-    if isinstance(method, Method):
-        return method
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=1)
-        nearest = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"method is one of {', '.join(METHODS)}, not {method!r}{nearest}")
-    return METHODS[method]
+    return method if isinstance(method, Method) else METHODS.find(method)
 
 
 register_method(

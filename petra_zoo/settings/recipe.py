@@ -1,7 +1,6 @@
 """Everything a recipe can say, with timm's names for what timm has too."""
 
 import re
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -160,14 +159,9 @@ class Recipe(Augmentation):
     @field_validator("method")
     @classmethod
     def _method_is_registered(cls, method: str) -> str:
-        from petra_zoo.petra.methods import METHODS  # with torch behind it: only where a recipe names one
+        from petra_zoo.petra.methods import find_method  # with torch behind it: only where a recipe names one
 
-        if method not in METHODS:
-            *names, last = map(repr, METHODS)
-            near = get_close_matches(method, METHODS, n=1)
-            nearest = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"expected {', '.join(names)} or {last}{nearest}")
-        return method
+        return find_method(method).name
 
     @field_validator("opt")
     @classmethod

@@ -14,13 +14,11 @@ from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import number_like
 from petra_zoo.data.loader import ImageLoader, Reading, Sharding, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
-from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import World
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.training.finetuning import check_architecture, checkpoint_name, freeze
-from petra_zoo.training.head import arrange_head
+from petra_zoo.training.finetuning import arrange_head, check_architecture, checkpoint_name, freeze
 
 
 def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -49,8 +47,8 @@ def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, Ima
     return train, val
 
 
-def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None = None) -> UnitClassifier:
-    """The recipe's model for the classes of the data, from its seed or a checkpoint; default: on its device."""
+def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | str = "cpu") -> UnitClassifier:
+    """The recipe's model for the classes of the data, from its seed or a checkpoint."""
     torch.manual_seed(recipe.seed)
     kwargs = dict(recipe.model_kwargs)
     if recipe.drop:
@@ -69,7 +67,7 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | None
         arrange_head(model, train.class_names)
     check_image_size(model, recipe.model, image_size(recipe, train, model))
     freeze(recipe, model)
-    return model.to(device or choose_device(recipe.device)).to(memory_format=memory_format(recipe))
+    return model.to(device).to(memory_format=memory_format(recipe))
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:

@@ -107,8 +107,7 @@ def prepare(
     """
     world = world or World(device=choose_device(recipe.device))
     parts = together(world, lambda: _build_parts(recipe, data, world))
-    found = together(world, lambda: profile_for_run(recipe, parts.model, parts.preprocessing, world))
-    profile = share_profile(found, world)
+    profile = share_profile(parts.profile, world)
     return together(world, lambda: _assemble(recipe, name, world, parts, profile, teacher_from))
 
 
@@ -118,6 +117,7 @@ class _Parts:
     model: UnitClassifier
     preprocessing: Preprocessing
     loaders: tuple[ImageLoader, ImageLoader]
+    profile: Profile | None  # on the rank that measures
 
 
 def _build_parts(recipe: Recipe, data: Splits | None, world: World) -> _Parts:
@@ -130,7 +130,7 @@ def _build_parts(recipe: Recipe, data: Splits | None, world: World) -> _Parts:
     if data is None:  # what is handed in stands for more
         check_batches(recipe, loaders[0])
     check_norms(recipe, len(train), model, preprocessing)
-    return _Parts(train, model, preprocessing, loaders)
+    return _Parts(train, model, preprocessing, loaders, profile_for_run(recipe, model, preprocessing, world))
 
 
 def _assemble(

@@ -58,8 +58,8 @@ def test_names_are_the_registered_ones() -> None:
     assert complete_model("") == sorted(timm.list_models("petra_*"))
     assert complete_source("") == sorted(timm.list_models(module="resnet"))
     assert _values("method") == sorted(METHODS)
-    assert _values("dataset") == sorted(DATASETS.names())
-    assert _values("loss") == sorted(LOSSES.names())
+    assert _values("dataset") == sorted(DATASETS)
+    assert _values("loss") == sorted(LOSSES)
 
 
 def test_settings() -> None:
