@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from petra_zoo.checkpoints.hub_errors import explain
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier, UnitClassifier, as_classifier, as_unit_classifier
+from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
 
 _FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -82,7 +83,8 @@ def check_image_size(model: Classifier, name: str, size: int) -> None:
     Raises:
         UserError: the image is too small; names a model that takes it.
     """
-    reduction = model.feature_info[-1]["reduction"]
+    features: Sequence[Feature] = getattr(model, "feature_info", ())  # none: nobody knows what it reduces by
+    reduction = features[-1]["reduction"] if features else 1
     if size < reduction:
         raise UserError(
             f"images of {size}x{size} are too small for {name}, which reduces by {reduction}: "

@@ -50,12 +50,14 @@ class Classifier(nn.Module):
 
     Attributes:
         num_classes: of its logits; 0: it gives features.
+        num_features: that its classifier reads; timm's config.json holds it.
         in_chans: channels of an image.
         pretrained_cfg: see `ModelConfig`; `default_cfg` is timm's older name of the same.
         feature_info: what each level of its features reduces the image by.
     """
 
     num_classes: int
+    num_features: int
     in_chans: int
     pretrained_cfg: ModelConfig
     default_cfg: ModelConfig
@@ -80,8 +82,8 @@ def as_classifier(model: nn.Module) -> Classifier:
     """
     if not _is_classifier(model):
         raise UserError(
-            f"{type(model).__name__} is no network of timm's kind: it needs num_classes and pretrained_cfg, which "
-            "timm.create_model gives"
+            f"{type(model).__name__} is no network of timm's kind: it needs num_classes and num_features (of what its "
+            "classifier reads), and the pretrained_cfg that timm.create_model gives"
         )
     return model
 
@@ -105,7 +107,7 @@ def config_of(model: nn.Module) -> ModelConfig:
 
 
 def _is_classifier(model: nn.Module) -> TypeGuard[Classifier]:
-    return hasattr(model, "num_classes") and hasattr(model, "pretrained_cfg")
+    return all(hasattr(model, name) for name in ("num_classes", "num_features", "pretrained_cfg"))
 
 
 def _has_units(model: nn.Module) -> TypeGuard[UnitClassifier]:

@@ -6,10 +6,12 @@ import copy
 import difflib
 import inspect
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import timm
 import torch
 from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
@@ -47,8 +49,30 @@ class Description:
 
 
 def zoo_names(pattern: str = "*") -> list[str]:
-    """Registered networks whose names match: ours and those of extensions, which is all but timm's own."""
-    return [name for name in timm.list_models(pattern) if not model_entrypoint(name).__module__.startswith("timm.")]
+    """Registered networks whose names match: ours, and those with units that others have registered."""
+    return [name for name in timm.list_models(pattern) if _is_of_the_zoo(name)]
+
+
+def _is_of_the_zoo(name: str) -> bool:
+    room = model_entrypoint(name).__module__.split(".")[0]
+    return room == "petra_zoo" or (room != "timm" and _has_units(name))
+
+
+@cache
+def _has_units(name: str) -> bool:
+    try:
+        units_of(_on_meta(name))
+    except Exception:  # it is somebody's own, and may fail in any way
+        return False
+    return True
+
+
+def _on_meta(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, device="meta")
+    except TypeError:  # its constructor takes no device
+        with torch.device("meta"):
+            return timm.create_model(name)
 
 
 def model_names(pattern: str = "*") -> list[str]:
@@ -86,7 +110,7 @@ def create_meta(name: str) -> UnitClassifier:
     tags = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
-    model = timm.create_model(name, device="meta")
+    model = _on_meta(name)
     # A ResNet's weights are coupled while they load.
     if tag and isinstance(model, PetraRevNet) and str(config_of(model).get("hf_hub_id")).startswith("timm/"):
         chosen = choose_couplings(model.named_layers())

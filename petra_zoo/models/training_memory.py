@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from petra_zoo.errors import UserError
 from petra_zoo.models.memory_modes import Memory, MemoryModes
-from petra_zoo.reversible import UnitModel
+from petra_zoo.reversible import Streams, UnitModel, backpropagate, units_of
 from petra_zoo.reversible.operands import Operand
 
 _Result = TypeVar("_Result")
@@ -47,24 +46,41 @@ class ActivationMemory:
 
 
 def activation_memory(model: nn.Module | UnitModel, input_size: tuple[int, int, int]) -> ActivationMemory:
-    """Peak bytes of activations per image in a training step of a model with `set_memory`.
+    """Peak bytes of activations per image in a training step of a model with units, in each of three ways.
 
     Args:
         model: on any device; it is left as it is.
         input_size: channels, height and width of an image.
 
     Raises:
-        UserError: the model has no `set_memory`.
+        UserError: see `petra_zoo.reversible.units_of`.
     """
     meta = copy.deepcopy(model).to("meta")
-    if not isinstance(meta, MemoryModes):
-        raise UserError(f"{type(model).__name__} has no set_memory(): step_bytes counts any network, as it is set up")
-    found = {}
-    modes: dict[str, Memory] = {"plain": "plain", "checkpointed": "recompute", "reversible": "reversible"}
-    for name, mode in modes.items():
-        meta.set_memory(mode)
-        found[name] = step_bytes(meta, input_size).peak
-    return ActivationMemory(**found)
+
+    def peak(memory: Memory) -> int:
+        if isinstance(meta, MemoryModes):
+            meta.set_memory(memory)
+            return step_bytes(meta, input_size).peak
+        return step_bytes(_ByUnits(meta, memory), input_size).peak
+
+    return ActivationMemory(plain=peak("plain"), checkpointed=peak("recompute"), reversible=peak("reversible"))
+
+
+class _ByUnits(nn.Module):
+    """A network of somebody's own, whose training step stores what a mode says."""
+
+    def __init__(self, model: nn.Module | UnitModel, memory: Memory) -> None:
+        super().__init__()
+        self.model, self.memory = model, memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = units_of(self.model)
+        streams: Streams = (x,)
+        if self.memory != "plain":
+            return backpropagate(units, streams, reconstruct=self.memory == "reversible")[0]
+        for unit in units:
+            streams = unit(*streams)
+        return streams[0]
 
 
 class StepBytes(NamedTuple):

@@ -52,6 +52,8 @@ def profile_of(
     images = batch_size or BATCH_SIZE
     try:
         return measure(model.to(chosen), images, size)
+    except UserError:
+        raise
     except ValueError as error:  # a norm in train mode
         raise UserError(
             f"{name} cannot train on micro-batches of {images} images of this size: {first_line(error)}"

@@ -47,8 +47,6 @@ def check_architecture(recipe: Recipe, model: Classifier) -> None:
         UserError: the checkpoint is of another network.
     """
     expected, found = recipe.model.split(".", 1)[0], model.pretrained_cfg["architecture"]
-    if not hasattr(model, "units"):
-        raise UserError(f"{recipe.pretrained} is a {found}, which is not reversible: petra-zoo convert it first")
     if expected != found:
         raise UserError(
             f"{recipe.pretrained} is a {found}, but the recipe says model={recipe.model}: set model={found}"
