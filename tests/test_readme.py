@@ -19,11 +19,6 @@ def test_the_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.endswith("None") for line in lines] == [True, True, True, False, False, False, False, False]
 
 
-def test_the_examples_of_the_page_on_models_run() -> None:
-    for example in re.findall(r"```python\n(.*?)```", (README.parent / "docs/models.md").read_text(), flags=re.DOTALL):
-        exec(compile(example, "models.md", "exec"), {})
-
-
 def test_the_number_of_pretrained_tags_is_right() -> None:
     tags = [name for name in timm.list_models("petra_*", pretrained=True) if not name.startswith("petra_revnet_tiny")]
     assert f"{len(tags)} tags of timm's ResNet weights" in README.read_text()

@@ -23,7 +23,7 @@ from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores, evaluate
 from petra_zoo.evaluation.watch import Watched, is_out_of_memory
 from petra_zoo.models.classifier import Classifier
-from petra_zoo.settings.recipe_files import load_recipe
+from petra_zoo.settings.recipe_files import make_recipe, recipe_settings
 from petra_zoo.settings.types import BadImagePolicy
 from petra_zoo.strict_json import JsonObject
 
@@ -264,7 +264,11 @@ def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, s
     recipe_file = Path(source) / "recipe.yaml"
     if not recipe_file.is_file():
         raise UserError(f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ...")
-    recipe = load_recipe(str(recipe_file))
+    # Of the data alone: the run's method or loss may be of a module that is not at hand.
+    settings = recipe_settings(str(recipe_file))
+    recipe = make_recipe(
+        {key: settings[key] for key in ("model", "dataset", "data_dir", "val_split") if key in settings}
+    )
     return recipe.dataset, data_dir or recipe.data_dir, recipe.val_split
 
 
