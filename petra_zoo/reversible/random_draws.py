@@ -48,12 +48,16 @@ def may_draw(part: Callable[..., Operand]) -> bool:
 
 
 def draws_itself(module: nn.Module) -> bool:
-    """Whether a module may draw, apart from its sub-modules; a hook, or a forward of its own, may do anything."""
+    """Whether a module may draw, apart from its sub-modules; a hook, or a method of its own, may do anything."""
     return (
         _class_may_draw(type(module))
         or bool(module._forward_hooks or module._forward_pre_hooks)
-        or "forward" in vars(module)
+        or (not _is_unit(module) and any(map(callable, vars(module).values())))
     )
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return type(module).__module__ == "petra_zoo.reversible.unit"  # they tell what they call: see `Unit.parts`
 
 
 def _class_may_draw(kind: type[nn.Module]) -> bool:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from types import MethodType
 
 import pytest
 import timm
@@ -59,7 +60,7 @@ class Own(nn.Conv2d):
     pass
 
 
-@pytest.mark.parametrize("change", ["own class", "hook", "own forward", "own layer"])
+@pytest.mark.parametrize("change", ["own class", "hook", "own forward", "own branch", "own layer"])
 def test_what_is_not_known_may_draw(change: str) -> None:
     model: PetraRevNet = tiny()
     block = model.layer1[1]
@@ -69,6 +70,8 @@ def test_what_is_not_known_may_draw(change: str) -> None:
         block.conv1.register_forward_hook(lambda module, args, out: F.dropout(out))
     elif change == "own forward":
         block.conv1.forward = lambda x: F.dropout(x)
+    elif change == "own branch":
+        block.branch = MethodType(lambda self, h: F.dropout(h), block)
     else:
         model.layer1[1] = nn.Sequential(nn.Conv2d(16, 16, 1), Own(16, 16, 1))
     by_name = {unit.name: unit.draws for unit in model.units()}
