@@ -106,7 +106,7 @@ def test_the_script_is_shown_and_installed(shell: str, tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             timeout=100,
-            env=os.environ | {"HOME": str(tmp_path)},
+            env=os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
         )
         assert done.returncode == 0, done.stderr
         if option == "--show-completion":

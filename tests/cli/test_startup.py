@@ -17,7 +17,7 @@ def modules_of(*arguments: str, code: int, **environment: str) -> set[str]:
         capture_output=True,
         text=True,
         timeout=100,
-        env=os.environ | environment,
+        env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"} | environment,
     )
     assert done.returncode == code, done.stderr[-2000:]
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -17,13 +17,14 @@ from timm.data import ImageNetInfo
 
 from petra_zoo.checkpoints.load import load_model
 from petra_zoo.data.labels import names_of, numbers_in, positions, shown_names
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoint
 from petra_zoo.evaluation.comparison import compare
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import make_recipe
 from petra_zoo.training.build import build_model, open_data
-from petra_zoo.training.distillation import build_distillation
+from petra_zoo.training.distillation import build_distillation, load_teacher
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.run_directory import RunDirectory
 from tests.hub.saved_models import DIGITS, save
@@ -192,8 +193,8 @@ def test_other_images_with_the_same_labels_are_not_compared(checkpoint: Path, fo
 def test_a_teachers_classes_are_put_into_the_students_order(checkpoint: Path, folders: Folders, tmp_path: Path) -> None:
     setting = recipe(folders(["bee", "dog"]), kd_model_name=str(reordered(checkpoint, tmp_path / "teacher")))
     data = open_data(setting)[0]
-    config = {"mean": DIGITS["mean"], "std": DIGITS["std"]}
-    distillation = build_distillation(setting, 2, config, torch.device("cpu"), data)
+    teacher = load_teacher(setting, torch.device("cpu"))
+    distillation = build_distillation(setting, teacher, 2, Preprocessing.from_timm(DIGITS), data)
     assert distillation is not None
     batch = torch.randn(3, 3, 8, 8)
     expected = load_model(str(checkpoint), torch.device("cpu"))(batch)[:, [1, 3]]
@@ -202,10 +203,9 @@ def test_a_teachers_classes_are_put_into_the_students_order(checkpoint: Path, fo
 
 def test_a_teacher_that_lacks_a_class_is_refused(checkpoint: Path, folders: Folders) -> None:
     setting = recipe(folders(["bee", "dog=eel"]), kd_model_name=str(checkpoint))
+    teacher = load_teacher(setting, torch.device("cpu"))
     with pytest.raises(UserError, match=r"the teacher .* does not know class 'eel' of data set folder"):
-        build_distillation(
-            setting, 2, {"mean": DIGITS["mean"], "std": DIGITS["std"]}, torch.device("cpu"), open_data(setting)[0]
-        )
+        build_distillation(setting, teacher, 2, Preprocessing.from_timm(DIGITS), open_data(setting)[0])
 
 
 def test_a_kept_head_follows_the_order_of_the_new_data(checkpoint: Path, folders: Folders, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_thousand_classes_are_not_imagenets_for_their_number() -> None:
 def test_classes_beyond_the_datas_are_saved_as_numbers(folders: Folders, tmp_path: Path) -> None:
     setting = recipe(folders(["bee", "dog"]), num_classes=1000, output=str(tmp_path / "run"))
     model = build_model(setting, open_data(setting)[0])
-    RunDirectory(setting, "run").save_model(model, dict(DIGITS), open_data(setting)[0].class_names)
+    RunDirectory(setting, "run").save_model(model, Preprocessing.from_timm(DIGITS), open_data(setting)[0].class_names)
     names = shown_names(load_model(str(tmp_path / "run"), torch.device("cpu")))
     assert (names[:3], len(names)) == (["bee", "dog", "class 2"], 1000)
 

@@ -152,8 +152,8 @@ def test_a_run_is_not_tested_at_the_size_of_the_weights_it_started_from(tmp_path
     recipe = make_recipe({"model": "petra_revnet_tiny", "dataset": DATA, "output": str(tmp_path / "run")})
     model = timm.create_model("petra_revnet_tiny", num_classes=4)
     model.pretrained_cfg |= {"test_input_size": (3, 16, 16), "test_crop_pct": 1.0}
-    config = {"input_size": (3, 8, 8), "crop_pct": 0.8, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    RunDirectory(recipe, "run").save_model(model, config, list("abcd"))
+    preprocessing = Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3, crop_pct=0.8)
+    RunDirectory(recipe, "run").save_model(model, preprocessing, list("abcd"))
     report = evaluate_checkpoint(str(tmp_path / "run"), DATA, options=EvaluationOptions(batch_size=512))
     assert (report.preprocessing.input_size, report.preprocessing.crop_pct) == ((3, 8, 8), 0.8)
 
