@@ -48,6 +48,7 @@ def test_the_network_in_30_lines_has_that_many() -> None:
     assert sum(bool(line.strip()) for line in network) <= 30
 
 
+@pytest.mark.slow
 def test_training_from_python_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = (code for code in blocks("extending.md", "python") if "petra_zoo.train(" in code)

@@ -41,7 +41,9 @@ def python(*arguments: object, folder: Path, path: Path | None = None) -> subpro
     return subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=folder, env=environment)
 
 
-@pytest.mark.parametrize("first", ["petra_zoo, timm", "petra_zoo.data.datasets, timm"])
+@pytest.mark.parametrize(
+    "first", ["petra_zoo, timm", pytest.param("petra_zoo.data.datasets, timm", marks=pytest.mark.slow)]
+)
 def test_models_of_installed_packages_come_with_ours(tmp_path: Path, first: str) -> None:
     distribution(tmp_path, "mynet", "[petra_zoo.models]\nmynet = mynet_models\n", mynet_models=NETWORK)
     distribution(tmp_path, "broken", "[petra_zoo.models]\nnet = broken_models\n", broken_models="import nowhere")

@@ -48,6 +48,7 @@ def test_what_needs_no_network_imports_no_torch(arguments: list[str], code: int)
     assert len(modules) < MOST
 
 
+@pytest.mark.slow
 def test_list_imports_little_more_than_timm() -> None:
     modules = modules_of("list", code=0)
     assert "timm" in modules

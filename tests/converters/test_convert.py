@@ -62,10 +62,10 @@ def group_norm() -> ResNet:
 
 
 BLOCKS = {18: [2, 1, 1, 1], 34: [3, 3, 5, 2], 50: [2, 3, 5, 2], 101: [2, 3, 22, 2], 152: [2, 7, 35, 2]}
-LONG = [pytest.param(depth, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for depth in (50, 101, 152)]
+LONG = [pytest.param(depth, marks=[pytest.mark.slow, pytest.mark.timeout(900)]) for depth in (34, 50, 101, 152)]
 
 
-@pytest.mark.parametrize("depth", [18, 34, *LONG])
+@pytest.mark.parametrize("depth", [18, *LONG])
 def test_auto_keeps_the_measured_error_under_the_tolerance(depth: int) -> None:
     model = convert(source(f"resnet{depth}"), purpose="petra")
     runs = measure_runs(model, noise(model))

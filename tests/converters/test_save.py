@@ -36,7 +36,15 @@ def saved_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "seresnet18", "resnet18d", "resnetblur18", "ecaresnet26t", "resnext50_32x4d"]
+    "name",
+    [
+        "seresnet18",
+        "resnetblur18",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("resnet18", "resnet18d", "ecaresnet26t", "resnext50_32x4d")
+        ),
+    ],
 )
 def test_timm_rebuilds_a_converted_network(name: str, tmp_path: Path) -> None:
     smaller = {"layers": (2, 2, 2, 2), "channels": (16, 16, 16, 16)} if "resnext" in name else {}
@@ -50,6 +58,7 @@ def test_timm_rebuilds_a_converted_network(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_anchors_and_exactness_are_saved(tmp_path: Path) -> None:
     for exact, grid in ((False, 0.0), (True, 2.0**-12)):
         model = convert(source("resnet34"), coupling=1 / 16, tolerance=1e-7, exact=exact)

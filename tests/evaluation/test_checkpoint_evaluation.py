@@ -99,6 +99,7 @@ def test_two_models_are_compared_image_by_image(two: list[str]) -> None:
     assert "McNemar" in text
 
 
+@pytest.mark.slow
 def test_comparing_needs_two_models_and_the_same_images(two: list[str]) -> None:
     done = petra_zoo("evaluate", two[0], "--dataset", DATA, "--compare")
     assert done.returncode == 2
@@ -209,6 +210,7 @@ print(evaluate_checkpoint(sys.argv[1], "synthetic:4x32", options=options).batch_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_where_memory_runs_out_a_smaller_batch_is_tried(tmp_path: Path) -> None:
     model = untrained(tmp_path / "tiny", num_classes=4)

@@ -29,12 +29,12 @@ OUTER_SECONDS = FETCH_SECONDS + RUN_SECONDS + 30
 
 SMALL = (
     "petra_revnet_tiny",
-    "petra_revnet18",
-    "petra_revnet18_cifar",
-    "petra_revnet18_paper",
     "petra_revnet18_paper_cifar",
 )
 LARGE = (
+    "petra_revnet18",
+    "petra_revnet18_cifar",
+    "petra_revnet18_paper",
     "petra_revnet34",
     "petra_revnet34_cifar",
     "petra_revnet34_paper",

@@ -104,6 +104,7 @@ def test_one_stage_has_no_delay(method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), control.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_methods_differ_once_parameters_move() -> None:
     finals = {}
     for method in METHODS:

@@ -95,7 +95,7 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_processes_compute_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
     cases = CASES[ranks]
     found = run_processes(ranks, tmp_path, train_in_a_rank, cases)

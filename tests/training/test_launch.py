@@ -90,10 +90,11 @@ def test_the_launcher_needs_no_option_that_torch_2_11_lacks(monkeypatch: pytest.
     assert getattr(config, "shutdown_timeout", 5) == 5  # where this torch has the setting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        pytest.param(["stages=2", "--nproc", "3"], "3 processes for 2 stages: launch 1 to 2", marks=pytest.mark.slow),
+        (["stages=2", "--nproc", "3"], "3 processes for 2 stages: launch 1 to 2"),
         (["split=[3,3,3,3]", "--nproc", "2"], "add up to the model's 14 units, not 12"),
     ],
 )
