@@ -33,6 +33,7 @@ def test_it_is_what_a_real_step_needs(mode: str, coupling: float) -> None:
     assert computed == pytest.approx(bytes_per_image(model, MODES[mode], 16), rel=0.01)
 
 
+@pytest.mark.slow
 def test_more_reversible_blocks_need_no_more_memory() -> None:
     shallow, deep = (
         activation_memory(timm.create_model("petra_revnet18_cifar", **TINY | {"layers": (n,) * 4}), (3, 32, 32))

@@ -111,7 +111,6 @@ def test_a_recipe_is_an_object_a_file_or_a_name(tmp_path: Path, monkeypatch: pyt
     saved = (by_file.path / "recipe.yaml").read_text()
     assert "extends" not in saved
     assert "seed: 7\n" in saved
-    assert train("mine.yaml", name="other", reporter=QUIET).path.name.startswith("other-")
     by_name = train("digits/petra_revnet_tiny", ["epochs=1", "stages=1", "batch_size=512"], reporter=QUIET)
     assert by_name.path.name.startswith("digits-petra_revnet_tiny-")
 
