@@ -79,13 +79,17 @@ def validate_command(
             metavar="KEY=VALUE", help="Settings that replace the recipes'.", autocompletion=complete_setting
         ),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Can the stages be spread over so many processes?"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Build all that recipes ask for, on small generated files, and make two updates with two images at a time."""
     from petra_zoo.training.recipe_validation import validate_recipes
 
     verdicts = []
-    for verdict in validate_recipes(pattern, overrides or []):
+    for verdict in validate_recipes(pattern, overrides or [], nproc):
         verdicts.append(verdict)
         if not as_json:
             typer.echo(f"ok      {verdict.recipe}" if verdict.ok else f"failed  {verdict.recipe}: {verdict.reason}")

@@ -92,6 +92,12 @@ def test_validate_tells_the_reason_and_exits_with_1() -> None:
     assert result.output == f"failed  {DIGITS}: stages=15 does not fit a model of 14 units: choose 1 to 14\n"
 
 
+def test_validate_tells_whether_the_stages_can_be_spread_over_processes() -> None:
+    result = CliRunner().invoke(app, ["validate", "digits/*", "--nproc", "5"])
+    assert result.exit_code == 1
+    assert "5 processes for 4 stages: launch 1 to 4" in result.output
+
+
 def test_validate_gives_json() -> None:
     result = CliRunner().invoke(app, ["validate", "digits/*", "stages=15", "--json"])
     assert result.exit_code == 1
