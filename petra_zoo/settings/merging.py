@@ -39,7 +39,10 @@ def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings
         raise UserError(f"overrides are a list of KEY=VALUE, such as ['lr=0.1'], not the text {overrides!r}")
     merged = dict(settings)
     for text in overrides:
-        merged = lay_over(merged, known_names(dict([_parse(text)])))
+        key, value = _parse(text)
+        if key == "extends":  # it is no setting, and what is nearest to it would be no help
+            raise UserError(f"{text}: only a recipe's file extends another: write one, or train by {value} itself")
+        merged = lay_over(merged, known_names({key: value}))
     return merged
 
 
