@@ -123,6 +123,13 @@ def test_every_public_name_is_there(name: str) -> None:
     assert name in dir(petra_zoo)
 
 
+def test_every_room_is_there_whatever_was_imported_before() -> None:
+    rooms = [path.parent.name for path in (ROOT / "petra_zoo").glob("*/__init__.py") if path.parent.name != "cli"]
+    assert set(petra_zoo._ROOMS) == {*rooms, "converters", "errors"}
+    done = python("import petra_zoo; petra_zoo.training.Callback; petra_zoo.errors.UserError")
+    assert done.returncode == 0, done.stderr
+
+
 def test_type_checkers_see_the_public_names_where_they_are() -> None:
     """Laziness needs the table of homes, and type checkers need imports: the two say the same."""
     tree = ast.parse(Path(petra_zoo.__file__).read_text(encoding="utf-8"))
