@@ -100,6 +100,26 @@ with ThreadPoolExecutor(8) as pool:
     assert done.returncode == 0, done.stderr
 
 
+def test_models_are_registered_while_another_thread_imports_timm(stand_ins: Path) -> None:
+    (stand_ins / "timm/__init__.py").write_text(
+        "import time, began; began.event.set(); time.sleep(0.3)\nfrom timm.models import create_model\n"
+    )
+    (stand_ins / "began.py").write_text("import threading\nevent = threading.Event()\n")
+    # Whoever asks for a part of timm before timm itself is there would disturb the import under way.
+    (stand_ins / "ours/models.py").write_text("import sys\nassert hasattr(sys.modules['timm'], 'create_model')\n")
+    code = """
+import began, importlib, threading
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != '_Timm']  # as before petra_zoo
+thread = threading.Thread(target=importlib.import_module, args=('timm',))
+thread.start()
+began.event.wait()
+petra_zoo.register_with_timm()
+thread.join()
+"""
+    done = with_stand_ins(code, stand_ins)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_of_the_models_is_one_of_importing_timm(stand_ins: Path) -> None:
     (stand_ins / "ours/models.py").write_text("raise RuntimeError('broken models')")
     for code in ("import timm", "try:\n    import timm\nexcept RuntimeError:\n    import timm"):
