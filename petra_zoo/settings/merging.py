@@ -50,8 +50,11 @@ def known_names(settings: Mapping[str, Json]) -> Settings:
     """The settings under our names. Before anything is merged, so that an alias replaces what our own name says.
 
     Raises:
-        UserError: a setting is unknown; gives the nearest.
+        UserError: a setting is unknown, gives the nearest; or it is given under both of its names.
     """
+    for alias, name in _ALIASES.items():
+        if alias in settings and name in settings:  # else whichever stands last would win
+            raise UserError(f"{alias} and {name} are two names of one setting: give one of them")
     known = {_ALIASES.get(key, key): value for key, value in settings.items()}
     for key in known:
         if key not in Recipe.model_fields:

@@ -118,6 +118,12 @@ def test_a_copy_finds_its_base_however_that_is_written(tmp_path: Path, text: str
     assert load_recipe(str(copy_recipe(path, tmp_path / "elsewhere" / "mine.yaml"))) == load_recipe(path)
 
 
+def test_a_setting_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.yaml", f"{NETWORK}dataset: shapes\ngrad_accum_steps: 4\naccumulation_steps: 2\n")
+    with pytest.raises(UserError, match=r"own\.yaml: grad_accum_steps and accumulation_steps are two names of one"):
+        load_recipe(path)
+
+
 def test_an_override_cannot_extend() -> None:
     with pytest.raises(UserError, match="only a recipe's file extends another"):
         load_recipe("digits/petra_revnet_tiny", ["extends=shapes/petra_revnet_tiny"])
