@@ -55,7 +55,21 @@ _HOMES = {
     "register_method": "petra_zoo.petra",
     "train": "petra_zoo.training",
 }
-_ROOMS = ("converters", "models", "petra", "reversible")
+# What Python gives by itself once anything has imported it: given at once, nothing depends on what ran before.
+_ROOMS = (
+    "checkpoints",
+    "converters",
+    "data",
+    "errors",
+    "evaluation",
+    "hub",
+    "models",
+    "petra",
+    "planning",
+    "reversible",
+    "settings",
+    "training",
+)
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 

@@ -40,11 +40,11 @@ def load_entry_points(group: str) -> None:
     for entry in entry_points(group=group):
         try:
             entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script taken for a module may leave, and the zoo with it
             _log.warning("%s", _broken(entry, error))
 
 
-def _broken(entry: EntryPoint, error: Exception) -> str:
+def _broken(entry: EntryPoint, error: BaseException) -> str:
     package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an installed package"
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{package} is left out: its entry point {entry.name} = {entry.value} of {entry.group} raises {reason}"

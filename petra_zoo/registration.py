@@ -18,6 +18,7 @@ else:  # Python asks for no base class, and importlib.abc brings importlib.resou
 def register_with_timm() -> None:
     """Registers the models at once where timm is imported already, else as soon as it has been."""
     if sys.modules.get("timm"):
+        importlib.import_module("timm")  # waits where another thread is about to import it
         _register()
     elif not any(isinstance(finder, _Timm) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Timm())

@@ -66,6 +66,17 @@ def test_entry_points_are_loaded_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert vars(extensions)["counted"] == 1
 
 
+def test_an_installed_package_cannot_end_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    distribution(tmp_path, "leaving", "[leavers]\na = leaving_module\n", leaving_module="raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    extensions.load_entry_points("leavers")
+    assert caplog.messages == [
+        "leaving 1.2 is left out: its entry point a = leaving_module of leavers raises SystemExit: 3"
+    ]
+
+
 def test_a_registry_has_what_installed_packages_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     things: Registry[int] = Registry("thing", "petra_zoo.things")
     monkeypatch.setattr(extensions, "things", things, raising=False)

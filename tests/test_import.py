@@ -100,6 +100,26 @@ with ThreadPoolExecutor(8) as pool:
     assert done.returncode == 0, done.stderr
 
 
+def test_models_are_registered_while_another_thread_imports_timm(stand_ins: Path) -> None:
+    (stand_ins / "timm/__init__.py").write_text(
+        "import time, began; began.event.set(); time.sleep(0.3)\nfrom timm.models import create_model\n"
+    )
+    (stand_ins / "began.py").write_text("import threading\nevent = threading.Event()\n")
+    # Whoever asks for a part of timm before timm itself is there would disturb the import under way.
+    (stand_ins / "ours/models.py").write_text("import sys\nassert hasattr(sys.modules['timm'], 'create_model')\n")
+    code = """
+import began, importlib, threading
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != '_Timm']  # as before petra_zoo
+thread = threading.Thread(target=importlib.import_module, args=('timm',))
+thread.start()
+began.event.wait()
+petra_zoo.register_with_timm()
+thread.join()
+"""
+    done = with_stand_ins(code, stand_ins)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_error_of_the_models_is_one_of_importing_timm(stand_ins: Path) -> None:
     (stand_ins / "ours/models.py").write_text("raise RuntimeError('broken models')")
     for code in ("import timm", "try:\n    import timm\nexcept RuntimeError:\n    import timm"):
@@ -121,6 +141,13 @@ def test_a_finder_that_asks_for_timm_gets_what_python_finds(stand_ins: Path) -> 
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(petra_zoo, name)
     assert name in dir(petra_zoo)
+
+
+def test_every_room_is_there_whatever_was_imported_before() -> None:
+    rooms = [path.parent.name for path in (ROOT / "petra_zoo").glob("*/__init__.py") if path.parent.name != "cli"]
+    assert set(petra_zoo._ROOMS) == {*rooms, "converters", "errors"}
+    done = python("import petra_zoo; petra_zoo.training.Callback; petra_zoo.errors.UserError")
+    assert done.returncode == 0, done.stderr
 
 
 def test_type_checkers_see_the_public_names_where_they_are() -> None:

@@ -32,6 +32,8 @@ def create_model(name: str, **arguments: Any) -> UnitClassifier:
     try:
         return as_unit_classifier(model)
     except UserError as error:
+        if hasattr(model, "units"):  # somebody's own, to be mended: others are no way out
+            raise UserError(f"model {name!r}: {error}") from error
         nearest = _nearest(name, "petra_*")
         raise UserError(f"model {name!r}: {error}; nearest: {nearest} (petra-zoo list shows all)") from error
 

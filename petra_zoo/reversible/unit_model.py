@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, Self
 
 import torch
@@ -51,7 +51,7 @@ def units_of(model: nn.Module | UnitModel) -> list[Unit]:
     """The units of a model: the one check that it is a `UnitModel`.
 
     Raises:
-        UserError: it has no `units()`, one of them is no `Unit`, or two have the same name.
+        UserError: it has no `units()`, they are no list, one of them is no `Unit`, or two have the same name.
     """
     kind = type(model).__name__
     listed = getattr(model, "units", None)
@@ -60,7 +60,10 @@ def units_of(model: nn.Module | UnitModel) -> list[Unit]:
             f"{kind} has no units(): petra-zoo convert makes a reversible network of a ResNet; "
             "docs/extending.md says how to write units()"
         )
-    units = listed()
+    given = listed() or ()
+    if not isinstance(given, Iterable):
+        raise UserError(f"units() of {kind} gives a {type(given).__name__}: expected a list of units")
+    units = list(given)  # at once: a generator can be read only once
     if not units:
         raise UserError(f"units() of {kind} is empty: it lists the network's units, at least one")
     for unit in units:
@@ -72,4 +75,4 @@ def units_of(model: nn.Module | UnitModel) -> list[Unit]:
     names = [unit.name for unit in units]
     if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
         raise UserError(f"units() of {kind} lists two units named {twice!r}: each needs a name of its own")
-    return list(units)
+    return units

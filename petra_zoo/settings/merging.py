@@ -39,7 +39,10 @@ def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings
         raise UserError(f"overrides are a list of KEY=VALUE, such as ['lr=0.1'], not the text {overrides!r}")
     merged = dict(settings)
     for text in overrides:
-        merged = lay_over(merged, known_names(dict([_parse(text)])))
+        key, value = _parse(text)
+        if key == "extends":  # it is no setting, and what is nearest to it would be no help
+            raise UserError(f"{text}: only a recipe's file extends another: write one, or train by {value} itself")
+        merged = lay_over(merged, known_names({key: value}))
     return merged
 
 
@@ -47,8 +50,11 @@ def known_names(settings: Mapping[str, Json]) -> Settings:
     """The settings under our names. Before anything is merged, so that an alias replaces what our own name says.
 
     Raises:
-        UserError: a setting is unknown; gives the nearest.
+        UserError: a setting is unknown, gives the nearest; or it is given under both of its names.
     """
+    for alias, name in _ALIASES.items():
+        if alias in settings and name in settings:  # else whichever stands last would win
+            raise UserError(f"{alias} and {name} are two names of one setting: give one of them")
     known = {_ALIASES.get(key, key): value for key, value in settings.items()}
     for key in known:
         if key not in Recipe.model_fields:

@@ -97,7 +97,10 @@ def recipe_settings(name: str, below: tuple[str, ...] = ()) -> Settings:
         raise UserError(f"recipe {below[-1]} extends another: {error}") from error
     settings = _mapping(name, text)
     base = _base_of(settings, name)
-    own = known_names({key: value for key, value in settings.items() if key != EXTENDS})
+    try:
+        own = known_names({key: value for key, value in settings.items() if key != EXTENDS})
+    except UserError as error:  # several files may have led here: which one has it?
+        raise UserError(f"recipe {name}: {error}") from error
     return own if base is None else lay_over(recipe_settings(base, (*below, this)), own)
 
 
@@ -138,7 +141,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
     """Copies a recipe, comments included, to a file, or into a folder under its own name; makes missing folders.
 
-    What it extends stays where it is: installed ones have a name, and that of a file is written out.
+    What it extends stays where it is: installed ones have a name, and that of a file is written out. Where that cannot
+    be done by changing one line, the comments are lost.
 
     Returns:
         The file written.
@@ -152,16 +156,28 @@ def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
         destination /= f"{Path(name).stem}.yaml"
     if destination.exists() and not force:
         raise UserError(f"{destination} exists; choose another name, or overwrite it with --force")
-    base = _base_of(_mapping(name, text), name)
+    settings = _mapping(name, text)
+    base = _base_of(settings, name)
     if base is not None and base.endswith(_FILES):
-        line = write_yaml({EXTENDS: str(Path(base).resolve())})
-        text = re.sub(rf"^{EXTENDS}:.*\n", lambda _: line, text, flags=re.MULTILINE)
+        text = _extending(text, settings | {EXTENDS: str(Path(base).resolve())})
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         destination.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{destination} cannot be written: {error}") from error
     return destination
+
+
+def _extending(text: str, wanted: Settings) -> str:
+    """A recipe's text, changed to extend what the wanted settings say."""
+    line = write_yaml({EXTENDS: wanted[EXTENDS]}).removesuffix("\n")
+    changed = re.sub(rf"^{EXTENDS}:.*$", lambda _: line, text, flags=re.MULTILINE)
+    try:
+        if read_yaml(changed) == wanted:
+            return changed
+    except yaml.YAMLError:
+        pass
+    return write_yaml(wanted)  # it was no line of its own
 
 
 def _installed() -> list[str]:

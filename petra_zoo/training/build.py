@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petra_zoo.checkpoints.load import check_image_size, create_model
 from petra_zoo.data.datasets import ImageDataset, open_dataset
@@ -17,6 +17,7 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import World
+from petra_zoo.reversible import units_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.finetuning import arrange_head, check_architecture, checkpoint_name, freeze
 
@@ -134,6 +135,38 @@ def check_batches(recipe: Recipe, loader: ImageLoader) -> None:
         raise UserError(
             f"accumulation_steps={recipe.accumulation_steps} is more than the {batches} micro-batches of an epoch: no "
             f"update would be made in it; expected {batches} or less, or a smaller batch_size"
+        )
+
+
+def check_units(recipe: Recipe, model: UnitClassifier, preprocessing: Preprocessing) -> None:
+    """Refuses a network whose units compute something else than it does: what is trained would not be what is saved.
+
+    Raises:
+        UserError: says which unit, or that it is all of them together.
+    """
+    device = next(model.parameters()).device
+    image = torch.randn(1, *preprocessing.input_size, generator=torch.Generator().manual_seed(0)).to(device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            streams: tuple[Tensor, ...] = (image,)
+            for unit in units_of(model):
+                streams = unit(*streams)
+                if not isinstance(streams, tuple):
+                    raise UserError(
+                        f"unit {unit.name} of {recipe.model} gives a {type(streams).__name__}: expected a tuple of "
+                        "tensors, such as (x,)"
+                    )
+            logits = model(image)
+    finally:
+        model.train(was_training)
+    if logits.shape != (1, model.num_classes):
+        raise UserError(f"{recipe.model} gives logits of shape {list(logits.shape)}: expected [1, {model.num_classes}]")
+    if not torch.allclose(streams[0], logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()), equal_nan=True):
+        raise UserError(
+            f"units() of {recipe.model} and the model compute different logits in eval mode: calling the model must "
+            "equal running its units, one after the other"
         )
 
 

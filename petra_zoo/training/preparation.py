@@ -25,6 +25,7 @@ from petra_zoo.training.build import (
     build_model,
     check_batches,
     check_norms,
+    check_units,
     memory_format,
     open_data,
     preprocessing_for,
@@ -126,6 +127,7 @@ def _build_parts(recipe: Recipe, data: Splits | None, world: World) -> _Parts:
     # A rank of several builds the whole model on the CPU and keeps its own stages.
     model = build_model(recipe, train, world.device if world.size == 1 else torch.device("cpu"))
     preprocessing = preprocessing_for(recipe, train, model)
+    check_units(recipe, model, preprocessing)
     loaders = build_loaders(recipe, train, val, preprocessing, world)
     if data is None:  # what is handed in stands for more
         check_batches(recipe, loaders[0])

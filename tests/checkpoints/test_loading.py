@@ -211,6 +211,8 @@ def test_timm_alone_loads_the_same(hub: LoopbackHub, saved: Path) -> None:
 class Foreign(nn.Module):
     """Somebody else's network: two units, nothing of the zoo's."""
 
+    num_features = 4
+
     def __init__(self, num_classes: int = 3, **kwargs: Any) -> None:
         super().__init__()
         self.num_classes, self.pretrained_cfg = num_classes, {"architecture": "foreign", "input_size": (3, 8, 8)}
@@ -224,6 +226,13 @@ class Foreign(nn.Module):
 def test_units_make_a_model_trainable_not_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(timm.models._registry._model_entrypoints, "foreign", lambda pretrained, **kw: Foreign(**kw))
     assert create_model("foreign", num_classes=5).num_classes == 5
+
+
+def test_what_is_wrong_with_ones_own_units_is_said_without_other_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "foreign", lambda pretrained, **kw: Foreign(**kw))
+    monkeypatch.setattr(Foreign, "units", lambda self: [])
+    with pytest.raises(UserError, match=r"model 'foreign': units\(\) of Foreign is empty: .*at least one$"):
+        create_model("foreign")
 
 
 def test_a_model_of_timm_says_how_it_becomes_reversible() -> None:

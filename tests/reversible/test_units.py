@@ -102,6 +102,13 @@ def test_units_of_gives_a_models_units() -> None:
     assert units_of(Model(units)) == units
 
 
+def test_units_may_be_generated() -> None:
+    units = token_units(2)
+    model = Model([])
+    model.units = lambda: (unit for unit in units)  # type: ignore[assignment, return-value]
+    assert units_of(model) == units
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -109,6 +116,7 @@ def test_units_of_gives_a_models_units() -> None:
         (Model([nn.Linear(2, 2)]), r"lists a Linear, which is no petra_zoo.reversible.Unit"),
         (Model([HalvingUnit("a"), HalvingUnit("b"), HalvingUnit("a")]), r"two units named 'a'"),
         (Model([]), r"is empty"),
+        (Model(HalvingUnit("a")), r"gives a HalvingUnit: expected a list of units"),  # type: ignore[arg-type]
     ],
 )
 def test_units_of_says_in_one_line_what_is_wrong(model: nn.Module, message: str) -> None:

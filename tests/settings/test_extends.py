@@ -81,7 +81,7 @@ def test_an_alias_takes_the_place_of_the_bases_setting(tmp_path: Path) -> None:
         ({"a": "extends: gone.yaml"}, r"a\.yaml extends another: recipe file \S+/gone\.yaml cannot be read"),
         ({"a": "extends: [x, y]"}, r"extends=\['x', 'y'\]: expected a recipe's name, or a \.yaml file beside it"),
         ({"a": "extends: b.yaml", "b": "- x"}, r"b\.yaml is not a YAML mapping"),
-        ({"a": "extends: b.yaml", "b": "epoch: 3"}, "unknown setting 'epoch'; did you mean 'epochs'"),
+        ({"a": "extends: b.yaml", "b": "epoch: 3"}, r"b\.yaml: unknown setting 'epoch'; did you mean 'epochs'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_extended_is_one_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -107,6 +107,26 @@ def test_a_copy_comes_to_the_same(tmp_path: Path) -> None:
     copied = copy_recipe(path, tmp_path / "elsewhere" / "mine.yaml")
     assert copied.read_text().startswith("# a comment\n")
     assert load_recipe(str(copied)) == load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["epochs: 3\nextends: base.yaml", "{extends: base.yaml, epochs: 3}\n", "extends:\n  base.yaml\nepochs: 3\n"]
+)
+def test_a_copy_finds_its_base_however_that_is_written(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "base.yaml", f"{NETWORK}dataset: shapes\n")
+    path = write(tmp_path / "mine.yaml", text)
+    assert load_recipe(str(copy_recipe(path, tmp_path / "elsewhere" / "mine.yaml"))) == load_recipe(path)
+
+
+def test_a_setting_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.yaml", f"{NETWORK}dataset: shapes\ngrad_accum_steps: 4\naccumulation_steps: 2\n")
+    with pytest.raises(UserError, match=r"own\.yaml: grad_accum_steps and accumulation_steps are two names of one"):
+        load_recipe(path)
+
+
+def test_an_override_cannot_extend() -> None:
+    with pytest.raises(UserError, match="only a recipe's file extends another"):
+        load_recipe("digits/petra_revnet_tiny", ["extends=shapes/petra_revnet_tiny"])
 
 
 def test_a_recipe_in_memory_is_overridden_like_a_file() -> None:

@@ -131,7 +131,7 @@ def test_unknown_setting_gives_the_nearest() -> None:
         ("lr=fast", "lr='fast': expected a valid number, unable to parse string as a number"),
         ("stages=0", "stages=0: expected greater than or equal to 1"),
         ("batch_size=1.5", "batch_size=1.5: expected a valid integer, got a number with a fractional part"),
-        ("method=foo", "method='foo': expected 'petra', 'dsp', 'delayed', 'local', 'backprop' or 'reversible'"),
+        ("method=petr", "method='petr': unknown method 'petr'; did you mean petra?"),
         ("opt_betas=[0.9]", "opt_betas=[0.9]: entry 1: required, but not given"),
         ("decay_milestones=[1,x]", "decay_milestones=[1, 'x']: entry 1: expected a valid integer, unable to parse "
          "string as an integer"),

@@ -1,0 +1,72 @@
+"""What is looked at before a network of somebody's own is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.reversible import FunctionUnit, Unit
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.training.build import build_model, check_units, open_data, preprocessing_for
+from tests.training.test_train import QUICK, quick
+
+
+class Own(nn.Module):
+    """A network of two units; how the head's unit and the model compute is said from outside."""
+
+    num_features = 4
+
+    def __init__(self, num_classes: int, head: Callable[..., Any], forward: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.num_classes, self.pretrained_cfg = num_classes, {"architecture": "own", "input_size": (3, 8, 8)}
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+        self.of_unit, self.of_model = head, forward
+
+    def units(self) -> list[Unit]:
+        stem = FunctionUnit("stem", lambda x: (self.stem(x).mean((2, 3)),), {"stem": self.stem})
+        return [stem, FunctionUnit("head", lambda x: self.of_unit(self.head(x)), {"head": self.head})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_model(self.head(self.stem(x).mean((2, 3))))
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("head", "forward", "message"),
+    [
+        (lambda x: (2 * x,), same, r"units\(\) of own and the model compute different logits"),
+        (same, same, r"unit head of own gives a Tensor: expected a tuple of tensors"),
+        (lambda x: (x[:, :2],), lambda x: x[:, :2], r"own gives logits of shape \[1, 2\]: expected \[1, 4\]"),
+    ],
+    ids=["other-logits", "no-tuple", "other-classes"],
+)
+def test_units_that_are_not_the_model_are_refused(
+    head: Callable[..., Any],
+    forward: Callable[..., Tensor],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entrypoints = timm.models._registry._model_entrypoints
+    monkeypatch.setitem(entrypoints, "own", lambda num_classes, **_: Own(num_classes, head, forward))
+    with pytest.raises(UserError, match=message):
+        quick(tmp_path, model="own", stages=2)
+
+
+def test_looking_at_units_draws_no_random_number() -> None:
+    recipe = Recipe(**QUICK)
+    data, _ = open_data(recipe)
+    model = build_model(recipe, data).train()
+    before, state = torch.get_rng_state(), {key: value.clone() for key, value in model.state_dict().items()}
+    check_units(recipe, model, preprocessing_for(recipe, data, model))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
