@@ -11,6 +11,8 @@ from petra_zoo.errors import UserError
 from petra_zoo.reversible import Unit, units_of
 from petra_zoo.strict_json import JsonObject
 
+_OF_TIMM = ("num_classes", "num_features", "pretrained_cfg")
+
 
 class ModelConfig(TypedDict, total=False):
     """timm's `pretrained_cfg`: where weights come from, what images they want, and what their classes are called."""
@@ -81,9 +83,11 @@ def as_classifier(model: nn.Module) -> Classifier:
         UserError: it is none.
     """
     if not _is_classifier(model):
+        missing = ", ".join(name for name in _OF_TIMM if not hasattr(model, name))
         raise UserError(
-            f"{type(model).__name__} is no network of timm's kind: it needs num_classes and num_features (of what its "
-            "classifier reads), and the pretrained_cfg that timm.create_model gives"
+            f"{type(model).__name__} has no {missing}: every network of timm's kind has num_classes, num_features (of "
+            "what its classifier reads) and a pretrained_cfg, which build_model_with_cfg and default_cfgs give it "
+            "(docs/extending.md)"
         )
     return model
 
@@ -107,7 +111,7 @@ def config_of(model: nn.Module) -> ModelConfig:
 
 
 def _is_classifier(model: nn.Module) -> TypeGuard[Classifier]:
-    return all(hasattr(model, name) for name in ("num_classes", "num_features", "pretrained_cfg"))
+    return all(hasattr(model, name) for name in _OF_TIMM)
 
 
 def _has_units(model: nn.Module) -> TypeGuard[UnitClassifier]:

@@ -17,7 +17,7 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import World
-from petra_zoo.reversible import units_of
+from petra_zoo.reversible import CoupledUnit, units_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.finetuning import arrange_head, check_architecture, checkpoint_name, freeze
 
@@ -152,11 +152,16 @@ def check_units(recipe: Recipe, model: UnitClassifier, preprocessing: Preprocess
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             streams: tuple[Tensor, ...] = (image,)
             for unit in units_of(model):
-                streams = unit(*streams)
+                before, streams = streams, unit(*streams)
                 if not isinstance(streams, tuple):
                     raise UserError(
                         f"unit {unit.name} of {recipe.model} gives a {type(streams).__name__}: expected a tuple of "
                         "tensors, such as (x,)"
+                    )
+                if isinstance(unit, CoupledUnit) and streams[0].shape != before[0].shape:
+                    raise UserError(
+                        f"the branch of unit {unit.name} of {recipe.model} turns {list(before[0].shape)} into "
+                        f"{list(streams[0].shape)}: expected the same shape; make it a FunctionUnit"
                     )
             logits = model(image)
     finally:

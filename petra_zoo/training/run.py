@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from petra_zoo.errors import Failure
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import check_free
 from petra_zoo.petra import NotFiniteError, Output, World, first_not_finite, leave
@@ -67,6 +67,10 @@ def train(
         >>> result = train("digits/petra_revnet_tiny", ["epochs=2", "output=runs/first"])
         >>> result.evaluation.top1
     """
+    if strangers := [x for x in callbacks if not isinstance(x, Callback)]:
+        raise UserError(
+            f"callbacks are objects whose class inherits from petra_zoo.training.Callback, not {strangers[0]!r}"
+        )
     if isinstance(recipe, Recipe):
         settings, name = override_recipe(recipe, overrides), name or "run"
     else:

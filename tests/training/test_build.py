@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import FunctionUnit, Unit
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, Unit
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import build_model, check_units, open_data, preprocessing_for
 from tests.training.test_train import QUICK, quick
@@ -70,3 +70,23 @@ def test_looking_at_units_draws_no_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Spreading(Own):
+    """The branch of its block has three channels, over which the addition spreads the one of its input."""
+
+    def units(self) -> list[Unit]:
+        stem, head = super().units()
+        wide = nn.Conv2d(1, 3, 3, padding=1)
+        block = CoupledUnit("block", wide, branch=wide, activate=nn.Identity(), coupling=lambda: 0.0, starts=True)
+        return [FunctionUnit("grey", lambda x: (x[:, :1],), {}), block, stem, head]
+
+
+def test_a_branch_that_changes_the_shape_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entrypoints = timm.models._registry._model_entrypoints
+    monkeypatch.setitem(entrypoints, "own", lambda num_classes, **_: Spreading(num_classes, lambda x: (x,), same))
+    recipe = Recipe(**{**QUICK, "model": "own"})
+    data, _ = open_data(recipe)
+    model = build_model(recipe, data)
+    with pytest.raises(UserError, match=r"branch of unit block of own turns \[1, 1, 8, 8\] into \[1, 3, 8, 8\]"):
+        check_units(recipe, model, preprocessing_for(recipe, data, model))

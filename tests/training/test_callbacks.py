@@ -120,6 +120,8 @@ def test_a_mistake_in_python_is_the_same_line() -> None:
         train("digit/petra_revnet_tiny")
     with pytest.raises(UserError, match="unknown setting 'epoch'"):
         train(Recipe(**QUICK), ["epoch=3"])
+    with pytest.raises(UserError, match=r"inherits from petra_zoo.training.Callback, not <built-in function print>"):
+        train(Recipe(**QUICK), callbacks=[print])  # type: ignore[list-item]
 
 
 def test_a_registered_data_set_and_loss_train(tmp_path: Path) -> None:
