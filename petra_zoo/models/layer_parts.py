@@ -1,7 +1,4 @@
-"""What the units of a layer call: from the streams in front of a block to its activation, and on.
-
-Objects, not closures: their fields say whether they may draw random numbers (see `petra_zoo.reversible.may_draw`).
-"""
+"""What the units of a layer call: from the streams in front of a block to its activation, and on."""
 
 from __future__ import annotations
 

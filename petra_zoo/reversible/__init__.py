@@ -13,7 +13,6 @@ from petra_zoo.reversible.coupling import (
 )
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
-from petra_zoo.reversible.random_draws import may_draw
 from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.state import untouched
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
@@ -50,7 +49,6 @@ __all__ = [
     "couple",
     "coupled",
     "gradients_of",
-    "may_draw",
     "merge",
     "nearest_coupling",
     "needs_plain_path",

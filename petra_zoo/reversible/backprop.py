@@ -115,7 +115,7 @@ class _Segment(torch.autograd.Function):
                 ctx.anchors[i] = slice(len(kept), len(kept) + len(streams))
                 kept.extend(streams)
             inputs, versions = streams, [version_of(x) for x in streams]
-            with Replay.recording(held[i], device, unit.draws) as replay:
+            with Replay.recording(held[i], device) as replay:
                 streams, residue = unit.evaluate(*inputs) if reverse else Evaluation(unit(*inputs))
             if residue:
                 ctx.residues[i] = slice(len(kept), len(kept) + len(residue))

@@ -46,16 +46,17 @@ class Replay:
 
     @classmethod
     @contextmanager
-    def recording(cls, held: Held, device: torch.device, draws: bool) -> Iterator[Replay]:
+    def recording(cls, held: Held, device: torch.device) -> Iterator[Replay]:
         """Around the first evaluation.
 
         Args:
             held: what the unit holds.
             device: of its streams.
-            draws: whether the unit may draw random numbers.
         """
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
-        generators = generator_states(device) if draws else {}
+        # The generators tell whether the unit draws. Its modules' types cannot (methods may be replaced, of an instance
+        # or of a class, and functions too), and looking at them takes longer.
+        generators = generator_states(device)
         held.begin()  # before the evaluation: a spectral norm's vectors or a counter move in it
         with RememberStatistics() as remembered:
             replay = cls(
@@ -67,10 +68,9 @@ class Replay:
             )
             yield replay
         held.evaluated()
-        if draws:
-            now = generator_states(device)
-            if all(torch.equal(state, now[name]) for name, state in generators.items()):
-                replay.generators = {}  # it might have, but did not
+        now = generator_states(device)
+        if all(torch.equal(state, now[name]) for name, state in generators.items()):
+            replay.generators = {}  # the unit drew no random number
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -20,8 +20,6 @@ from typing import TypeGuard
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from petra_zoo.reversible.random_draws import draws_itself
-
 _KNOWN = ("torch.nn.modules.", "timm.layers.")  # batch norms whose forward is known to heed track_running_stats
 _SWITCHED = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -38,7 +36,6 @@ class ModuleState:
     Attributes:
         modules: all of them, those outside last.
         norms: the batch norms whose own switch keeps them from moving their statistics.
-        draws: whether a module of them may draw random numbers.
     """
 
     def __init__(self, module: nn.Module, outside: Sequence[nn.Module] = ()) -> None:
@@ -64,7 +61,6 @@ class ModuleState:
                     if isinstance(m, _NormBase):
                         self.uncounted.add(len(self.slots))
                 self.slots.append((m._buffers, name))
-        self.draws = any(draws_itself(m) for m in inside)
 
     def name(self, i: int) -> str:
         """The name of slot i: for a message, so looked for when it is needed."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
-from petra_zoo.reversible.random_draws import may_draw
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
@@ -64,15 +63,6 @@ class Unit(nn.Module):
         if self._state is None:
             self._state = ModuleState(self, self.outside)
         return self._state
-
-    @property
-    def draws(self) -> bool:
-        """Whether an evaluation may draw random numbers; a unit that may not needs no generator seeded or replayed."""
-        return self.state.draws or any(map(may_draw, self.parts()))
-
-    def parts(self) -> Sequence[Callable[..., Streams | Tensor]]:
-        """What the unit calls beside its modules."""
-        return ()
 
     def untouched(self) -> AbstractContextManager[None]:
         """Inside, evaluating the unit changes no buffer (batch norms in train mode use batch statistics)."""
@@ -145,9 +135,6 @@ class FunctionUnit(Unit):
         for path, module in modules.items():
             self.add_module(path.replace(".", "_"), module)
 
-    def parts(self) -> Sequence[Callable[..., Streams]]:
-        return (self.function,)
-
     def forward(self, *streams: Tensor) -> Streams:
         return self.function(*streams)
 
@@ -188,10 +175,6 @@ class CoupledUnit(Unit):
         self.coupling = coupling
         self.starts = starts
         self.streams = streams
-
-    def parts(self) -> Sequence[Callable[..., Tensor]]:
-        of_block = self.branch is self.block or getattr(self.branch, "__self__", None) is self.block
-        return (self.activate,) if of_block else (self.branch, self.activate)
 
     @property
     def reversible(self) -> bool:

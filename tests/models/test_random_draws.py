@@ -1,108 +1,102 @@
-"""Which units may draw random numbers: none that does is missed."""
+"""What draws random numbers is replayed, wherever it is: gradients are those of the plain path."""
 
-import inspect
-import re
+from collections.abc import Callable
 from types import MethodType
 
 import pytest
 import timm
-import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.models import PetraRevNet
-from petra_zoo.reversible import CoupledUnit, FunctionUnit, Unit, may_draw
-from tests.models.networks import images, small, tiny
+from petra_zoo.models.coupled_block import CoupledBasicBlock
+from petra_zoo.models.memory_modes import Memory
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, Unit, backpropagate
+from tests.models.networks import images, tiny
 
-DRAWS = re.compile(r"dropout\(|dropout_p|drop_path\(|drop_block|torch\.rand|bernoulli|uniform_|rrelu|_VF\.|_random_")
 RATES = {"drop_rate": 0.5, "drop_path_rate": 0.5, "drop_block_rate": 0.3}
 
 
-def drawn(units: list[Unit], x: torch.Tensor) -> dict[str, bool]:
-    """Whether each unit moved the generator."""
-    found = {}
-    streams: tuple[torch.Tensor, ...] = (x,)
-    for unit in units:
-        before = torch.get_rng_state()
-        streams = unit(*streams)
-        found[unit.name] = not torch.equal(before, torch.get_rng_state())
-    return found
+def dropping(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: F.dropout(function(*args), 0.5)
 
 
-MODELS = {
-    **{f"rates {rate}": lambda rate=rate, value=value: tiny(**{rate: value}) for rate, value in RATES.items()},
-    "all rates": lambda: tiny(**RATES),
-    "none": tiny,
-    "bottlenecks": lambda: timm.create_model("petra_revnet50_cifar", num_classes=10, **RATES),
-    "stochastic activation": lambda: small(act_layer=nn.RReLU),
-    "paper": lambda: timm.create_model("petra_revnet18_paper_cifar", num_classes=10, drop_rate=0.5),
-}
+def gradients(model: nn.Module, memory: Memory) -> list[Tensor]:
+    model.set_memory(memory)
+    model.zero_grad()
+    torch.manual_seed(0)
+    model(images(2, 16).double()).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_unit_that_draws_is_known_to(name: str) -> None:
-    model = MODELS[name]().train()
-    units = model.units()
-    found = drawn(units, images(2, 32))
-    assert all(unit.draws for unit in units if found[unit.name])
-    assert any(found.values()) == (name != "none")
+def check(model: nn.Module) -> None:
+    model.double().train()
+    for plain, reversible in zip(gradients(model, "plain"), gradients(model, "reversible"), strict=True):
+        assert torch.allclose(plain, reversible, rtol=1e-6, atol=1e-8)
 
 
-def test_units_without_dropout_are_known_not_to_draw() -> None:
-    for model in (tiny(), timm.create_model("petra_revnet18_paper_cifar")):
-        units = model.units()
-        assert {unit.name for unit in units if unit.draws} <= {"head"}  # whose rate may be set later
+@pytest.mark.parametrize("rates", [{name: rate} for name, rate in RATES.items()] + [RATES])
+def test_rates(rates: dict[str, float]) -> None:
+    check(tiny(**rates))
 
 
-class Own(nn.Conv2d):
-    pass
+def test_paper_network() -> None:
+    check(timm.create_model("petra_revnet18_paper_cifar", num_classes=10, drop_rate=0.5))
 
 
-@pytest.mark.parametrize("change", ["own class", "hook", "own forward", "own branch", "own layer"])
-def test_what_is_not_known_may_draw(change: str) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(nn.Conv2d, "forward"), (nn.Conv2d, "_conv_forward"), (CoupledBasicBlock, "branch"), (F, "conv2d")],
+)
+def test_what_somebody_has_replaced(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    monkeypatch.setattr(owner, name, dropping(getattr(owner, name)))
+    check(tiny())
+
+
+@pytest.mark.parametrize("change", ["forward", "method", "branch", "module"])
+def test_what_somebody_has_put_into_a_block(change: str) -> None:
     model: PetraRevNet = tiny()
     block = model.layer1[1]
-    if change == "own class":
-        block.conv1 = Own(16, 16, 3, padding=1)
-    elif change == "hook":
-        block.conv1.register_forward_hook(lambda module, args, out: F.dropout(out))
-    elif change == "own forward":
-        block.conv1.forward = lambda x: F.dropout(x)
-    elif change == "own branch":
-        block.branch = MethodType(lambda self, h: F.dropout(h), block)
+    if change == "forward":
+        block.conv1.forward = dropping(block.conv1.forward)
+    elif change == "method":
+        block.conv1.forward = MethodType(dropping(nn.Conv2d.forward), block.conv1)
+    elif change == "branch":
+        block.branch = MethodType(dropping(type(block).branch), block)
     else:
-        model.layer1[1] = nn.Sequential(nn.Conv2d(16, 16, 1), Own(16, 16, 1))
-    by_name = {unit.name: unit.draws for unit in model.units()}
-    assert by_name["layer1.1"]
-    assert not by_name["layer3.1"]
+        block.act1 = nn.RReLU()
+    check(model)
 
 
-def test_functions_of_ones_own_may_draw() -> None:
+def conv_with_foreign_method() -> Unit:
     conv = nn.Conv2d(4, 4, 1)
-    assert FunctionUnit("a", lambda x: (F.dropout(conv(x)),), {"conv": conv}).draws
-    assert CoupledUnit("b", conv, branch=conv, activate=lambda x: F.dropout(x), coupling=lambda: 1.0).draws
-    assert not CoupledUnit("c", conv, branch=conv, activate=F.relu, coupling=lambda: 1.0).draws
-    assert CoupledUnit("d", conv, branch=conv, activate=F.rrelu, coupling=lambda: 1.0).draws
+    branch = MethodType(dropping(nn.Conv2d.forward), conv)
+    return CoupledUnit("method", conv, branch=branch, activate=F.relu, coupling=lambda: 1.0)
 
 
-def classes() -> list[type[nn.Module]]:
-    """Layers of torch and timm."""
-    found = [kind for namespace in (nn, timm.layers) for kind in vars(namespace).values()]
-    return [kind for kind in found if inspect.isclass(kind) and issubclass(kind, nn.Module)]
+def function_with_dropout() -> Unit:
+    conv = nn.Conv2d(4, 4, 1)
+    return FunctionUnit("function", lambda b, a: (F.dropout(conv(b)), a), {"conv": conv})
 
 
-def test_no_layer_of_torch_or_timm_whose_forward_draws_is_missed() -> None:
-    from petra_zoo.reversible.random_draws import _class_may_draw
+def extended_after_its_first_use() -> Unit:
+    block = nn.Sequential(nn.Conv2d(4, 4, 1))
+    unit = CoupledUnit("extended", block, branch=block, activate=F.relu, coupling=lambda: 1.0)
+    _ = unit.state
+    block.append(nn.Dropout())
+    return unit
 
-    for kind in classes():
-        if DRAWS.search(inspect.getsource(kind.forward)) and not _class_may_draw(kind):
-            has_dropout_inside = "nn.Dropout" in inspect.getsource(kind)  # a sub-module that is known to draw
-            assert has_dropout_inside, kind
 
-
-def test_plain_layers_are_known_not_to_draw() -> None:
-    for module in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.ReLU(), timm.layers.SEModule(16), nn.LayerNorm(2)):
-        assert not may_draw(module)
-        assert not may_draw(module.forward)
+@pytest.mark.parametrize("make", [conv_with_foreign_method, function_with_dropout, extended_after_its_first_use])
+def test_units_on_their_own(make: Callable[[], Unit]) -> None:
+    unit = make().double()
+    streams = tuple(torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    wanted = [*streams, *unit.parameters()]
+    found = []
+    for run in (unit, lambda *x: backpropagate([unit], x)):
+        torch.manual_seed(0)
+        loss = sum(x.square().sum() for x in run(*streams))
+        found.append(torch.autograd.grad(loss, wanted))
+    for plain, reversible in zip(*found, strict=True):
+        assert torch.allclose(plain, reversible, atol=1e-10)
