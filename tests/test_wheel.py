@@ -79,6 +79,7 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_installed_wheel_reads_its_recipes(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]

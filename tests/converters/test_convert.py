@@ -77,6 +77,7 @@ def test_auto_keeps_the_measured_error_under_the_tolerance(depth: int) -> None:
     assert max(runs, key=lambda run: run.blocks).g >= max(run.g for run in runs)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_smallest_coupling_that_passes() -> None:
     network = source("resnet34")
     (g,) = {layer.g() for layer in convert(network, tolerance=1e-4).coupled_layers()[2:3]}

@@ -12,7 +12,11 @@ from tests.converters.networks import calibration, images, labelled, source, tra
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs"), [("digits", 5), pytest.param("shapes", 15, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    ("name", "epochs"),
+    [
+        pytest.param("digits", 5, marks=pytest.mark.slow),
+        pytest.param("shapes", 15, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
 )
 def test_a_converted_network_predicts_what_its_source_predicts(name: str, epochs: int) -> None:
     network = trained(name, epochs)
@@ -28,6 +32,7 @@ def test_a_converted_network_predicts_what_its_source_predicts(name: str, epochs
     assert all(run.g > 0 and run.error <= 1e-4 for run in found["auto"].runs if run.blocks)
 
 
+@pytest.mark.slow
 def test_scaling_the_branch_that_starts_a_run_is_closer_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     from petra_zoo.converters import choose
 

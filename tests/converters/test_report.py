@@ -108,6 +108,7 @@ def test_stored_activations_are_counted_per_image() -> None:
     assert not model.training
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_report_and_json(tmp_path: Path) -> None:
     network, path = source("resnet18", num_classes=10), tmp_path / "source"
     save_for_hf(network, str(path), safe_serialization=True, data_config={"input_size": (3, 64, 64)})
