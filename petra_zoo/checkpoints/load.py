@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from petra_zoo.checkpoints.hub_errors import explain
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
+from petra_zoo.models.describe import nearest_models, zoo_names
 
 _FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
@@ -27,15 +27,14 @@ def create_model(name: str, **arguments: Any) -> UnitClassifier:
     Raises:
         UserError: no such model, one without units, or arguments that it does not take.
     """
-    _check_known(name, "petra_*")
+    _check_known(name, zoo_names)
     model = create_any_model(name, **arguments)
     try:
         return as_unit_classifier(model)
     except UserError as error:
         if hasattr(model, "units"):  # somebody's own, to be mended: others are no way out
             raise UserError(f"model {name!r}: {error}") from error
-        nearest = _nearest(name, "petra_*")
-        raise UserError(f"model {name!r}: {error}; nearest: {nearest} (petra-zoo list shows all)") from error
+        raise UserError(f"model {name!r}: {error}; nearest: {nearest_models(name, zoo_names())}") from error
 
 
 def create_any_model(name: str, **arguments: Any) -> Classifier:
@@ -44,7 +43,7 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
     Raises:
         UserError: no such model, or arguments that it does not take.
     """
-    _check_known(name, "*")
+    _check_known(name, timm.list_models)
     local = name.startswith(_FROM_A_CONFIG)
     try:
         return as_classifier(timm.create_model(name, **arguments))
@@ -94,16 +93,6 @@ def check_image_size(model: Classifier, name: str, size: int) -> None:
         )
 
 
-def _check_known(name: str, like: str) -> None:
-    if not name.startswith(_FROM_A_CONFIG) and not timm.is_model(_architecture(name)):
-        raise UserError(f"model {name!r} is unknown; nearest: {_nearest(name, like)} (petra-zoo list shows all)")
-
-
-def _nearest(name: str, like: str) -> str:
-    """Up to three registered names that match `like` and look like this one."""
-    known = timm.list_models(like)
-    return ", ".join(difflib.get_close_matches(_architecture(name), known, n=3, cutoff=0.4) or known[:3])
-
-
-def _architecture(name: str) -> str:
-    return name.split(".", 1)[0]
+def _check_known(name: str, known: Callable[[], list[str]]) -> None:
+    if not name.startswith(_FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"model {name!r} is unknown; nearest: {nearest_models(name, known())}")
