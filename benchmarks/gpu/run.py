@@ -125,7 +125,7 @@ def measure_tick(name: str, size: int, batch: int, stages: int, method: str, tim
     model = timm.create_model(name, num_classes=100).to(DEVICE, memory_format=torch.channels_last).train()
     pipeline = Pipeline(
         model,
-        Layout.balanced(model, stages, method=method, input_size=(3, size, size)),
+        Layout.of(model, stages, method=method, input_size=(3, size, size)),
         method=method,
         optimization=Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)),
         autocast=torch.bfloat16,

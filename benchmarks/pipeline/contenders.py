@@ -201,7 +201,7 @@ class Ours(Contender):
         self.world = world
         self.pipeline = Pipeline(
             model.train(),
-            Layout.balanced(model, world.size, method=method, ranks=world.size, costs=Costs.measured(profile, method)),
+            Layout.of(model, world.size, method=method, ranks=world.size, costs=Costs.measured(profile, method)),
             method=method,
             optimization=Optimization(lambda named: sgd([p for _, p in named]), accumulation_steps=m),
             world=replace(world, wire=Wire(timeout=600.0)),

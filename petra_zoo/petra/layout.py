@@ -136,72 +136,6 @@ class Layout:
     input_size: Size | None = None
 
     @classmethod
-    def balanced(
-        cls,
-        model: UnitModel,
-        stages: int,
-        *,
-        method: str | Method = "petra",
-        ranks: int = 1,
-        costs: Costs | None = None,
-        input_size: Size | None = None,
-        device_speed: Sequence[float] | None = None,
-    ) -> Layout:
-        """J stages whose slowest is as fast as can be.
-
-        Args:
-            model: whose units are cut.
-            stages: J.
-            method: what the stages will do with them.
-            ranks: processes to spread the stages over.
-            costs: of the units; default: their operations are counted, which is the same on every machine.
-            input_size: [C, H, W] of an image, for counting; default: the model's pretrained_cfg.
-            device_speed: of each rank's device, relative to each other.
-
-        Raises:
-            UserError: more stages than units or more ranks than stages; says how many would do.
-        """
-        units = len(units_of(model))
-        if not 1 <= stages <= units:
-            raise UserError(f"stages={stages} does not fit a model of {units} units: choose 1 to {units}")
-        speeds = _speeds(device_speed, ranks)
-        if costs is None:
-            costs = _counted(model, method, input_size, ranks, needed=1 < stages < units or 1 < ranks < stages)
-        if stages in (1, units):
-            sizes = [units // stages] * stages
-        else:
-            assert costs is not None
-            of_stages = speeds if stages == ranks else None  # else a stage does not know its device yet
-            sizes = balance(costs.each, stages, last_stage_costs=costs.in_last, device_speed=of_stages)
-        return cls._of_sizes(sizes, ranks, costs, speeds, input_size)
-
-    @classmethod
-    def split(
-        cls,
-        model: UnitModel,
-        sizes: Sequence[int],
-        *,
-        method: str | Method = "petra",
-        ranks: int = 1,
-        costs: Costs | None = None,
-        input_size: Size | None = None,
-        device_speed: Sequence[float] | None = None,
-    ) -> Layout:
-        """Stages of so many units each; the other arguments as in `balanced`, to spread them over ranks.
-
-        Raises:
-            UserError: sizes that do not fit the model, or more ranks than stages; says how many would do.
-        """
-        units = len(units_of(model))
-        if any(n < 1 for n in sizes) or sum(sizes) != units:
-            raise UserError(
-                f"split={list(sizes)} must be positive and add up to the model's {units} units, not {sum(sizes)}"
-            )
-        if costs is None:
-            costs = _counted(model, method, input_size, ranks, needed=1 < ranks < len(sizes))
-        return cls._of_sizes(sizes, ranks, costs, _speeds(device_speed, ranks), input_size)
-
-    @classmethod
     def of(
         cls,
         model: UnitModel,
@@ -213,20 +147,37 @@ class Layout:
         input_size: Size | None = None,
         device_speed: Sequence[float] | None = None,
     ) -> Layout:
-        """What people write for a layout: J, to be balanced; units per stage; or a layout, which must fit.
+        """What people write for a layout: J stages whose slowest is as fast as can be; or units per stage.
+
+        Args:
+            model: whose units are cut.
+            layout: J; or the sizes of the stages; or a layout, which must fit.
+            method: what the stages will do with the units.
+            ranks: processes to spread the stages over.
+            costs: of the units; default: their operations are counted, which is the same on every machine.
+            input_size: [C, H, W] of an image, for counting; default: the model's pretrained_cfg.
+            device_speed: of each rank's device, relative to each other.
 
         Raises:
-            UserError: it does not fit the model or the number of ranks.
+            UserError: it does not fit the model, or there are more ranks than stages; says how many would do.
         """
+        units = len(units_of(model))
         if isinstance(layout, Layout):
-            return layout._checked(len(units_of(model)), ranks)
-        if isinstance(layout, int):
-            return cls.balanced(
-                model, layout, method=method, ranks=ranks, costs=costs, input_size=input_size, device_speed=device_speed
-            )
-        return cls.split(
-            model, layout, method=method, ranks=ranks, costs=costs, input_size=input_size, device_speed=device_speed
-        )
+            return layout._checked(units, ranks)
+        _check_fits(layout, units)
+        speeds, stages = _speeds(device_speed, ranks), layout if isinstance(layout, int) else len(layout)
+        balances = isinstance(layout, int) and 1 < stages < units
+        if costs is None:
+            costs = _counted(model, method, input_size, ranks, needed=balances or 1 < ranks < stages)
+        if not isinstance(layout, int):
+            sizes = list(layout)
+        elif balances:
+            assert costs is not None
+            of_stages = speeds if stages == ranks else None  # else a stage does not know its device yet
+            sizes = balance(costs.each, stages, last_stage_costs=costs.in_last, device_speed=of_stages)
+        else:
+            sizes = [units // stages] * stages
+        return cls._of_sizes(sizes, ranks, costs, speeds, input_size)
 
     def _checked(self, units: int, ranks: int) -> Layout:
         mine, over = sum(self.sizes), len(self.ranks)
@@ -290,6 +241,16 @@ class Layout:
         """
         loads = self.loads()
         return sum(loads) / len(loads) if delayed else 1.0 / len(loads)
+
+
+def _check_fits(layout: int | Sequence[int], units: int) -> None:
+    if isinstance(layout, int):
+        if not 1 <= layout <= units:
+            raise UserError(f"stages={layout} does not fit a model of {units} units: choose 1 to {units}")
+    elif any(n < 1 for n in layout) or sum(layout) != units:
+        raise UserError(
+            f"split={list(layout)} must be positive and add up to the model's {units} units, not {sum(layout)}"
+        )
 
 
 def _speeds(given: Sequence[float] | None, ranks: int) -> Speeds | None:

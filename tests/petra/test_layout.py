@@ -103,7 +103,7 @@ SIZE = (3, 8, 8)
 
 def test_a_layout_says_which_units_and_stages_are_where() -> None:
     model = timm.create_model("petra_revnet_tiny")
-    layout = Layout.balanced(model, 5, ranks=2, input_size=SIZE)
+    layout = Layout.of(model, 5, ranks=2, input_size=SIZE)
     assert [i for owned in layout.stages for i in owned] == list(range(14))
     assert [j for owned in layout.ranks for j in owned] == list(range(5))
     assert [*layout.units_of_rank(0), *layout.units_of_rank(1)] == list(range(14))
@@ -124,21 +124,21 @@ def test_a_last_stage_that_keeps_its_graph_costs_less() -> None:
 def test_costs_are_asked_for_only_where_they_decide() -> None:
     model = timm.create_model("petra_revnet_tiny")
     model.pretrained_cfg = {}
-    assert Layout.split(model, [7, 7]).loads() == [1.0]
-    assert Layout.balanced(model, 14, ranks=14).sizes == [1] * 14
+    assert Layout.of(model, [7, 7]).loads() == [1.0]
+    assert Layout.of(model, 14, ranks=14).sizes == [1] * 14
     with pytest.raises(ValueError, match=r"does not say its input size: give input_size=\(C, H, W\)"):
-        Layout.balanced(model, 3)
+        Layout.of(model, 3)
     with pytest.raises(ValueError, match="loads are not known without costs"):
-        Layout.split(model, [7, 7], ranks=2).loads()
+        Layout.of(model, [7, 7], ranks=2).loads()
 
 
 def test_layouts_that_do_not_fit_say_what_would() -> None:
     model = timm.create_model("petra_revnet_tiny")
     with pytest.raises(ValueError, match="3 processes for 2 stages: launch 1 to 2, or set stages=3 or more"):
-        Layout.split(model, [7, 7], ranks=3)
+        Layout.of(model, [7, 7], ranks=3)
     with pytest.raises(ValueError, match="must give one speed for each of 2 processes"):
-        Layout.split(model, [7, 7], ranks=2, device_speed=[1.0])
-    layout = Layout.split(model, [7, 7])
+        Layout.of(model, [7, 7], ranks=2, device_speed=[1.0])
+    layout = Layout.of(model, [7, 7])
     with pytest.raises(ValueError, match=r"of 14 units on 1 ranks, .* there are 2 ranks"):
         Pipeline(model, layout, world=World(rank=0, size=2, peers=(0, 1)))
     with pytest.raises(ValueError, match="the model has 10 units"):

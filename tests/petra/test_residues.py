@@ -88,7 +88,7 @@ def data(n: int) -> list[tuple[Tensor, Tensor]]:
 
 def make(model: Any, stages: int, method: str, lr: float = 1.0, k: int = 1, last_stage: str = "graph") -> Pipeline:
     chosen = find_method(method).with_last_stage(last_stage)
-    layout = Layout.balanced(model, stages, method=chosen, input_size=SIZE)
+    layout = Layout.of(model, stages, method=chosen, input_size=SIZE)
     return Pipeline(
         model, layout, method=chosen, optimization=Optimization(sgd(lr, momentum=0.0), accumulation_steps=k)
     )

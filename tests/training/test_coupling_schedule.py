@@ -91,7 +91,7 @@ def test_a_pipeline_trains_through_a_move(stages: int) -> None:
     schedule = CouplingSchedule(model, 2)
     schedule.apply(0, model)
     optimization = Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01))
-    pipeline = Pipeline(model, Layout.balanced(model, stages, input_size=(3, 32, 32)), optimization=optimization)
+    pipeline = Pipeline(model, Layout.of(model, stages, input_size=(3, 32, 32)), optimization=optimization)
     for epoch in range(3):
         if schedule.moves(epoch):
             assert pipeline.in_flight == 0

@@ -66,7 +66,7 @@ def test_a_pipeline_distils_a_converted_network_from_its_source() -> None:
     ours.mean, ours.std = ours.teacher.mean_kd, ours.teacher.std_kd
     pipeline = Pipeline(
         model,
-        Layout.balanced(model, 3, input_size=(3, 32, 32)),
+        Layout.of(model, 3, input_size=(3, 32, 32)),
         loss=ours.loss,
         optimization=Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)),
     )
