@@ -70,6 +70,7 @@ def accumulate(norm: str) -> list[torch.Tensor]:
     return [p.detach() for p in shared.parameters()]
 
 
+@pytest.mark.slow
 def test_replicas_equal_a_larger_batch_or_ghost_batches(tmp_path: Path) -> None:
     """Without statistics over the batch: D times the batch in one pipeline. With local ones: ghost batches."""
     found = run_processes(2 * REPLICAS, tmp_path, train_a_replica, ["groupnorm1", "batchnorm2d"])

@@ -162,9 +162,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="finds the wo
 
 
 @needs_proc
-@pytest.mark.parametrize(
-    "victim", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1, 2])
 def test_killing_a_worker_ends_all_others(victim: int, tmp_path: Path) -> None:
     with start_three(f"output={tmp_path / 'run'}") as launcher:
         workers = workers_of(launcher.pid)
