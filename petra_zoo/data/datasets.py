@@ -75,8 +75,9 @@ def open_dataset(
     """Opens one split of a data set.
 
     Args:
-        name: A registered name; `synthetic:CLASSESxSIZE` (`synthetic:1000x224`) for other numbers than 10x32; or a
-            name with a `/` that `timm.data.create_dataset` knows (`torch/mnist`, `hfds/user/name`).
+        name: A registered name; `synthetic:CLASSESxSIZE` (`synthetic:1000x224`) for other numbers than 10x32, or
+            `shapes:TRAINxVAL` for other numbers of images than 4000x1000; or a name with a `/` that
+            `timm.data.create_dataset` knows (`torch/mnist`, `hfds/user/name`).
         split: Which part; `val` is the part models are compared on.
         data_dir: Where the files are. `digits`, `shapes` and `synthetic` need none.
         seed: What `shapes` and `synthetic` are drawn from. It belongs to the data, not to a run.
@@ -120,16 +121,21 @@ def _open_digits(split: Split, data_dir: Path | None) -> ImageDataset:
 
 
 @register_dataset("shapes")
-def _open_shapes(split: Split, data_dir: Path | None, seed: int) -> ImageDataset:
-    return ShapesDataset(split, seed)
+def _open_shapes(split: Split, data_dir: Path | None, seed: int, variant: str) -> ImageDataset:
+    return ShapesDataset(split, seed, lengths=_two_numbers("shapes", variant or "4000x1000"))
 
 
 @register_dataset("synthetic")
 def _open_synthetic(split: Split, data_dir: Path | None, seed: int, variant: str) -> ImageDataset:
-    classes, times, size = (variant or "10x32").partition("x")
-    if not (times and classes.isdecimal() and size.isdecimal()):
-        raise _unknown(f"synthetic:{variant}")
-    return SyntheticDataset(split, seed, num_classes=int(classes), image_size=int(size))
+    classes, size = _two_numbers("synthetic", variant or "10x32")
+    return SyntheticDataset(split, seed, num_classes=classes, image_size=size)
+
+
+def _two_numbers(name: str, variant: str) -> tuple[int, int]:
+    first, _, second = variant.partition("x")
+    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+        raise _unknown(f"{name}:{variant}")
+    return int(first), int(second)
 
 
 @register_dataset("cifar10", needs_dir=True)

@@ -1,4 +1,10 @@
-"""Data sets that need no files: `shapes`, drawn from a seed, and `synthetic`, which is noise for benchmarks."""
+"""Data sets that need no files: `shapes`, drawn from a seed, and `synthetic`, which is noise for benchmarks.
+
+A picture is drawn once and kept, by every process that reads it: drawing costs as much as the rest of a small run.
+"""
+
+from abc import abstractmethod
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +15,60 @@ from petra_zoo.data.image_dataset import ImageDataset, Split
 _SIZE = 32
 _CANVAS = 64  # drawn at twice the size and scaled down, which is Pillow's only antialiasing
 _SPLIT_NUMBER = {"train": 0, "val": 1}
+_KEPT_BYTES = 64 * 2**20  # of one split; what does not fit is drawn anew each time
+
+Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
+
+
+@cache
+def _kept(drawing: tuple[int | str, ...]) -> dict[int, Pixels]:
+    """Pictures by index: the same ones whichever data set object, or run of this process, asks for them."""
+    return {}
+
+
+class _DrawnDataset(ImageDataset):
+    """Pictures that follow from (seed, split, index) alone.
+
+    Args:
+        kind: what is drawn, with all that a picture depends on beside seed, split and index.
+        split: which part.
+        seed: not a run's.
+        length: how many there are.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        kind: str,
+        split: Split,
+        seed: int,
+        length: int,
+        *,
+        image_size: int,
+        std: tuple[float, float, float],
+        named: bool = True,
+    ) -> None:
+        super().__init__(class_names, named=named, image_size=image_size, mean=(0.5, 0.5, 0.5), std=std)
+        self._key, self._length = (seed, _SPLIT_NUMBER[split]), length
+        self._drawing, self._keeps = (kind, *self._key), _KEPT_BYTES // (3 * image_size**2)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        label = index % self._stored_classes
+        kept = _kept(self._drawing)
+        pixels = kept.get(index)
+        if pixels is None:
+            pixels = self._draw(np.random.default_rng((*self._key, index)), label)
+            if index < self._keeps:
+                kept[index] = pixels
+        return Image.fromarray(pixels), label  # which copies nothing before somebody draws into it
+
+    @abstractmethod
+    def _draw(self, rng: np.random.Generator, label: int) -> Pixels:
+        """One picture of a class."""
+
 
 Points = npt.NDArray[np.float64]  # [N, 2], in the unit circle
 
@@ -44,28 +104,22 @@ _SHAPES: dict[str, tuple[Points, Points | None]] = {
 }  # fmt: skip
 
 
-class ShapesDataset(ImageDataset):
-    """32x32 pictures of ten shapes: 4,000 to train on, 1,000 to validate.
+class ShapesDataset(_DrawnDataset):
+    """32x32 pictures of ten shapes, unless told otherwise 4,000 to train on and 1,000 to validate.
 
     Place, size, rotation, stretch and colours are random; the background is textured and cluttered, the shape partly
-    covered, the picture noisy. Sample `index` is drawn from (seed, split, index) alone.
+    covered, the picture noisy. With another length the pictures are the same as far as both go.
     """
 
-    def __init__(self, split: Split, seed: int = 0) -> None:
-        super().__init__(list(_SHAPES), image_size=_SIZE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-        self._length = 4000 if split == "train" else 1000
-        self._key = (seed, _SPLIT_NUMBER[split])
+    def __init__(self, split: Split, seed: int = 0, *, lengths: tuple[int, int] = (4000, 1000)) -> None:
+        length = lengths[_SPLIT_NUMBER[split]]
+        super().__init__(list(_SHAPES), "shapes", split, seed, length, image_size=_SIZE, std=(0.25, 0.25, 0.25))
 
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        label = index % self._stored_classes
-        rng = np.random.default_rng((*self._key, index))
-        return _draw(rng, *_SHAPES[self.class_names[label]]), label
+    def _draw(self, rng: np.random.Generator, label: int) -> Pixels:
+        return _draw(rng, *_SHAPES[self.class_names[label]])
 
 
-def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Image.Image:
+def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Pixels:
     # Always brighter than the ground, if not by much: without that a small network needs hundreds of updates to begin.
     background = rng.integers(20, 130, 3)
     shade = rng.integers(60, 256, 3)
@@ -98,7 +152,7 @@ def _draw(rng: np.random.Generator, outline: Points, hole: Points | None) -> Ima
 
     small = np.asarray(image.resize((_SIZE, _SIZE), Image.Resampling.BOX), dtype=np.float64)
     noisy = small + rng.normal(0, rng.uniform(3, 25), small.shape)
-    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+    return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
 def _turn(rng: np.random.Generator) -> Points:
@@ -110,18 +164,14 @@ def _any_colour(rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(rng.integers(0, 256, 3).tolist())
 
 
-class SyntheticDataset(ImageDataset):
-    """1,024 images of noise, for benchmarks: sample `index` is drawn from (seed, split, index) alone."""
+class SyntheticDataset(_DrawnDataset):
+    """1,024 images of noise, for benchmarks."""
 
     def __init__(self, split: Split, seed: int = 0, *, num_classes: int = 10, image_size: int = 32) -> None:
-        names = [f"class {label}" for label in range(num_classes)]
-        super().__init__(names, named=False, image_size=image_size, mean=(0.5, 0.5, 0.5), std=(0.29, 0.29, 0.29))
+        names, kind = [f"class {label}" for label in range(num_classes)], f"noise of {image_size}"
+        std = (0.29, 0.29, 0.29)
+        super().__init__(names, kind, split, seed, 1024, image_size=image_size, std=std, named=False)
         self._shape = (image_size, image_size, 3)
-        self._key = (seed, _SPLIT_NUMBER[split])
 
-    def __len__(self) -> int:
-        return 1024
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        rng = np.random.default_rng((*self._key, index))
-        return Image.fromarray(rng.integers(0, 256, self._shape, dtype=np.uint8)), index % self._stored_classes
+    def _draw(self, rng: np.random.Generator, label: int) -> Pixels:
+        return rng.integers(0, 256, self._shape, dtype=np.uint8)

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.datasets import CIFAR10
 
 from petra_zoo.data.datasets import DATASETS, DataError, ImageDataset, open_dataset, register_dataset
+from petra_zoo.data.drawn_datasets import ShapesDataset
 from petra_zoo.errors import UserError
 
 
@@ -67,6 +68,27 @@ def test_a_drawn_sample_depends_on_seed_split_and_index_alone() -> None:
     assert pixels(open_dataset("shapes", "train", seed=4), 7) != first
     assert pixels(open_dataset("shapes", "val", seed=3), 7) != first
     assert pixels(shapes, 17) != first
+
+
+def test_a_drawn_picture_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    draw = ShapesDataset._draw
+    monkeypatch.setattr(ShapesDataset, "_draw", lambda *drawing: drawn.append(drawing) or draw(*drawing))
+    first, _ = ShapesDataset("train", 77).read(3)
+    changed = ImageDraw.Draw(first)
+    changed.rectangle((0, 0, 31, 31), fill=(255, 0, 0))  # nobody else's picture changes
+    again, _ = ShapesDataset("train", 77).read(3)
+    other, _ = ShapesDataset("val", 77).read(3)
+    assert len(drawn) == 2
+    assert again.tobytes() not in (first.tobytes(), other.tobytes())
+
+
+def test_shapes_of_another_number_begin_with_the_same_pictures() -> None:
+    many, few = (open_dataset(name, "val") for name in ("shapes:40x30", "shapes"))
+    assert len(many) == 30
+    assert [many.read(i)[0].tobytes() for i in range(30)] == [few.read(i)[0].tobytes() for i in range(30)]
+    with pytest.raises(DataError, match="unknown data set 'shapes:4k'"):
+        open_dataset("shapes:4k", "val")
 
 
 def test_shapes_are_balanced_and_fast_to_draw() -> None:
