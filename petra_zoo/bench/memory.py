@@ -6,6 +6,7 @@ buffers and the input are apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,7 +14,7 @@ from typing import ClassVar
 from petra_zoo.bench.results import Results
 from petra_zoo.bench.steps import FAMILY, StepShape, installed, left_out, number_of
 from petra_zoo.bench.study import Study, Trial
-from petra_zoo.bench.tables import markdown_table
+from petra_zoo.bench.markdown import cell, group_runs, markdown_table
 from petra_zoo.strict_json import JsonObject
 
 MIB = 2**20
@@ -50,16 +51,14 @@ class MemoryStudy(Study):
 
 
 def memory_tables(results: Results) -> dict[str, str]:
-    """`depth`: MiB of every contender by the number of blocks, and what one more block adds between the last two."""
+    """`depth`: MiB of every contender by the number of blocks, and what each block between the deepest two adds."""
     depths = sorted({number_of(run.trial, "blocks") for run in results.runs})
-    peaks: dict[str, dict[int, float]] = {}
-    for run in results.runs:
-        peaks.setdefault(run.contender, {})[number_of(run.trial, "blocks")] = run.number("peak_bytes") / MIB
+    groups = group_runs(results.runs, lambda run: run.contender)
     rows = []
-    for name, found in sorted(peaks.items(), key=lambda item: list(FAMILY).index(item[0])):
-        *_, before, last = (None, None, *sorted(found))
-        each = None if before is None or last is None else (found[last] - found[before]) / (last - before)
-        cells = [f"{found[depth]:.1f}" if depth in found else "-" for depth in depths]
-        rows.append([FAMILY[name], name, *cells, "-" if each is None else f"{each:.2f}"])
+    for name in sorted(groups, key=list(FAMILY).index):
+        peaks = {number_of(run.trial, "blocks"): run.number("peak_bytes") / MIB for run in groups[name]}
+        (before, last), found = sorted(peaks)[-2:], [peaks.get(depth, math.nan) for depth in depths]
+        each = (peaks[last] - peaks[before]) / (last - before)
+        rows.append([FAMILY[name], name, *(cell(peak, 1) for peak in found), cell(each, 2)])
     columns = ["family", "contender", *(f"{depth} blocks" for depth in depths), "each further block"]
     return {"depth": markdown_table(columns, rows)}

@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from petra_zoo.bench.results import Results
-from petra_zoo.bench.steps import FAMILY, LAYER, STREAMS, StepShape, installed, left_out, number_of
+from petra_zoo.bench.results import Results, Run
+from petra_zoo.bench.steps import FAMILY, REFERENCES, StepShape, installed, left_out, number_of
 from petra_zoo.bench.study import Study, Trial, interleaved
-from petra_zoo.bench.tables import markdown_table
+from petra_zoo.bench.markdown import cell, group_runs, markdown_table, median_of
 from petra_zoo.strict_json import JsonObject
+
+MIB = 2**20
+# Long enough for a few readings a second apart, without the whole of an epoch's validation in between.
+RECIPES = {
+    "digits/petra_revnet_tiny": ["epochs=3", "val_interval=3", "log_interval=10"],
+    "shapes/petra_revnet_tiny": ["epochs=1", "log_interval=10", "workers=0"],
+}
+
 
 @dataclass(frozen=True)
 class SpeedStudy(Study):
@@ -35,14 +43,65 @@ class SpeedStudy(Study):
         return left_out()
 
     def trials(self, results: Results) -> Sequence[Trial]:
-        names = [name for name in FAMILY if installed(name)]
-        turns = interleaved(names, range(self.repeats), shuffled=True)
-        return [Trial(name, repeat, {**self.shape.settings(name), "rounds": self.rounds}) for name, repeat in turns]
+        contenders = [name for name in FAMILY if installed(name)]
+        return [
+            Trial(name, repeat, self._settings(name))
+            for name, repeat in interleaved([*contenders, *RECIPES], range(self.repeats), shuffled=True)
+        ]
+
+    def _settings(self, name: str) -> JsonObject:
+        if name in RECIPES:
+            return {"family": "recipe", "overrides": RECIPES[name]}
+        return {**self.shape.settings(name), "rounds": self.rounds}
 
     def run(self, trial: Trial) -> JsonObject:
-        from petra_zoo.bench.step_runs import measure_step
+        from petra_zoo.bench.step_runs import measure_recipe, measure_step
 
+        if trial.contender in RECIPES:
+            return measure_recipe(trial.contender, RECIPES[trial.contender])
         return measure_step(trial.contender, StepShape.of(trial), number_of(trial, "rounds"))
 
     def command(self, trial: Trial) -> str:
         return "petra-zoo bench speed"
+
+
+def speed_tables(results: Results) -> dict[str, str]:
+    """`step`: every contender; `streams`: what other libraries do with the same blocks; `recipes`: images per second."""
+    groups = group_runs(results.runs, lambda run: run.contender)
+    steps = [(name, groups[name]) for name in FAMILY if name in groups]
+    recipes = [[name, cell(median_of(groups[name], "images_per_second"), 0)] for name in RECIPES if name in groups]
+    return {
+        "step": _step_table(steps),
+        "streams": _streams_table(steps),
+        **({"recipes": markdown_table(["recipe", "images/s"], recipes)} if recipes else {}),
+    }
+
+
+def _step_table(steps: Sequence[tuple[str, list[Run]]]) -> str:
+    columns = ["family", "contender", "over reference", "over plain memory", "best ms", "median ms",
+               "batch-norm updates per step", "MiB for each further block"]  # fmt: skip
+    rows = []
+    for name, runs in steps:
+        numbers = [("over_reference", 2), ("over_plain_memory", 2), ("step_ms_best", 0), ("step_ms", 0)]
+        cells = [cell(median_of(runs, value), digits) for value, digits in (*numbers, ("batch_norm_updates", 0))]
+        rows.append([FAMILY[name], name, *cells, cell(median_of(runs, "bytes_per_block") / MIB, 2)])
+    return markdown_table(columns, rows)
+
+
+def _streams_table(steps: Sequence[tuple[str, list[Run]]]) -> str:
+    columns = ["", "step time", "batch-norm updates per step", "MiB for 8 more blocks"]
+    rows = []
+    for name, runs in steps:
+        if FAMILY[name] != "streams" or name in REFERENCES["streams"].values():
+            continue
+        release = runs[0].result.get("release")
+        more = 8 * median_of(runs, "bytes_per_block") / MIB
+        rows.append(
+            [
+                f"{name} {release}" if release else name,
+                cell(median_of(runs, "over_reference"), 2),
+                cell(median_of(runs, "batch_norm_updates"), 0),
+                cell(more, 0),
+            ]
+        )
+    return markdown_table(columns, rows)

@@ -27,7 +27,8 @@ _WARM_UP = 2  # steps
 def measure_step(contender: str, shape: StepShape, rounds: int) -> JsonObject:
     """One contender beside the references of its family, and what a further block costs in memory."""
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # memcnn
-    names = dict.fromkeys([contender, *REFERENCES[FAMILY[contender]]])
+    references = REFERENCES[FAMILY[contender]]
+    names = dict.fromkeys([contender, *references.values()])
     made = {name: build_contender(name, shape) for name in names}
     seconds = take_turns({name: _timed(*made[name]) for name in names}, rounds, warm_up=_WARM_UP)
     deeper = build_contender(contender, replace(shape, blocks=2 * shape.blocks))
@@ -35,7 +36,7 @@ def measure_step(contender: str, shape: StepShape, rounds: int) -> JsonObject:
     return {
         "step_ms": 1e3 * statistics.median(seconds[contender]),
         "step_ms_best": 1e3 * min(seconds[contender]),
-        "over": {name: median_ratio(seconds[contender], seconds[name]) for name in REFERENCES[FAMILY[contender]]},
+        **{over: median_ratio(seconds[contender], seconds[name]) for over, name in references.items()},
         "batch_norm_updates": norm_updates(*made[contender]),
         "bytes_per_block": more / shape.blocks,
         **({"release": version(contender)} if contender in LIBRARIES else {}),

@@ -8,11 +8,15 @@ from importlib.util import find_spec
 from petra_zoo.bench.study import Trial
 from petra_zoo.strict_json import JsonObject
 
-# Of each family all contenders, the references that they are compared to first; see `step_contenders`.
+# Of each family all contenders; see `step_contenders`.
 STREAMS = ("plain", "torch.utils.checkpoint per block", "memcnn", "revlib", "petra-zoo")
 LAYER = ("timm", "petra-zoo plain", "petra-zoo recompute", "petra-zoo reversible")
 FAMILY = {name: family for family, names in {"streams": STREAMS, "layer": LAYER}.items() for name in names}
-REFERENCES = {"streams": STREAMS[:1], "layer": LAYER[:2]}
+# By the name of the ratio to them: who does without savings, and, for a layer of ours, our own that does.
+REFERENCES = {
+    "streams": {"over_reference": "plain"},
+    "layer": {"over_reference": "timm", "over_plain_memory": "petra-zoo plain"},
+}
 LIBRARIES = ("memcnn", "revlib")  # contenders that need a package of their name
 
 
