@@ -35,7 +35,7 @@ def run_study(study: Study, path: Path, *, jobs: int = 1, console: Console | Non
     if jobs > 1 and not study.shares_the_machine:
         raise UserError(f"jobs={jobs}: {study.name} measures time, so its runs go one after the other: use jobs=1")
     with claimed(path):
-        results = Results.open(path, study)
+        results = open_results(study, path)
         with Progress(study, results, path, console) as progress, Workers(study, jobs) as workers:
             while True:
                 for trial in missing(study, results, workers.in_flight)[: workers.free]:
@@ -56,3 +56,21 @@ def missing(study: Study, results: Results, in_flight: list[Trial]) -> list[Tria
     """The runs that are still to be begun, in the study's order."""
     begun = {trial.key for trial in in_flight}
     return [trial for trial in study.trials(results) if trial not in results and trial.key not in begun]
+
+
+def open_results(study: Study, path: Path) -> Results:
+    """The results that a study goes on from: those in the file, or none yet.
+
+    Raises:
+        UserError: the file is of another study, or no results file.
+    """
+    if not path.exists():
+        return Results(study.kind, study.name, study.about())
+    results = Results.read(path)
+    if (results.kind, results.study) != (study.kind, study.name):
+        raise UserError(
+            f"{path} holds the study '{results.study}' ({results.kind}), not '{study.name}' ({study.kind}): "
+            "choose another --output"
+        )
+    results.about = study.about()
+    return results

@@ -11,7 +11,7 @@ from typing import Self
 import rich.progress as bars
 from rich.console import Console
 
-from petra_zoo.bench.results import Results, Run
+from petra_zoo.bench.results import Record, Results
 from petra_zoo.bench.study import Study, Trial
 from petra_zoo.strict_json import Json
 
@@ -63,7 +63,7 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, description=str(trial))
 
-    def ended(self, run: Run) -> None:
+    def ended(self, run: Record) -> None:
         """It is in the file."""
         seconds = time.monotonic() - self._began.pop(run.trial.key)
         done, total = self._counts()
@@ -80,7 +80,7 @@ class Progress:
         self.console.print(text, soft_wrap=True, markup=False)
 
 
-def shown(run: Run) -> str:
+def shown(run: Record) -> str:
     """The first measured values in a few words, or why there are none."""
     if run.failed:
         return f"failed: {run.failed}"

@@ -8,14 +8,36 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from petra_zoo.bench.study import Study, Trial
 from petra_zoo.errors import UserError
 from petra_zoo.files import write_whole
 from petra_zoo.strict_json import Json, JsonObject, to_json
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
+    """One run of a study.
+
+    Attributes:
+        contender: what is compared, as tables call it.
+        repeat: which of several: a seed, or a round.
+        settings: what else decides the result.
+    """
+
+    contender: str
+    repeat: int
+    settings: JsonObject = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal where two trials are the same run, whatever order their settings are in."""
+        return to_json([self.contender, self.repeat, self.settings], sort_keys=True)
+
+    def __str__(self) -> str:
+        return f"{self.contender} #{self.repeat}"
+
+
+@dataclass(frozen=True)
+class Record:
     """A trial and what came out of it.
 
     Attributes:
@@ -63,20 +85,20 @@ class Results:
 
     def __init__(self, kind: str, study: str, about: JsonObject | None = None) -> None:
         self.kind, self.study, self.about = kind, study, about or {}
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, Record] = {}
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Record]:
         return list(self._runs.values())
 
     def __contains__(self, trial: Trial) -> bool:
         return trial.key in self._runs
 
-    def find(self, trial: Trial) -> Run | None:
+    def find(self, trial: Trial) -> Record | None:
         """The run of a trial, where it has been done."""
         return self._runs.get(trial.key)
 
-    def add(self, run: Run) -> None:
+    def add(self, run: Record) -> None:
         """Keeps a run, in the place of an older one of the same trial."""
         self._runs[run.trial.key] = run
 
@@ -114,26 +136,8 @@ class Results:
                 raise TypeError("a run without its repeat")
             parts = {name: _object(run.get(name, {}), name) for name in ("settings", "result", "machine", "versions")}
             texts = {name: _text(run, name) for name in ("contender", "command", "date")}
-            results.add(Run(texts["contender"], repeat, parts["settings"], texts["command"], parts["result"],
+            results.add(Record(texts["contender"], repeat, parts["settings"], texts["command"], parts["result"],
                             parts["machine"], parts["versions"], texts["date"]))  # fmt: skip
-        return results
-
-    @classmethod
-    def open(cls, path: Path, study: Study) -> Results:
-        """The results that a study goes on from: those in the file, or none yet.
-
-        Raises:
-            UserError: the file is of another study, or no results file; it stays as it is.
-        """
-        if not path.exists():
-            return cls(study.kind, study.name, study.about())
-        results = cls.read(path)
-        if (results.kind, results.study) != (study.kind, study.name):
-            raise UserError(
-                f"{path} holds the study '{results.study}' ({results.kind}), not '{study.name}' ({study.kind}): "
-                "choose another --output"
-            )
-        results.about = study.about()
         return results
 
     def write(self, path: Path) -> None:

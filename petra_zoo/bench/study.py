@@ -5,36 +5,12 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from petra_zoo.strict_json import JsonObject, to_json
+from petra_zoo.bench.results import Results, Trial
+from petra_zoo.strict_json import JsonObject
 
-if TYPE_CHECKING:
-    from petra_zoo.bench.results import Results
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a study.
-
-    Attributes:
-        contender: what is compared, as tables call it.
-        repeat: which of several: a seed, or a round.
-        settings: what else decides the result.
-    """
-
-    contender: str
-    repeat: int
-    settings: JsonObject = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Equal where two trials are the same run, whatever order their settings are in."""
-        return to_json([self.contender, self.repeat, self.settings], sort_keys=True)
-
-    def __str__(self) -> str:
-        return f"{self.contender} #{self.repeat}"
+__all__ = ["Results", "Study", "Trial", "interleaved"]
 
 
 class Study(ABC):

@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Self
 
-from petra_zoo.bench.results import Run
+from petra_zoo.bench.results import Record
 from petra_zoo.bench.study import Study, Trial
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.extensions import import_modules, imported_modules
@@ -81,7 +81,7 @@ class Workers:
             self._workers.append(worker)
         worker.start(trial)
 
-    def wait(self) -> Run:
+    def wait(self) -> Record:
         """Waits for the next run that ends.
 
         Raises:
@@ -100,7 +100,7 @@ class Workers:
             last = outcome.crash.strip().splitlines()[-1]
             raise Failure(f"{trial}: {last}") from RuntimeError(f"in a worker:\n{outcome.crash}")
         assert outcome.result is not None
-        return Run(
+        return Record(
             trial.contender,
             trial.repeat,
             trial.settings,
