@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
+from petra_zoo.bench.markdown import markdown_table
+from petra_zoo.bench.repeats import cell, group_runs
 from petra_zoo.bench.results import Results
-from petra_zoo.bench.steps import FAMILY, StepShape, installed, left_out, number_of
+from petra_zoo.bench.steps import FAMILY, StepShape, installed, number_of
 from petra_zoo.bench.study import Study, Trial
-from petra_zoo.bench.markdown import cell, group_runs, markdown_table
 from petra_zoo.strict_json import JsonObject
 
 MIB = 2**20
@@ -31,18 +32,22 @@ class MemoryStudy(Study):
 
     kind: ClassVar[str] = "memory"
     shares_the_machine: ClassVar[bool] = True
+    name: str = kind
     depths: tuple[int, ...] = (4, 8, 16, 32, 64)
-    shape: StepShape = StepShape()
+    shape: StepShape = field(default_factory=StepShape)
 
-    def notes(self) -> list[str]:
-        return left_out()
+    @classmethod
+    def small(cls) -> Self:
+        """Done in seconds."""
+        return cls("memory, small", (2, 4), StepShape(channels=4, batch_size=2, img_size=6))
 
     def trials(self, results: Results) -> Sequence[Trial]:
         shapes = [replace(self.shape, blocks=depth) for depth in self.depths]
-        return [Trial(name, 0, shape.settings(name)) for shape in shapes for name in FAMILY if installed(name)]
+        return [Trial(name, 0, shape.settings()) for shape in shapes for name in FAMILY if installed(name)]
 
     def run(self, trial: Trial) -> JsonObject:
-        from petra_zoo.bench.step_contenders import build_contender, peak_step_bytes
+        from petra_zoo.bench.step_contenders import build_contender
+        from petra_zoo.bench.step_runs import peak_step_bytes
 
         return {"peak_bytes": peak_step_bytes(*build_contender(trial.contender, StepShape.of(trial)))}
 
@@ -52,8 +57,9 @@ class MemoryStudy(Study):
 
 def memory_tables(results: Results) -> dict[str, str]:
     """`depth`: MiB of every contender by the number of blocks, and what each block between the deepest two adds."""
-    depths = sorted({number_of(run.trial, "blocks") for run in results.runs})
-    groups = group_runs(results.runs, lambda run: run.contender)
+    runs = results.runs
+    depths = sorted({number_of(run.trial, "blocks") for run in runs})
+    groups = group_runs(runs, lambda run: run.contender)
     rows = []
     for name in sorted(groups, key=list(FAMILY).index):
         peaks = {number_of(run.trial, "blocks"): run.number("peak_bytes") / MIB for run in groups[name]}

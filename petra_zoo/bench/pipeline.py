@@ -8,44 +8,43 @@ Three parts, each a run for every contender:
     memory   live bytes that the contender makes in each process from its construction on, gradients and optimizer
              state included, parameters, batch-norm buffers and images apart; and what `petra-zoo plan` predicts
     plan     images per second that `petra-zoo plan` predicts, from a profile measured in both processes at once, and
-             those of the contender right after it, round by round
+             the contender's own right after it, round by round
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Self
 
-from petra_zoo.bench.results import Results
-from petra_zoo.bench.steps import number_of
-from petra_zoo.bench.study import Study, Trial, interleaved
-from petra_zoo.strict_json import Json, JsonObject
+from pydantic import TypeAdapter
+
+from petra_zoo.bench.results import Results, Trial
+from petra_zoo.bench.study import Study
+from petra_zoo.strict_json import JsonObject
 
 BASELINE, CAPACITY = "backprop, 1 thread", "capacity"
-ALONE = (BASELINE, "backprop, 2 threads", "reversible", CAPACITY)  # their speed does not depend on m: the first counts
-SHARING = ("DDP x 2", "GPipe", "1F1B", "1F1B + checkpointing", "petra", "dsp", "delayed")
+ALONE = (BASELINE, "backprop, 2 threads", "reversible", CAPACITY)  # at the first m, which their speed does not need
+OURS = ("delayed", "dsp", "petra")
+SHARING = ("DDP x 2", "GPipe", "1F1B", "1F1B + checkpointing", *OURS)
 WITHOUT_LINKS = "petra without links"  # at the last m
-CONTENDERS = (*ALONE, *SHARING, WITHOUT_LINKS)
 # What `petra-zoo plan` calls those that it predicts.
 PLANNED = {
     "GPipe": "gpipe",
     "1F1B": "1f1b",
     "1F1B + checkpointing": "1f1b+checkpoint",
-    "petra": "petra",
-    "dsp": "dsp",
-    "delayed": "delayed",
+    **{method: method for method in OURS},
 }
-OURS = ("petra", "dsp", "delayed", WITHOUT_LINKS)
+VALIDATED = ("petra", "1F1B")
 
 
 @dataclass(frozen=True)
-class Task:
+class PipelineTask:
     """The network and its data: stem, reversible blocks of fixed width, head.
 
     Attributes:
-        blocks: how many. Whole units can be divided evenly both in halves and in PETRA's ratio of 3 to 4 where their
-            number is 24.
+        blocks: how many; with 24, whole units can be divided evenly both in halves and in PETRA's ratio of 3 to 4.
+        channels: of a stream.
         batch_size: images per micro-batch.
     """
 
@@ -63,30 +62,44 @@ class Task:
 
 @dataclass(frozen=True)
 class PipelineJob:
-    """What the processes of a run are told.
+    """A run: what each of its processes is told, and in JSON the settings of a trial.
 
     Attributes:
         part: ``'speed'``, ``'memory'`` or ``'plan'``.
-        micro_batches: per update, m; or k of ours.
-        processes: how many there are.
+        m: micro-batches per update, or k of ours.
+        reference_m: likewise of the references.
         rounds: how often what is timed takes turns.
         updates: in a block that is timed.
-        reference_micro_batches: m of the references.
     """
 
     contender: str
     part: str
-    micro_batches: int
+    m: int
+    task: PipelineTask
     processes: int = 2
-    rounds: int = 6
+    reference_m: int = 1
+    rounds: int = 1
     updates: int = 2
-    reference_micro_batches: int = 4
-    task: Task = Task()
 
     @property
     def trial(self) -> Trial:
-        """The run that this is."""
-        return Trial(self.contender, 0, {k: v for k, v in asdict(self).items() if k != "contender"})
+        """Says all of it."""
+        timed: JsonObject = {"reference_m": self.reference_m, "rounds": self.rounds, "updates": self.updates}
+        settings: JsonObject = {"part": self.part, "m": self.m, "processes": self.processes, **asdict(self.task)}
+        return Trial(self.contender, 0, settings if self.part == "memory" else {**settings, **timed})
+
+    @property
+    def label(self) -> str:
+        """The contender with its number of micro-batches, where that tells it from others."""
+        if self.contender in ALONE:
+            return self.contender
+        return f"{self.contender}, {'k' if self.contender in (*OURS, WITHOUT_LINKS) else 'm'}={self.m}"
+
+    @classmethod
+    def of(cls, trial: Trial) -> PipelineJob:
+        """What `trial` says."""
+        task = TypeAdapter(PipelineTask).validate_python(trial.settings)
+        return TypeAdapter(cls).validate_python({"contender": trial.contender, "task": task, **trial.settings})
 
 
 @dataclass(frozen=True)
@@ -94,15 +107,49 @@ class PipelineStudy(Study):
     """Every contender with every number of micro-batches per update.
 
     Attributes:
-        micro_batches: m, or k of ours.
-        memory_processes: memory is also counted with so many processes.
-        only: the parts to run.
+        ms: micro-batches per update, m; k of ours.
+        rounds: how often what is timed takes turns.
+        updates: in a block that is timed.
+        memory_processes: with how many processes memory is counted.
     """
 
     kind: ClassVar[str] = "pipeline"
-    task: Task = Task()
-    micro_batches: tuple[int, ...] = (4, 8)
+    name: str = kind
+    task: PipelineTask = PipelineTask()
+    ms: tuple[int, ...] = (4, 8)
     rounds: int = 6
     updates: int = 2
     memory_processes: tuple[int, ...] = (2, 4)
-    parts: tuple[str, ...] = ("speed", "memory", "plan")
+
+    @classmethod
+    def small(cls) -> Self:
+        """Done in minutes."""
+        task = PipelineTask(blocks=6, channels=4, img_size=8, batch_size=2)
+        return cls("pipeline, small", task, ms=(4,), rounds=2, updates=1, memory_processes=(2,))
+
+    def trials(self, results: Results) -> Sequence[Trial]:
+        return [job.trial for job in self._jobs()]
+
+    def _jobs(self) -> Iterator[PipelineJob]:
+        first, last = self.ms[0], self.ms[-1]
+        alone = [(name, first) for name in ALONE]
+        sharing = [(name, m) for m in self.ms for name in SHARING]
+        for name, m in (*alone, *sharing, (WITHOUT_LINKS, last)):
+            yield self._timed(name, "speed", m)
+        for processes in self.memory_processes:
+            for name, m in (*alone, *sharing):
+                if processes == 2 or name in PLANNED:
+                    yield PipelineJob(name, "memory", m, self.task, processes)
+        for name in VALIDATED:
+            yield self._timed(name, "plan", last)
+
+    def _timed(self, name: str, part: str, m: int) -> PipelineJob:
+        return PipelineJob(name, part, m, self.task, 2, self.ms[0], self.rounds, self.updates)
+
+    def run(self, trial: Trial) -> JsonObject:
+        from petra_zoo.bench.pipeline_runs import in_processes
+
+        return in_processes(PipelineJob.of(trial))
+
+    def command(self, trial: Trial) -> str:
+        return "petra-zoo bench pipeline"

@@ -9,7 +9,7 @@ it does with the units: the same split on every machine.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -22,13 +22,13 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from petra_zoo.bench.pipeline import Task
+from petra_zoo.bench.pipeline import PipelineTask
 from petra_zoo.models import PetraPaperRevNet
 from petra_zoo.petra import Layout, Optimization, Pipeline, Wire, World
 from petra_zoo.petra.messages import Down, Up
 
 
-def build_network(task: Task) -> PetraPaperRevNet:
+def build_network(task: PipelineTask) -> PetraPaperRevNet:
     """The same weights at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ def build_network(task: Task) -> PetraPaperRevNet:
 
 
 @cache
-def task_data(task: Task, m: int) -> tuple[Tensor, Tensor]:
+def task_data(task: PipelineTask, m: int) -> tuple[Tensor, Tensor]:
     """Images [m * batch, 3, size, size] and labels of an update, the same tensors at every call."""
     images, labels = [], []
     for number in range(m):
@@ -46,7 +46,7 @@ def task_data(task: Task, m: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def _micro_batches(task: Task, m: int) -> list[tuple[Tensor, Tensor]]:
+def _micro_batches(task: PipelineTask, m: int) -> list[tuple[Tensor, Tensor]]:
     images, labels = task_data(task, m)
     return list(zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True))
 
@@ -67,9 +67,6 @@ class PipelineContender(ABC):
         """Runs one update; gives the micro-batches' losses that this process sees."""
 
 
-Make = Callable[[Task, World], PipelineContender]
-
-
 def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
@@ -86,7 +83,8 @@ class _Backpropagation(PipelineContender):
 
     def __init__(
         self,
-        task: Task,
+        task: PipelineTask,
+        model: PetraPaperRevNet,
         world: World,
         m: int,
         *,
@@ -98,8 +96,7 @@ class _Backpropagation(PipelineContender):
         self.works = world.rank < processes
         self.threads = threads
         self.images = m * task.batch_size * (1 if ddp else processes)
-        model = build_network(task).train()
-        model.set_memory("reversible" if reversible else "plain")
+        model.train().set_memory("reversible" if reversible else "plain")
         self.model: nn.Module = DistributedDataParallel(model) if ddp else model
         self.optimizer = _sgd(model.parameters())
         mine = slice(world.rank, None, world.size) if ddp else slice(None)
@@ -143,7 +140,8 @@ class _TorchSchedule(PipelineContender):
 
     def __init__(
         self,
-        task: Task,
+        task: PipelineTask,
+        model: PetraPaperRevNet,
         world: World,
         m: int,
         *,
@@ -152,11 +150,10 @@ class _TorchSchedule(PipelineContender):
     ) -> None:
         self.images = m * task.batch_size
         self.world = world
-        model = build_network(task).train()
         # A checkpointed unit costs a forward more, the last stage's too: in all stages alike, so the split is the same.
         layout = Layout.of(model, world.size, method="backprop", ranks=world.size, input_size=task.input_size)
         self.split = layout.sizes
-        units = model.units()
+        units = model.train().units()
         self.module = _TorchStage([units[i] for i in layout.units_of_rank(world.rank)], checkpointed)
         self.optimizer = _sgd(self.module.parameters())
         n, c, size = task.batch_size, task.channels, task.img_size
@@ -190,12 +187,11 @@ class _TorchSchedule(PipelineContender):
 class _Ours(PipelineContender):
     """`petra_zoo.petra.Pipeline`, one stage per process; an update is k ticks of a pipeline that never drains."""
 
-    def __init__(self, task: Task, world: World, m: int, *, method: str) -> None:
+    def __init__(self, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int, *, method: str) -> None:
         self.images = m * task.batch_size
         self.world = world
-        model = build_network(task).train()
         self.pipeline = Pipeline(
-            model,
+            model.train(),
             Layout.of(model, world.size, method=method, ranks=world.size, input_size=task.input_size),
             method=method,
             optimization=Optimization(lambda named: _sgd(p for _, p in named), accumulation_steps=m),
@@ -215,8 +211,8 @@ class _Ours(PipelineContender):
 class _WithoutLinks(PipelineContender):
     """The stages of `_Ours` at the same work on one message over and over: what a tick would take without links."""
 
-    def __init__(self, task: Task, world: World, m: int, *, method: str) -> None:
-        ours = _Ours(task, world, m, method=method)
+    def __init__(self, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int, *, method: str) -> None:
+        ours = _Ours(task, model, world, m, method=method)
         self.images, self.split, self.ticks = ours.images, ours.split, m
         self.pipeline = ours.pipeline
         (self.stage,) = self.pipeline.stages
@@ -240,28 +236,32 @@ class _WithoutLinks(PipelineContender):
         return []
 
 
-def make_contender(name: str, task: Task, world: World, m: int) -> PipelineContender:
+def make_contender(name: str, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int) -> PipelineContender:
     """A contender of `petra_zoo.bench.pipeline`, in every process of a world; m: micro-batches of an update."""
     # Groups of its own: a pipeline that rests has receives posted.
-    world = replace(world, up=dist.new_group(), down=dist.new_group())
+    up, down = dist.new_group(), dist.new_group()
+    assert isinstance(up, dist.ProcessGroup)
+    assert isinstance(down, dist.ProcessGroup)
+    world = replace(world, up=up, down=down)
+    place = (task, model, world, m)
     match name:
         case "backprop, 1 thread":
-            return _Backpropagation(task, world, m)
+            return _Backpropagation(*place)
         case "backprop, 2 threads":
-            return _Backpropagation(task, world, m, threads=2)
+            return _Backpropagation(*place, threads=2)
         case "reversible":
-            return _Backpropagation(task, world, m, reversible=True)
+            return _Backpropagation(*place, reversible=True)
         case "capacity":
-            return _Backpropagation(task, world, m, processes=2)
+            return _Backpropagation(*place, processes=2)
         case "DDP x 2":
-            return _Backpropagation(task, world, m, processes=2, ddp=True)
+            return _Backpropagation(*place, processes=2, ddp=True)
         case "GPipe":
-            return _TorchSchedule(task, world, m, schedule=ScheduleGPipe)
+            return _TorchSchedule(*place, schedule=ScheduleGPipe)
         case "1F1B":
-            return _TorchSchedule(task, world, m, schedule=Schedule1F1B)
+            return _TorchSchedule(*place, schedule=Schedule1F1B)
         case "1F1B + checkpointing":
-            return _TorchSchedule(task, world, m, schedule=Schedule1F1B, checkpointed=True)
+            return _TorchSchedule(*place, schedule=Schedule1F1B, checkpointed=True)
         case "petra without links":
-            return _WithoutLinks(task, world, m, method="petra")
+            return _WithoutLinks(*place, method="petra")
         case method:
-            return _Ours(task, world, m, method=method)
+            return _Ours(*place, method=method)

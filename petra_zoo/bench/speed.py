@@ -7,13 +7,14 @@ ratios are taken within a round. So a run can be trusted alone, and a contender 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
-from petra_zoo.bench.results import Results, Run
-from petra_zoo.bench.steps import FAMILY, REFERENCES, StepShape, installed, left_out, number_of
+from petra_zoo.bench.markdown import markdown_table
+from petra_zoo.bench.repeats import cell, group_runs, median_of
+from petra_zoo.bench.results import Record, Results
+from petra_zoo.bench.steps import FAMILY, REFERENCES, StepShape, installed, number_of
 from petra_zoo.bench.study import Study, Trial, interleaved
-from petra_zoo.bench.markdown import cell, group_runs, markdown_table, median_of
 from petra_zoo.strict_json import JsonObject
 
 MIB = 2**20
@@ -32,27 +33,32 @@ class SpeedStudy(Study):
         repeats: how often, each time in a new network.
         rounds: steps that are timed.
         shape: of a step.
+        recipes: whose whole training is timed.
     """
 
     kind: ClassVar[str] = "speed"
+    name: str = kind
     repeats: int = 1
     rounds: int = 16
-    shape: StepShape = StepShape()
+    shape: StepShape = field(default_factory=StepShape)
+    recipes: tuple[str, ...] = tuple(RECIPES)
 
-    def notes(self) -> list[str]:
-        return left_out()
+    @classmethod
+    def small(cls) -> Self:
+        """Done in seconds."""
+        return cls("speed, small", 1, 2, StepShape(4, 4, 2, 6), ("digits/petra_revnet_tiny",))
 
     def trials(self, results: Results) -> Sequence[Trial]:
         contenders = [name for name in FAMILY if installed(name)]
         return [
             Trial(name, repeat, self._settings(name))
-            for name, repeat in interleaved([*contenders, *RECIPES], range(self.repeats), shuffled=True)
+            for name, repeat in interleaved([*contenders, *self.recipes], range(self.repeats), shuffled=True)
         ]
 
     def _settings(self, name: str) -> JsonObject:
         if name in RECIPES:
-            return {"family": "recipe", "overrides": RECIPES[name]}
-        return {**self.shape.settings(name), "rounds": self.rounds}
+            return {"overrides": RECIPES[name]}
+        return {**self.shape.settings(), "rounds": self.rounds}
 
     def run(self, trial: Trial) -> JsonObject:
         from petra_zoo.bench.step_runs import measure_recipe, measure_step
@@ -66,7 +72,7 @@ class SpeedStudy(Study):
 
 
 def speed_tables(results: Results) -> dict[str, str]:
-    """`step`: every contender; `streams`: what other libraries do with the same blocks; `recipes`: images per second."""
+    """`step`: every contender; `streams`: what other libraries do with the same blocks; `recipes`: images/s."""
     groups = group_runs(results.runs, lambda run: run.contender)
     steps = [(name, groups[name]) for name in FAMILY if name in groups]
     recipes = [[name, cell(median_of(groups[name], "images_per_second"), 0)] for name in RECIPES if name in groups]
@@ -77,7 +83,7 @@ def speed_tables(results: Results) -> dict[str, str]:
     }
 
 
-def _step_table(steps: Sequence[tuple[str, list[Run]]]) -> str:
+def _step_table(steps: Sequence[tuple[str, list[Record]]]) -> str:
     columns = ["family", "contender", "over reference", "over plain memory", "best ms", "median ms",
                "batch-norm updates per step", "MiB for each further block"]  # fmt: skip
     rows = []
@@ -88,7 +94,7 @@ def _step_table(steps: Sequence[tuple[str, list[Run]]]) -> str:
     return markdown_table(columns, rows)
 
 
-def _streams_table(steps: Sequence[tuple[str, list[Run]]]) -> str:
+def _streams_table(steps: Sequence[tuple[str, list[Record]]]) -> str:
     columns = ["", "step time", "batch-norm updates per step", "MiB for 8 more blocks"]
     rows = []
     for name, runs in steps:

@@ -6,8 +6,8 @@ F is the branch of timm's BasicBlock on C channels: conv3x3 - BN - ReLU - conv3x
               coupling 1 and act = identity, as in the networks of the PETRA paper, and what other libraries compute
     layer     [B, C, H, W]; a ResNet layer as users meet it: timm's own blocks against the zoo's `CoupledLayer`
 
-Within a family all contenders have the same weights and the same input. All streams compute the same function, so do all
-layers of ours; timm's layer, whose blocks have no stream a to add, does the same work but for that sum.
+Within a family all contenders have the same weights and the same input. All streams compute the same function, and so
+do all layers of ours; timm's layer, whose blocks have no stream a to add, does the same work but for that sum.
 """
 
 from __future__ import annotations

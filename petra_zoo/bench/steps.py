@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 
-from petra_zoo.bench.study import Trial
+from petra_zoo.bench.results import Trial
 from petra_zoo.strict_json import JsonObject
 
 # Of each family all contenders; see `step_contenders`.
@@ -48,9 +48,9 @@ class StepShape:
     batch_size: int = 16
     img_size: int = 32
 
-    def settings(self, contender: str) -> JsonObject:
+    def settings(self) -> JsonObject:
         """For a trial."""
-        return {"family": FAMILY[contender], **asdict(self)}
+        return asdict(self)
 
     @classmethod
     def of(cls, trial: Trial) -> StepShape:

@@ -1,25 +1,25 @@
-"""The study of a training step: contenders that compute the same."""
+"""The studies of a training step: contenders that compute the same, and what is measured of them."""
 
 import pytest
 import torch
 
-from petra_zoo.bench.step_contenders import STEP_CONTENDERS, norm_updates, step_input, training_step
+from petra_zoo.bench.step_contenders import build_contender
+from petra_zoo.bench.step_runs import norm_updates, training_step
+from petra_zoo.bench.steps import LAYER, STREAMS, StepShape, installed
+
+SMALL = StepShape(blocks=4, channels=4, batch_size=2, img_size=6)
 
 
-@pytest.mark.parametrize("name", [name for name, found in STEP_CONTENDERS.items() if found.installed])
-def test_contenders_of_a_family_compute_the_same_step(name: str) -> None:
-    contender = STEP_CONTENDERS[name]
-    reference = next(other for other in STEP_CONTENDERS.values() if other.family == contender.family)
-    x = step_input(contender.family, 2, 4, 6)
+@pytest.mark.parametrize("names", [STREAMS, LAYER[1:]], ids=["streams", "our layers"])
+def test_contenders_compute_the_same_step(names: tuple[str, ...]) -> None:
     losses, norms = [], []
-    for kind in (reference, contender):
-        model = kind.build(4, 4)
+    for name in filter(installed, names):
+        model, x = build_contender(name, SMALL)
         losses.append(training_step(model, x))
-        norms.append(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
-    torch.testing.assert_close(norms[1], norms[0], rtol=1e-4, atol=0)
+        norms.append(sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None))
+    torch.testing.assert_close(losses, [losses[0]] * len(losses), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms, [norms[0]] * len(norms), rtol=1e-4, atol=0)
 
 
-def test_reversible_blocks_update_their_statistics_once_per_step() -> None:
-    model = STEP_CONTENDERS["petra-zoo"].build(4, 4)
-    assert norm_updates(model, step_input("streams", 2, 4, 6)) == 1
+def test_our_blocks_update_their_statistics_once_per_step() -> None:
+    assert norm_updates(*build_contender("petra-zoo", SMALL)) == 1
