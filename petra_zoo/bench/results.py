@@ -147,7 +147,7 @@ class Results:
 
     def to_text(self) -> str:
         """All of it as JSON, a run in a line."""
-        head = {"study": self.study, "kind": self.kind, "about": self.about}
+        head: JsonObject = {"study": self.study, "kind": self.kind, "about": self.about}
         lines = [f'"{name}": {to_json(value)},' for name, value in head.items()]
         runs = ",\n".join(to_json(asdict(run)) for run in self.runs)
         return "\n".join(["{", *lines, '"runs": [', runs, "]", "}"]) + "\n"
