@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pydantic import TypeAdapter
 
 from petra_zoo.bench.conversion import FidelityJob, NetworkJob, job_of
-from petra_zoo.bench.markdown import markdown_table
-from petra_zoo.bench.repeats import group_runs
+from petra_zoo.bench.markdown import group_runs, markdown_table
 from petra_zoo.bench.results import Record, Results
 
 MIB = 2**20

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-from petra_zoo.bench.markdown import markdown_table
-from petra_zoo.bench.repeats import cell, group_runs
+from petra_zoo.bench.charts import Chart, Panel, Point, Series
+from petra_zoo.bench.markdown import cell, group_runs, markdown_table
 from petra_zoo.bench.results import Results
 from petra_zoo.bench.steps import FAMILY, StepShape, installed, number_of
 from petra_zoo.bench.study import Study, Trial
@@ -57,14 +57,37 @@ class MemoryStudy(Study):
 
 def memory_tables(results: Results) -> dict[str, str]:
     """`depth`: MiB of every contender by the number of blocks, and what each block between the deepest two adds."""
-    runs = results.runs
-    depths = sorted({number_of(run.trial, "blocks") for run in runs})
-    groups = group_runs(runs, lambda run: run.contender)
+    depths = sorted({number_of(run.trial, "blocks") for run in results.runs})
     rows = []
-    for name in sorted(groups, key=list(FAMILY).index):
-        peaks = {number_of(run.trial, "blocks"): run.number("peak_bytes") / MIB for run in groups[name]}
-        (before, last), found = sorted(peaks)[-2:], [peaks.get(depth, math.nan) for depth in depths]
-        each = (peaks[last] - peaks[before]) / (last - before)
-        rows.append([FAMILY[name], name, *(cell(peak, 1) for peak in found), cell(each, 2)])
+    for name, peaks in _peaks(results).items():
+        *_, before, last = (0, *sorted(peaks))
+        each = (peaks[last] - peaks[before]) / (last - before) if before else math.nan
+        found = [cell(peaks.get(depth, math.nan), 1) for depth in depths]
+        rows.append([FAMILY[name], name, *found, cell(each, 2)])
     columns = ["family", "contender", *(f"{depth} blocks" for depth in depths), "each further block"]
     return {"depth": markdown_table(columns, rows)}
+
+
+def memory_charts(results: Results) -> dict[str, Chart]:
+    """`depth`: the same as lines, a panel for each family."""
+    peaks = _peaks(results)
+    panels = []
+    for family in dict.fromkeys(FAMILY[name] for name in peaks):
+        names = [name for name in FAMILY if FAMILY[name] == family]
+        series = tuple(
+            Series(name, place, place, tuple(Point(blocks, y, y, y) for blocks, y in sorted(peaks[name].items())))
+            for place, name in enumerate(names)
+            if name in peaks
+        )
+        panels.append(Panel(family, "residual blocks", "peak live MiB of a training step", series))
+    return {"depth": Chart(tuple(panels))}
+
+
+def _peaks(results: Results) -> dict[str, dict[int, float]]:
+    """MiB by contender and number of blocks."""
+    groups = group_runs(results.runs, lambda run: run.contender)
+    return {
+        name: {number_of(run.trial, "blocks"): run.number("peak_bytes") / MIB for run in groups[name]}
+        for name in FAMILY
+        if name in groups
+    }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from petra_zoo.bench.markdown import markdown_table
+from petra_zoo.bench.markdown import cell, group_runs, markdown_table, median_of
 from petra_zoo.bench.pipeline import BASELINE, OURS, SHARING, WITHOUT_LINKS, PipelineJob
-from petra_zoo.bench.repeats import cell, group_runs, list_of, median_of
 from petra_zoo.bench.results import Record, Results
 
 MIB = 2**20
@@ -116,14 +115,20 @@ def _plan(plan: _Runs) -> str:
 
 def _peaks(runs: list[Record]) -> list[str]:
     """MiB of each process, and in parentheses what the plan predicts; counted, so the same in every repeat."""
-    measured = [f"{peak / MIB:.1f}" if peak else "" for peak in list_of(runs[0], "peak_bytes")]
-    predicted = [f" ({peak / MIB:.1f})" for peak in list_of(runs[0], "predicted_bytes")] or [""] * len(measured)
+    measured = [f"{peak / MIB:.1f}" if peak else "" for peak in _list(runs[0], "peak_bytes")]
+    predicted = [f" ({peak / MIB:.1f})" for peak in _list(runs[0], "predicted_bytes")] or [""] * len(measured)
     return [found + plan for found, plan in zip(measured, predicted, strict=True)]
 
 
 def _bytes(memory: _Runs, label: str) -> list[float]:
-    return list_of(memory[label][0], "peak_bytes") if label in memory else []
+    return _list(memory[label][0], "peak_bytes") if label in memory else []
 
 
 def _split(runs: list[Record]) -> str:
-    return " + ".join(f"{units:.0f}" for units in list_of(runs[0], "split"))
+    return " + ".join(f"{units:.0f}" for units in _list(runs[0], "split"))
+
+
+def _list(run: Record, name: str) -> list[float]:
+    """A list of measured values; empty where there is none."""
+    values = run.result.get(name)
+    return [float(value) for value in values if isinstance(value, int | float)] if isinstance(values, list) else []

@@ -70,8 +70,13 @@ class Record:
 
     def number(self, name: str) -> float:
         """A measured value; NaN where there is none."""
-        value = self.result.get(name)
-        return float(value) if isinstance(value, int | float) else float("nan")
+        return _number(self.result.get(name))
+
+    def numbers(self, name: str, column: str) -> list[float]:
+        """A column of measured values, kept as lists by name; NaN for null, nothing where there is no such column."""
+        columns = self.result.get(name)
+        values = columns.get(column, []) if isinstance(columns, dict) else []
+        return [_number(value) for value in values] if isinstance(values, list) else []
 
 
 class Results:
@@ -140,17 +145,22 @@ class Results:
                             parts["machine"], parts["versions"], texts["date"]))  # fmt: skip
         return results
 
+    def to_text(self) -> str:
+        """All of it as JSON, a run in a line."""
+        head: JsonObject = {"study": self.study, "kind": self.kind, "about": self.about}
+        lines = [f'"{name}": {to_json(value)},' for name, value in head.items()]
+        runs = ",\n".join(to_json(asdict(run)) for run in self.runs)
+        return "\n".join(["{", *lines, '"runs": [', runs, "]", "}"]) + "\n"
+
     def write(self, path: Path) -> None:
         """Writes all of it; the file is complete at any time.
 
         Raises:
             UserError: it cannot be written.
         """
-        runs: list[Json] = [asdict(run) for run in self.runs]
-        content: JsonObject = {"study": self.study, "kind": self.kind, "about": self.about, "runs": runs}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, to_json(content, indent=1) + "\n")
+            write_whole(path, self.to_text())
         except OSError as error:
             raise UserError(f"cannot write the results to {path}: {error.strerror}") from error
 
@@ -195,3 +205,7 @@ def _text(content: JsonObject, name: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"no text {name!r}")
     return value
+
+
+def _number(value: Json) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from petra_zoo.bench.markdown import markdown_table
-from petra_zoo.bench.repeats import cell, group_runs, median_of
+from petra_zoo.bench.markdown import cell, group_runs, markdown_table, median_of
 from petra_zoo.bench.results import Record, Results
 from petra_zoo.bench.steps import FAMILY, REFERENCES, StepShape, installed, number_of
 from petra_zoo.bench.study import Study, Trial, interleaved

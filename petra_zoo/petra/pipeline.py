@@ -167,6 +167,11 @@ class Pipeline:
         """Micro-batches fed whose backward has not ended."""
         return self.clock.in_flight
 
+    @property
+    def delay(self) -> tuple[float, ...]:
+        """D_j of every stage of the network, in updates; see `Method.delay`."""
+        return self.method.delay(len(self.layout.stages), self.optimization.accumulation_steps)
+
     def _run_tick(self, fed: Up | None, feeding: bool) -> Output:
         """Forward of a young micro-batch and backward of an older one in every stage, then the updates.
 
