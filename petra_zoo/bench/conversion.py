@@ -18,8 +18,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import TypeAdapter
 
+from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.results import Results, Trial
-from petra_zoo.bench.study import Study
 from petra_zoo.strict_json import JsonObject
 
 PURPOSES: tuple[Literal["one-device", "petra"], ...] = ("one-device", "petra")
@@ -91,7 +91,7 @@ def job_of(trial: Trial) -> NetworkJob | FidelityJob:
 
 
 @dataclass(frozen=True)
-class ConversionStudy(Study):
+class ConversionStudy(BuiltInStudy):
     """Every network for both purposes; every trained network with every coupling, statistics kept and new.
 
     Attributes:
@@ -102,7 +102,6 @@ class ConversionStudy(Study):
 
     kind: ClassVar[str] = "conversion"
     shares_the_machine: ClassVar[bool] = True
-    name: str = kind
     depths: tuple[int, ...] = (18, 34, 50, 101, 152)
     sources: tuple[TrainedOn, ...] = (TrainedOn("digits", 8, 12, 0.0), TrainedOn("shapes", 16, 15, 0.5))
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -111,8 +110,7 @@ class ConversionStudy(Study):
 
     @classmethod
     def small(cls) -> Self:
-        """Done in a minute."""
-        return cls("conversion, small", (18,), (TrainedOn("digits", 8, 1, 0.0),), (0,), ("auto",))
+        return cls((18,), (TrainedOn("digits", 8, 1, 0.0),), (0,), ("auto",), quick=True)
 
     def trials(self, results: Results) -> Sequence[Trial]:
         return [job.trial for job in self._jobs()]
@@ -131,6 +129,3 @@ class ConversionStudy(Study):
         from petra_zoo.bench.conversion_runs import measure_conversion
 
         return measure_conversion(job_of(trial))
-
-    def command(self, trial: Trial) -> str:
-        return "petra-zoo bench conversion"

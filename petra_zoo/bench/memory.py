@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
+from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.charts import Chart, Panel, Point, Series
 from petra_zoo.bench.markdown import cell, group_runs, markdown_table
-from petra_zoo.bench.results import Results
+from petra_zoo.bench.results import Results, Trial
 from petra_zoo.bench.steps import FAMILY, StepShape, installed, number_of
-from petra_zoo.bench.study import Study, Trial
 from petra_zoo.strict_json import JsonObject
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
-class MemoryStudy(Study):
+class MemoryStudy(BuiltInStudy):
     """Every contender at every depth.
 
     Attributes:
@@ -32,14 +32,12 @@ class MemoryStudy(Study):
 
     kind: ClassVar[str] = "memory"
     shares_the_machine: ClassVar[bool] = True
-    name: str = kind
     depths: tuple[int, ...] = (4, 8, 16, 32, 64)
     shape: StepShape = field(default_factory=StepShape)
 
     @classmethod
     def small(cls) -> Self:
-        """Done in seconds."""
-        return cls("memory, small", (2, 4), StepShape(channels=4, batch_size=2, img_size=6))
+        return cls(depths=(2, 4), shape=StepShape(channels=4, batch_size=2, img_size=6), quick=True)
 
     def trials(self, results: Results) -> Sequence[Trial]:
         shapes = [replace(self.shape, blocks=depth) for depth in self.depths]
@@ -50,9 +48,6 @@ class MemoryStudy(Study):
         from petra_zoo.bench.step_runs import peak_step_bytes
 
         return {"peak_bytes": peak_step_bytes(*build_contender(trial.contender, StepShape.of(trial)))}
-
-    def command(self, trial: Trial) -> str:
-        return "petra-zoo bench memory"
 
 
 def memory_tables(results: Results) -> dict[str, str]:

@@ -19,8 +19,8 @@ from typing import ClassVar, Self
 
 from pydantic import TypeAdapter
 
+from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.results import Results, Trial
-from petra_zoo.bench.study import Study
 from petra_zoo.strict_json import JsonObject
 
 BASELINE, CAPACITY = "backprop, 1 thread", "capacity"
@@ -103,7 +103,7 @@ class PipelineJob:
 
 
 @dataclass(frozen=True)
-class PipelineStudy(Study):
+class PipelineStudy(BuiltInStudy):
     """Every contender with every number of micro-batches per update.
 
     Attributes:
@@ -114,7 +114,6 @@ class PipelineStudy(Study):
     """
 
     kind: ClassVar[str] = "pipeline"
-    name: str = kind
     task: PipelineTask = PipelineTask()
     ms: tuple[int, ...] = (4, 8)
     rounds: int = 6
@@ -123,9 +122,8 @@ class PipelineStudy(Study):
 
     @classmethod
     def small(cls) -> Self:
-        """Done in minutes."""
         task = PipelineTask(blocks=6, channels=4, img_size=8, batch_size=2)
-        return cls("pipeline, small", task, ms=(4,), rounds=2, updates=1, memory_processes=(2,))
+        return cls(task, ms=(4,), rounds=2, updates=1, memory_processes=(2,), quick=True)
 
     def trials(self, results: Results) -> Sequence[Trial]:
         return [job.trial for job in self._jobs()]
@@ -150,6 +148,3 @@ class PipelineStudy(Study):
         from petra_zoo.bench.pipeline_runs import in_processes
 
         return in_processes(PipelineJob.of(trial))
-
-    def command(self, trial: Trial) -> str:
-        return "petra-zoo bench pipeline"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -18,8 +16,6 @@ from petra_zoo.bench.steps import FAMILY, LIBRARIES, REFERENCES, StepShape
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.reversible import LiveBytes
 from petra_zoo.strict_json import JsonObject
-from petra_zoo.training import Callback, train
-from petra_zoo.training.callbacks import LogEvent
 
 _WARM_UP = 2  # steps
 
@@ -78,20 +74,3 @@ def norm_updates(model: nn.Module, x: Tensor) -> int:
     before = counts()
     training_step(model, x)
     return max(count - before[name] for name, count in counts().items())
-
-
-class _Speedometer(Callback):
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_log(self, event: LogEvent) -> None:
-        self.rates.append(event.images_per_second)
-
-
-def measure_recipe(recipe: str, overrides: list[str]) -> JsonObject:
-    """Images per second of a recipe's training, loader included: its first reading, a warm-up, left out."""
-    speedometer = _Speedometer()
-    with tempfile.TemporaryDirectory() as folder:
-        train(recipe, [*overrides, f"output={Path(folder, 'run')}"], callbacks=[speedometer])
-    rates = speedometer.rates[1:] or speedometer.rates
-    return {"images_per_second": statistics.median(rates), "images_per_second_best": max(rates)}
