@@ -38,13 +38,10 @@ def _delay(plan: Plan, results: Results) -> Chart:
         top1.append(Series(*look, _points([(c, _top1(plan, c, results)) for c in (baseline, *members)])))
         lost.append(Series(*look, _points([(c, paired_difference(plan, c, results)) for c in members])))
     seeds = max((len(top1_values(plan, c, results)) for c in plan.contenders), default=0)
-    levels = (Level(0, "as without delay"), Level(-MARGIN, f"{MARGIN} lost"))
-    return Chart(
-        (
-            Panel(f"{plan.contenders[0].recipe}, up to {seeds} seeds", _DELAY, "validation top-1, %", tuple(top1)),
-            Panel("minus no delay, same seeds", _DELAY, "top-1, points", tuple(lost), levels, "symlog"),
-        )
-    )
+    levels = (Level(0, "no difference"), Level(-MARGIN, f"{MARGIN} points lost"))
+    left = Panel(f"{plan.contenders[0].recipe}, up to {seeds} seeds", _DELAY, "validation top-1, %", tuple(top1))
+    difference, title = "difference in top-1, points", "minus backpropagation, same seeds"
+    return Chart((left, Panel(title, _DELAY, difference, tuple(lost), levels, apart=True, scale="symlog")))
 
 
 def _kind(contender: Contender) -> str:

@@ -52,6 +52,7 @@ class Panel:
     Attributes:
         x, y: what the axes say, units included.
         levels: horizontal lines.
+        apart: whether series stand side by side, so that intervals at the same x do not hide each other.
         scale: of y: `linear`, `log`, or `symlog`, which is linear between -1 and 1.
     """
 
@@ -60,6 +61,7 @@ class Panel:
     y: str
     series: tuple[Series, ...]
     levels: tuple[Level, ...] = ()
+    apart: bool = False
     scale: str = "linear"
 
 

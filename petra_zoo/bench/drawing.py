@@ -9,19 +9,14 @@ from petra_zoo.bench.charts import Chart, Panel, Series, Source
 from petra_zoo.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which people of any colour vision tell apart; yellow, too light on white, is left out.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS, _LINES = ("o", "^", "s", "D", "v", "P"), ("-", "--", ":", "-.")
-_STYLE = {
-    "svg.hashsalt": "petra-zoo",  # else ids are random
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-}
-_APART = 0.008  # of the axis: intervals at the same place stand side by side
+_TICKS = (-50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50)  # of symlog
+_APART = 0.012  # of the axis, to both sides: intervals at the same place stand side by side
 
 
 def draw_chart(chart: Chart, source: Source) -> str:
@@ -37,14 +32,24 @@ def draw_chart(chart: Chart, source: Source) -> str:
         raise UserError("plots need matplotlib: pip install 'petra-zoo[plots]'") from error
     columns = min(chart.columns, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
-    with matplotlib.rc_context(_STYLE):
+    style = matplotlib.rc_context(
+        {
+            "svg.hashsalt": "petra-zoo",  # else ids are random
+            "font.size": 10,
+            "axes.titlesize": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    with style:
         figure = Figure(figsize=(4.8 * columns, 3.6 * rows + 0.5), layout="constrained")
-        legend = {}
+        shown: dict[str, Artist] = {}
         for place, panel in enumerate(chart.panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
             _draw_panel(axes, panel)
-            legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2 * columns, frameon=False)
+            handles, labels = axes.get_legend_handles_labels()
+            shown |= dict(zip(labels, handles, strict=True))
+        figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2 * columns, frameon=False)
         picture = io.StringIO()
         figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None, "Description": str(source)})
     return picture.getvalue()
@@ -64,12 +69,17 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             color="0.35",
         )
     values = [point.x for series in panel.series for point in series.points]
-    width = (max(values, default=0.0) - min(values, default=0.0)) or 1.0
+    reach = _APART * (max(values, default=0.0) - min(values, default=0.0)) if panel.apart else 0.0
     middle = (len(panel.series) - 1) / 2
     for place, series in enumerate(panel.series):
-        _draw_series(axes, series, (place - middle) * _APART * width)
+        _draw_series(axes, series, reach * (place - middle) / max(middle, 1))
     if panel.scale == "symlog":
+        low, high = axes.get_ylim()
         axes.set_yscale("symlog", linthresh=1, linscale=1)
+        axes.set_ylim(1.2 * low, 1.2 * high)  # a margin looks smaller there
+        axes.set_yticks([tick for tick in _TICKS if low <= tick <= high])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
     else:
         axes.set_yscale(panel.scale)
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
