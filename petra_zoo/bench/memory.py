@@ -74,7 +74,8 @@ def memory_charts(results: Results) -> dict[str, Chart]:
             for place, name in enumerate(names)
             if name in peaks
         )
-        panels.append(Panel(family, "residual blocks", "peak live MiB of a training step", series))
+        title = {"streams": "coupled blocks on two streams", "layer": "a ResNet layer"}[family]
+        panels.append(Panel(title, "residual blocks", "peak live MiB of a training step", series))
     return {"depth": Chart(tuple(panels))}
 
 
