@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from petra_zoo.bench.plan import Plan, overrides_of, train_command
+from petra_zoo.bench.accuracy_plan import AccuracyPlan, overrides_of, train_command
 from petra_zoo.bench.results import Results
 from petra_zoo.bench.study import Study, Trial
 from petra_zoo.errors import Failure
@@ -21,7 +21,7 @@ class AccuracyStudy(Study):
 
     kind: ClassVar[str] = "accuracy"
     shares_the_machine: ClassVar[bool] = True
-    plan: Plan
+    plan: AccuracyPlan
 
     @property
     def name(self) -> str:
@@ -35,7 +35,7 @@ class AccuracyStudy(Study):
         return self.plan.trials(results)
 
     def expected(self, results: Results) -> int:
-        return len([*self.plan.search_trials()]) + len(self.plan.contenders) * len(self.plan.seeds)
+        return len(self.plan.search_trials(results)) + sum(len(c.seeds) for c in self.plan.contenders)
 
     def command(self, trial: Trial) -> str:
         return train_command(trial)

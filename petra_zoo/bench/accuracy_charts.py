@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender
 from petra_zoo.bench.accuracy_tables import paired_difference, plan_of, top1_values
 from petra_zoo.bench.charts import Chart, Level, Panel, Point, Series
 from petra_zoo.bench.pairs import MARGIN, Interval
-from petra_zoo.bench.plan import Contender, Plan
 from petra_zoo.bench.results import Results
 
 _DELAY = "delay of the first stage, updates"
@@ -23,7 +23,7 @@ def accuracy_charts(results: Results) -> dict[str, Chart]:
     return found
 
 
-def _delay(plan: Plan, results: Results) -> Chart:
+def _delay(plan: AccuracyPlan, results: Results) -> Chart:
     """Top-1 against D_0, and the paired difference to the contender without delay: mean and 95 % interval."""
     opts = list(dict.fromkeys(contender.opt for contender in plan.contenders))
     kinds = list(dict.fromkeys(_kind(contender) for contender in plan.contenders if contender.paired_with))
@@ -50,7 +50,7 @@ def _kind(contender: Contender) -> str:
     return f"{contender.method}, J = {contender.stages}" + (f", {predicted} predicted" if predicted != "none" else "")
 
 
-def _top1(plan: Plan, contender: Contender, results: Results) -> Interval | None:
+def _top1(plan: AccuracyPlan, contender: Contender, results: Results) -> Interval | None:
     values = top1_values(plan, contender, results)
     return Interval.of(values) if values else None
 

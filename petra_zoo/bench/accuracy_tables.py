@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import fmean
 
 from pydantic import ValidationError
 
+from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender
 from petra_zoo.bench.markdown import markdown_table
-from petra_zoo.bench.pairs import Interval, seeds_needed, verdict
-from petra_zoo.bench.plan import Contender, Plan
+from petra_zoo.bench.pairs import MARGIN, Interval, seeds_needed, verdict
 from petra_zoo.bench.results import Record, Results
 from petra_zoo.errors import UserError
 
 
-def plan_of(results: Results) -> Plan:
+def plan_of(results: Results) -> AccuracyPlan:
     """The study that a results file is of.
 
     Raises:
         UserError: the file does not say.
     """
     try:
-        return Plan.model_validate(results.about)
+        return AccuracyPlan.model_validate(results.about)
     except ValidationError as error:
         raise UserError(f"the results of '{results.study}' do not say what was compared: {error.errors()[0]['msg']}; "
                         "petra-zoo bench accuracy STUDY.yaml --output FILE writes it anew") from error  # fmt: skip
@@ -35,8 +35,8 @@ def accuracy_tables(results: Results) -> dict[str, str]:
     found = {"accuracy": _accuracy(plan, results)}
     if len(plan.tasks) > 1:
         found["summary"] = _summary(plan, results)
-    if any(contender.paired_with for contender in plan.contenders):
-        found["spread"] = _spread(plan, results)
+    if spread := _spread(plan, results):
+        found["spread"] = spread
     if any(contender.rates for contender in plan.contenders):
         found["search"] = _search(plan, results)
     if plan.probe:
@@ -44,7 +44,7 @@ def accuracy_tables(results: Results) -> dict[str, str]:
     return found
 
 
-def paired_difference(plan: Plan, contender: Contender, results: Results) -> Interval | None:
+def paired_difference(plan: AccuracyPlan, contender: Contender, results: Results) -> Interval | None:
     """Top-1 minus the baseline's, in points, over the seeds that both have finished; None where there are none."""
     if not contender.paired_with:
         return None
@@ -53,7 +53,7 @@ def paired_difference(plan: Plan, contender: Contender, results: Results) -> Int
     return Interval.of(differences) if differences else None
 
 
-def top1_values(plan: Plan, contender: Contender, results: Results) -> list[float]:
+def top1_values(plan: AccuracyPlan, contender: Contender, results: Results) -> list[float]:
     """Top-1 in percent of the runs that count and did not fail."""
     return list(_by_seed(plan.runs(contender, results)).values())
 
@@ -62,17 +62,15 @@ def _by_seed(runs: Sequence[Record]) -> dict[int, float]:
     return {run.repeat: run.number("top1") for run in runs if not run.failed}
 
 
-def _accuracy(plan: Plan, results: Results) -> str:
+def _accuracy(plan: AccuracyPlan, results: Results) -> str:
     several = len(plan.tasks) > 1
-    columns = [*(["data"] if several else []), "contender", "D_0", "lr", "n", "top-1, %", "minus baseline, points",
-               "verdict", "images/s"]  # fmt: skip
+    columns = ["contender", "D_0", "lr", "n", "top-1, %", "minus baseline, points", "verdict"]
     rows = []
     for contender in plan.contenders:
         runs = plan.runs(contender, results)
         difference = paired_difference(plan, contender, results)
         good = [run for run in runs if not run.failed]
         failed = f" ({len(runs) - len(good)} diverged)" if len(good) < len(runs) else ""
-        speed = median(run.number("images_per_second") for run in good) if good else math.nan
         rows.append(
             [
                 *([contender.task] if several else []),
@@ -83,13 +81,12 @@ def _accuracy(plan: Plan, results: Results) -> str:
                 mean_and_range([run.number("top1") for run in good]),
                 "" if difference is None else shown_interval(difference),
                 "" if difference is None else verdict(difference),
-                "" if math.isnan(speed) else f"{speed:.0f}",
             ]
         )
-    return markdown_table(columns, rows)
+    return markdown_table(["data", *columns] if several else columns, rows)
 
 
-def _summary(plan: Plan, results: Results) -> str:
+def _summary(plan: AccuracyPlan, results: Results) -> str:
     labels = dict.fromkeys(contender.label for contender in plan.contenders)
     cells = {(c.label, c.task): mean_and_range(top1_values(plan, c, results)) for c in plan.contenders}
     return markdown_table(
@@ -97,7 +94,7 @@ def _summary(plan: Plan, results: Results) -> str:
     )
 
 
-def _spread(plan: Plan, results: Results) -> str:
+def _spread(plan: AccuracyPlan, results: Results) -> str:
     rows = []
     for contender in plan.contenders:
         difference = paired_difference(plan, contender, results)
@@ -105,10 +102,11 @@ def _spread(plan: Plan, results: Results) -> str:
             enough = seeds_needed(difference.spread)
             needed = "more than 20" if enough is None else str(enough)
             rows.append([contender.name, str(difference.count), f"{difference.spread:.2f}", needed])
-    return markdown_table(["contender", "pairs", "spread of the difference, points", "pairs for +-0.5"], rows)
+    columns = ["contender", "pairs", "spread of the difference, points", f"pairs for an interval of +-{MARGIN}"]
+    return markdown_table(columns, rows) if rows else ""
 
 
-def _search(plan: Plan, results: Results) -> str:
+def _search(plan: AccuracyPlan, results: Results) -> str:
     rows = []
     for contender in plan.contenders:
         taken = plan.rate(contender, results)
@@ -121,7 +119,7 @@ def _search(plan: Plan, results: Results) -> str:
     return markdown_table(["contender", "top-1 in percent by learning rate; taken: bold"], rows)
 
 
-def _probes(plan: Plan, results: Results) -> str:
+def _probes(plan: AccuracyPlan, results: Results) -> str:
     """Per stage, over all seeds, in the first tenth, the middle and the last tenth of training."""
     rows = []
     for contender in plan.contenders:
@@ -155,7 +153,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.3g}" if values else "-"
 
 
-def _rate(plan: Plan, contender: Contender, results: Results) -> str:
+def _rate(plan: AccuracyPlan, contender: Contender, results: Results) -> str:
     rate = plan.rate(contender, results) if contender.rates_of else contender.settings.get("lr")
     return f"{rate:g}" if isinstance(rate, int | float) else ""
 

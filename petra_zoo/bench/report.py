@@ -30,7 +30,7 @@ def markdown_report(path: Path, pictures: Sequence[tuple[str, str]] = ()) -> str
     return "\n\n".join([*parts, *(f"### {name}\n\n![{name}]({file})" for name, file in pictures)]) + "\n"
 
 
-def write_report(path: Path, directory: Path) -> Iterator[str]:
+def report_into(path: Path, directory: Path) -> Iterator[str]:
     """Writes `STUDY.md` with all tables, and a plot as `STUDY-NAME.svg` each.
 
     Yields:

@@ -10,19 +10,20 @@ from typing import Annotated, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from petra_zoo.bench.plan import Contender, Plan, Search
+from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender, Search
 from petra_zoo.errors import UserError
 from petra_zoo.files import expand_home
 from petra_zoo.settings.merging import Settings, in_one_line, known_names, lay_over, nearest
 from petra_zoo.settings.recipe_files import in_our_words, make_recipe, recipe_settings
-from petra_zoo.settings.types import AtLeastOne, Count
+from petra_zoo.settings.types import AtLeastOne, Count, NotNegative
 from petra_zoo.settings.yaml12 import read_yaml
 from petra_zoo.strict_json import Json
 
 BUILT_IN = "methods.yaml"
 _OURS = {"seed": "say seeds: beside the contenders", "output": "a study keeps no run directories"}
 _Given = dict[str, JsonValue]
-_JSON = TypeAdapter(_Given)
+_Seeds = AtLeastOne | Annotated[list[Count], Field(min_length=1)]
+_JSON, _SEEDS = TypeAdapter(_Given), TypeAdapter[int | list[int]](_Seeds)
 
 
 class _Section(BaseModel):
@@ -37,10 +38,11 @@ class Task(_Section):
 
 
 class SearchSection(_Section):
-    """Learning rates are tried first, with these settings laid over a contender's own."""
+    """Learning rates are tried first; see `petra_zoo.bench.accuracy_plan.Search`."""
 
     seed: Count = 1000
     settings: _Given = {}
+    double_above: NotNegative | None = None
 
 
 class StudyFile(_Section):
@@ -54,20 +56,20 @@ class StudyFile(_Section):
         search: how a contender with a list for `lr` gets its learning rate.
         probe: measure every stage's gradient against the exact one every so many micro-batches.
         contenders: by name, the settings laid over the recipe's. Beside them: `lr` may be a list; `lr_of` names the
-            contender whose search decides; `paired_with` the one whose seeds it is compared with.
+            contender whose search decides; `paired_with` the one whose seeds it is compared with; `seeds` are its own.
     """
 
     name: str | None = None
     recipe: str | None = None
     settings: _Given = {}
     tasks: dict[str, Task] = {}
-    seeds: AtLeastOne | Annotated[list[Count], Field(min_length=1)] = 3
+    seeds: _Seeds = 3
     search: SearchSection | None = None
     probe: AtLeastOne | None = None
     contenders: Annotated[dict[str, _Given | None], Field(min_length=1)]
 
 
-def load_study(path: Path | None, *, seeds: int | None = None) -> Plan:
+def load_study(path: Path | None, *, seeds: int | None = None) -> AccuracyPlan:
     """Reads a study file and checks every setting in it.
 
     Args:
@@ -85,12 +87,12 @@ def load_study(path: Path | None, *, seeds: int | None = None) -> Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"study file {path} cannot be read: {error}") from error
     try:
-        return make_plan(_parse(text), name, seeds)
+        return resolve_study(_parse(text), name, seeds)
     except UserError as error:
         raise UserError(f"study {name}: {error}") from error
 
 
-def make_plan(file: StudyFile, called: str, seeds: int | None = None) -> Plan:
+def resolve_study(file: StudyFile, called: str, seeds: int | None = None) -> AccuracyPlan:
     """Resolves what a study file says.
 
     Raises:
@@ -100,16 +102,12 @@ def make_plan(file: StudyFile, called: str, seeds: int | None = None) -> Plan:
         raise UserError("expected one of recipe and tasks")
     tasks = file.tasks or {"": Task(recipe=str(file.recipe))}
     contenders = [
-        _contender(label, given or {}, task, tasks[task], file)
-        for task in tasks
+        _contender(label, given or {}, name, task, file, seeds)
+        for name, task in tasks.items()
         for label, given in file.contenders.items()
     ]
-    listed = range(file.seeds) if isinstance(file.seeds, int) else file.seeds
-    chosen = listed if seeds is None else [*listed, *range(max(listed) + 1, max(listed) + 1 + seeds)][:seeds]
-    search = None if file.search is None else Search(seed=file.search.seed, settings=file.search.settings)
-    return Plan(
-        name=file.name or called, contenders=tuple(contenders), seeds=tuple(chosen), search=search, probe=file.probe
-    )
+    search = None if file.search is None else Search.model_validate(file.search.model_dump())
+    return AccuracyPlan(name=file.name or called, contenders=tuple(contenders), search=search, probe=file.probe)
 
 
 def _parse(text: str) -> StudyFile:
@@ -135,7 +133,9 @@ def _refuse(error: ValidationError) -> NoReturn:
     raise UserError(f"{where}: {in_our_words(first['type'], first['msg'])}") from error
 
 
-def _contender(label: str, given: Mapping[str, Json], task_name: str, task: Task, file: StudyFile) -> Contender:
+def _contender(
+    label: str, given: Mapping[str, Json], task_name: str, task: Task, file: StudyFile, seeds: int | None
+) -> Contender:
     """A contender on a task.
 
     Raises:
@@ -144,6 +144,7 @@ def _contender(label: str, given: Mapping[str, Json], task_name: str, task: Task
     own = dict(given)
     paired_with = _other(own.pop("paired_with", None), "paired_with", label, file)
     rates_of = _other(own.pop("lr_of", None), "lr_of", label, file)
+    listed_seeds = _seeds(own.pop("seeds", file.seeds), label, seeds)
     rates: list[Json] = []
     if isinstance(listed := own.get("lr"), list):
         rates = listed
@@ -172,6 +173,7 @@ def _contender(label: str, given: Mapping[str, Json], task_name: str, task: Task
         task=task_name,
         recipe=task.recipe,
         settings=_JSON.validate_python(settings),
+        seeds=listed_seeds,
         rates=tuple(float(str(rate)) for rate in rates),
         rates_of=_name(rates_of, task_name) if rates_of else name if rates else "",
         paired_with=_name(paired_with, task_name) if paired_with else "",
@@ -180,6 +182,16 @@ def _contender(label: str, given: Mapping[str, Json], task_name: str, task: Task
         stages=recipe.stages,
         delay=find_method(recipe.method).delay(recipe.stages, recipe.accumulation_steps)[0],
     )
+
+
+def _seeds(given: Json, label: str, count: int | None) -> tuple[int, ...]:
+    """A contender's seeds: as many as asked for, in place of its own."""
+    try:
+        listed = _SEEDS.validate_python(given, strict=True)
+    except ValidationError as error:
+        raise UserError(f"contender '{label}': seeds={given!r}: expected a number, or a list of seeds") from error
+    seeds = list(range(listed)) if isinstance(listed, int) else listed
+    return tuple(seeds if count is None else [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + count)][:count])
 
 
 def _laid(*given: Mapping[str, Json]) -> Settings:

@@ -43,7 +43,7 @@ def report(
             raise typer.Exit(1)
     elif output is not None:
         for path in files:
-            for line in reports.write_report(path, output):
+            for line in reports.report_into(path, output):
                 typer.echo(line)
     else:
         typer.echo("\n".join(reports.markdown_report(path) for path in files), nl=False)

@@ -6,7 +6,7 @@ It is kept in the results file, so that tables are made from that file alone. Im
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -30,6 +30,7 @@ class Contender(_Frozen):
         task: what it is trained on, where the study has several; else empty.
         recipe: that its runs start from.
         settings: laid over the recipe's.
+        seeds: that it is trained with.
         rates: learning rates to choose from; empty where `settings` or the recipe say it.
         rates_of: the contender whose search decides; itself, another one, or empty.
         paired_with: the contender whose seeds it is compared with, or empty.
@@ -41,6 +42,7 @@ class Contender(_Frozen):
     task: str = ""
     recipe: str
     settings: dict[str, JsonValue] = {}
+    seeds: tuple[int, ...]
     rates: tuple[float, ...] = ()
     rates_of: str = ""
     paired_with: str = ""
@@ -51,26 +53,32 @@ class Contender(_Frozen):
 
 
 class Search(_Frozen):
-    """How learning rates are tried before anything else: `settings` are laid over a contender's own."""
+    """How learning rates are tried, before anything else.
+
+    Attributes:
+        seed: of these runs, and of no others.
+        settings: laid over a contender's own.
+        double_above: points of top-1 by which the largest rate must be the best for twice that rate to be tried too;
+            None: never.
+    """
 
     seed: int = 1000
     settings: dict[str, JsonValue] = {}
+    double_above: float | None = None
 
 
-class Plan(_Frozen):
+class AccuracyPlan(_Frozen):
     """An accuracy study.
 
     Attributes:
         name: of the study.
         contenders: in the order of tables.
-        seeds: that every contender is trained with.
         search: of learning rates, where a contender has several.
         probe: measure every stage's gradient every so many micro-batches; None: never.
     """
 
     name: str
     contenders: tuple[Contender, ...]
-    seeds: tuple[int, ...]
     search: Search | None = None
     probe: int | None = None
 
@@ -85,18 +93,30 @@ class Plan(_Frozen):
 
     def trials(self, results: Results) -> list[Trial]:
         """What can be run: the search, and every contender whose learning rate is known by now."""
-        found = [*self.search_trials()]
-        ready = {c.name: c for c in self.contenders if not c.rates_of or self.rate(c, results) is not None}
-        for name, seed in interleaved(list(ready), self.seeds, shuffled=False):
-            found.append(self.trial(ready[name], seed, results))
-        return found
+        ready = [c for c in self.contenders if not c.rates_of or self.rate(c, results) is not None]
+        by_name, seeds = {c.name: c for c in ready}, sorted({seed for c in ready for seed in c.seeds})
+        turns = [(by_name[name], seed) for name, seed in interleaved(list(by_name), seeds, shuffled=False)]
+        final = [self.trial(contender, seed, results) for contender, seed in turns if seed in contender.seeds]
+        return [*self.search_trials(results), *final]
 
-    def search_trials(self) -> Iterator[Trial]:
+    def search_trials(self, results: Results) -> list[Trial]:
         """Every contender's first rate, then every one's second, and so on."""
-        for place in range(max((len(contender.rates) for contender in self.contenders), default=0)):
-            for contender in self.contenders:
-                if place < len(contender.rates):
-                    yield self.search_trial(contender, contender.rates[place])
+        rates = {contender.name: self.rates(contender, results) for contender in self.contenders}
+        return [
+            self.search_trial(contender, rates[contender.name][place])
+            for place in range(max(map(len, rates.values())))
+            for contender in self.contenders
+            if place < len(rates[contender.name])
+        ]
+
+    def rates(self, contender: Contender, results: Results) -> tuple[float, ...]:
+        """The learning rates of a contender's own search: twice the largest, too, where that one won clearly."""
+        if self.search is None or self.search.double_above is None or len(contender.rates) < 2:
+            return contender.rates
+        found = [results.find(self.search_trial(contender, rate)) for rate in sorted(contender.rates)]
+        *others, largest = [0.0 if run is None or run.failed else run.number("top1") for run in found]
+        won = all(found) and largest > max(others) + self.search.double_above
+        return (*contender.rates, 2 * max(contender.rates)) if won else contender.rates
 
     def search_trial(self, contender: Contender, rate: float) -> Trial:
         """A short run that tries a learning rate."""
@@ -125,11 +145,11 @@ class Plan(_Frozen):
 
     def tried(self, contender: Contender, results: Results) -> dict[float, Record | None]:
         """What came out of a contender's own search, by learning rate; None where a run is missing."""
-        return {rate: results.find(self.search_trial(contender, rate)) for rate in contender.rates}
+        return {rate: results.find(self.search_trial(contender, rate)) for rate in self.rates(contender, results)}
 
     def runs(self, contender: Contender, results: Results) -> list[Record]:
         """The runs that count, by seed: of the settings that the study has now, and no others."""
-        trials = [self.trial(contender, seed, results) for seed in self.seeds]
+        trials = [self.trial(contender, seed, results) for seed in contender.seeds]
         return [run for trial in trials if (run := results.find(trial)) is not None]
 
     def _settings(self, contender: Contender, overrides: Mapping[str, Json], *, search: bool = False) -> JsonObject:
