@@ -36,8 +36,6 @@ class Progress:
         self._task = bars.TaskID(0)
 
     def __enter__(self) -> Self:
-        for note in self.study.notes():
-            self._line(note)
         done, total = self._counts()
         if done:
             self._line(f"{self.study.name}: {done} of {total} runs are in {self.path}")

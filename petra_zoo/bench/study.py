@@ -36,10 +36,6 @@ class Study(ABC):
         """What tables must know beside the runs; it is kept with them."""
         return {}
 
-    def notes(self) -> list[str]:
-        """What a user should know before it begins, such as contenders that are not installed; a line each."""
-        return []
-
     @abstractmethod
     def trials(self, results: Results) -> Sequence[Trial]:
         """The runs, in the order in which they are to happen: contenders take turns (`interleaved`).
