@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from petra_zoo.bench.accuracy import AccuracyStudy
-from petra_zoo.bench.accuracy_plan import overrides_of
 from petra_zoo.bench.results import Results
 from petra_zoo.bench.study_file import load_study
 from petra_zoo.errors import Failure
-from petra_zoo.training import Reporter, train
+from petra_zoo.strict_json import JsonObject
 from tests.cli.test_main import petra_zoo
 
 STUDY = """
@@ -22,6 +21,7 @@ contenders:
   petra: {paired_with: backprop, lr: 0.01}
   wild: {lr: 1.0e+30}
 """
+NOTHING = Results("accuracy", "tiny")  # so far
 
 
 @pytest.fixture
@@ -31,34 +31,37 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_is_what_train_does(file: Path, tmp_path: Path) -> None:
-    study = AccuracyStudy(load_study(file))
-    trial = study.trials(Results("accuracy", "tiny"))[1]
-    found = study.run(trial)
-    settings = [*overrides_of(trial), f"output={tmp_path / 'run'}"]
-    scores = train("digits/petra_revnet_tiny", settings, reporter=Reporter(quiet=True)).evaluation
-    assert (found["top1"], found["loss"], found["validation_images"]) == (scores.top1, scores.loss, 20)
-    seconds, speed = found["seconds"], found["images_per_second"]
-    assert isinstance(seconds, float)
-    assert isinstance(speed, float)
-    assert seconds * speed == pytest.approx(64)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> JsonObject:
+    """What PETRA's run gives."""
+    path = tmp_path_factory.mktemp("study") / "tiny.yaml"
+    path.write_text(STUDY)
+    study = AccuracyStudy(load_study(path))
+    return study.run(study.trials(NOTHING)[1])
+
+
+def test_a_run_tells_scores_and_speed(plain: JsonObject) -> None:
+    assert plain["validation_images"] == 20
+    assert plain["parameters"] == 218_986
+    numbers = {name: float(str(plain[name])) for name in ("top1", "top5", "loss", "seconds", "images_per_second")}
+    assert 0 <= numbers["top1"] <= numbers["top5"] <= 100
+    assert numbers["seconds"] * numbers["images_per_second"] == pytest.approx(64)
 
 
 def test_a_run_that_diverges_tells_no_place_on_this_machine(file: Path) -> None:
     study = AccuracyStudy(load_study(file))
     with pytest.raises(Failure, match=r"not finite|is nan|is inf") as raised:
-        study.run(study.trials(Results("accuracy", "tiny"))[2])
+        study.run(study.trials(NOTHING)[2])
     assert "/tmp" not in str(raised.value)
 
 
-def test_probes_change_no_number_and_are_kept_by_column(file: Path) -> None:
-    plain = AccuracyStudy(load_study(file))
+def test_probes_change_no_number_and_are_kept_by_column(file: Path, plain: JsonObject) -> None:
     file.write_text(f"{STUDY}probe: 3\n")
-    probed = AccuracyStudy(load_study(file))
-    trials = [study.trials(Results("accuracy", "tiny"))[1] for study in (plain, probed)]
-    first, second = plain.run(trials[0]), probed.run(trials[1])
-    assert trials[0].key != trials[1].key
-    assert (first["top1"], first["loss"]) == (second["top1"], second["loss"])
+    study = AccuracyStudy(load_study(file))
+    trial = study.trials(NOTHING)[1]
+    assert trial.settings["probe"] == 3
+    second = study.run(trial)
+    assert (plain["top1"], plain["loss"]) == (second["top1"], second["loss"])
     columns = second["probe"]
     assert isinstance(columns, dict)
     assert sorted(columns["micro_batch"]) == [0, 0, 3, 3]
