@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from petra_zoo.bench.pipeline import BASELINE, CAPACITY, PLANNED, PipelineJob, PipelineTask
 from petra_zoo.bench.pipeline_contenders import PipelineContender, build_network, make_contender, task_data
+from petra_zoo.bench.pipeline_jobs import BASELINE, CAPACITY, PLANNED, PipelineJob, PipelineTask
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.petra import Profile, World, measure
 from petra_zoo.planning.cluster import Cluster
