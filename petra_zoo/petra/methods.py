@@ -56,6 +56,19 @@ class Method:
         """What the last stage does for a micro-batch."""
         return "graph" if self.last_stage_keeps_graph else self.work
 
+    def delay(self, stages: int, accumulation_steps: int = 1) -> tuple[float, ...]:
+        """D_j = 2 (J - 1 - j) / k of every stage j: how many updates old the gradient is that it applies.
+
+        Where the window of k micro-batches is no divisor of 2 (J - 1 - j), a mean: the updates between a forward and
+        its backward are the integer below or above it. 0 everywhere without delay, and where no gradient travels.
+
+        Args:
+            stages: J.
+            accumulation_steps: k.
+        """
+        ticks = 2 if self.delayed and self.gradients_travel else 0
+        return tuple(ticks * (stages - 1 - j) / accumulation_steps for j in range(stages))
+
     def with_last_stage(self, kind: str) -> Method:
         """The same method with a last stage that keeps its `graph` (cost 3), or does not and must `recompute` (4).
 

@@ -97,6 +97,22 @@ def test_recipes_name_registered_methods_only() -> None:
             load_recipe("digits/petra_revnet_tiny", [f"method={name}"])
 
 
+@pytest.mark.parametrize(
+    ("method", "stages", "k", "delay"),
+    [
+        ("petra", 4, 1, (6.0, 4.0, 2.0, 0.0)),
+        ("delayed", 3, 4, (1.0, 0.5, 0.0)),
+        ("dsp", 1, 1, (0.0,)),
+        ("local", 3, 1, (0.0, 0.0, 0.0)),
+        ("backprop", 3, 1, (0.0, 0.0, 0.0)),
+        ("reversible", 2, 1, (0.0, 0.0)),
+    ],
+)
+def test_the_delay_is_counted_in_updates(method: str, stages: int, k: int, delay: tuple[float, ...]) -> None:
+    assert METHODS[method].delay(stages, k) == delay
+    assert make_pipeline(make_model(), stages, method=method, accumulation_steps=k).delay == delay
+
+
 def test_the_last_stage_works_as_its_method_says() -> None:
     petra = METHODS["petra"]
     assert (petra.work, petra.last_work) == ("reverse", "graph")
