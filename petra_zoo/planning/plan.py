@@ -56,7 +56,7 @@ class Plan:
         ]
 
     def notes(self) -> list[str]:
-        """What a reader of the rows has to know: what was measured where, what does not fit, and what comes too late."""
+        """What a reader of the rows has to know: what was measured where, what does not fit, what is late."""
         p = self.profile
         images = self.micro_batches * p.batch_size
         notes = [

@@ -50,7 +50,10 @@ def choose_accumulation_steps(update_size: int, max_delay: float, stages: int, r
     if not _delay(stages, 1, method):
         return 1
     _refuse_zero(max_delay, stages, method)
-    raise ValueError(too_small(update_size, max_delay, stages, replicas))
+    raise ValueError(
+        f"update_size={update_size} is too small for max_delay={max_delay:g} with stages={stages}: single images as "
+        f"micro-batches would still be too late; nearest: {nearest_choices(update_size, max_delay, stages, replicas)}"
+    )
 
 
 def check_max_delay(
@@ -72,18 +75,15 @@ def check_max_delay(
     )
 
 
-def too_small(update_size: int, max_delay: float, stages: int, replicas: int, smallest: int = 1) -> str:
-    """Why no k leaves micro-batches of at least `smallest` images, and what would: the nearest of each setting."""
-    k = math.ceil(_delay(stages, 1) / max_delay)
+def nearest_choices(update_size: int, max_delay: float, stages: int, replicas: int, smallest: int = 1) -> str:
+    """What each setting would have to be, alone, for k to leave micro-batches of at least `smallest` images."""
+    k = max(1, math.ceil(_delay(stages, 1) / max_delay)) if max_delay else 1
     nearest = [f"update_size={k * replicas * max(smallest, math.ceil(update_size / (k * replicas)))}"]
     share = update_size // replicas
     if most := max((k for k in _divisors(share) if share // k >= smallest), default=0):
         fewer = max(j for j in range(1, stages + 1) if _delay(j, most) <= max_delay)
         nearest += [f"stages={fewer}", f"max_delay={math.ceil(100 * _delay(stages, most)) / 100:g}"]
-    return (
-        f"update_size={update_size} is too small for max_delay={max_delay:g} with stages={stages}: it would take "
-        f"micro-batches of less than {smallest} image{'s' if smallest > 1 else ''}; nearest: {' or '.join(nearest)}"
-    )
+    return " or ".join(nearest)
 
 
 def _delay(stages: int, accumulation_steps: int, method: str = "petra") -> float:

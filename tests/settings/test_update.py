@@ -7,7 +7,7 @@ import pytest
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe, recipe_yaml, save_recipe
-from petra_zoo.settings.update import choose_accumulation_steps, too_small
+from petra_zoo.settings.update import choose_accumulation_steps, nearest_choices
 
 SHAPES = "shapes/petra_revnet_tiny"  # 4 stages, micro-batches of 64
 BOTH = ["update_size=64", "max_delay=3"]
@@ -85,7 +85,7 @@ def test_no_delay_at_all_is_refused_where_there_is_one(also: list[str]) -> None:
         (["update_size=2", "data_parallel=3"], "update_size=2 cannot be shared out evenly over accumulation_steps=1 x "
          "data_parallel=3; nearest: 3"),
         (["update_size=8", "max_delay=0.5", "stages=14"], "update_size=8 is too small for max_delay=0.5 with "
-         "stages=14: it would take micro-batches of less than 1 image; nearest: update_size=52 or stages=3 or "
+         "stages=14: single images as micro-batches would still be too late; nearest: update_size=52 or stages=3 or "
          "max_delay=3.25"),
         (["max_delay=-1"], "max_delay=-1: expected greater than or equal to 0"),
     ],
@@ -95,8 +95,7 @@ def test_what_does_not_fit_together_is_refused_in_one_line(overrides: list[str],
 
 
 def test_what_is_said_to_be_nearest_works() -> None:
-    said = too_small(64, 0.5, 14, 2, smallest=8)
-    for setting in said.partition("nearest: ")[2].split(" or "):
+    for setting in nearest_choices(64, 0.5, 14, 2, smallest=8).split(" or "):
         recipe = load_recipe(SHAPES, ["update_size=64", "max_delay=0.5", "stages=14", "data_parallel=2", setting])
         assert recipe.batch_size >= 8, setting
 
