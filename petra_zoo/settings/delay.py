@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from petra_zoo.settings.recipe import Recipe
+
 # Up to which D_0 (delay of the first stage, in updates) PETRA trains as well as backpropagation, by timm's name of the
 # optimizer: docs/evidence.md.
 BORDERS = {"muon": 13.0}
@@ -16,6 +18,19 @@ def border(opt: str) -> float:
 def say_delay(delay: float) -> str:
     """D_0 for people."""
     return f"D_0 = {delay:.3g} update{'' if delay == 1 else 's'}" if delay else "no delay"
+
+
+def say_update(recipe: Recipe) -> str:
+    """What an update takes, and how old the first stage's gradients are by that."""
+    parts = [f"{recipe.batch_size} images"]
+    if recipe.accumulation_steps > 1:
+        parts.append(f"{recipe.accumulation_steps}")
+    if recipe.data_parallel > 1:
+        parts.append(f"{recipe.data_parallel} replicas")
+    late = say_delay(recipe.delay[0])
+    if any(recipe.delay) and recipe.weight_prediction != "none":
+        late += f", weights predicted to the {recipe.weight_prediction}"
+    return f"{' x '.join(parts)} per update: {late}"
 
 
 def above_border(delay: float, opt: str | None = None) -> str | None:

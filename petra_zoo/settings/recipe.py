@@ -15,6 +15,7 @@ from petra_zoo.settings.types import (
     Positive,
     Probability,
     Source,
+    WeightPrediction,
     WireType,
 )
 from petra_zoo.settings.update import check_max_delay, choose_accumulation_steps, share_out
@@ -38,6 +39,9 @@ class Recipe(Augmentation):
         max_delay: Largest delay of the first stage, D_0 = 2 (stages - 1) / accumulation_steps, in updates. Together
             with `update_size` it chooses the smallest `accumulation_steps` that divides an update, and `batch_size`
             with it, whatever the method; alone, it refuses what is later.
+        weight_prediction: The weights of a stage's forward: those of its tick (`none`, the paper's PETRA), or
+            extrapolated to the tick in which the head (`head`) or its own backward (`backward`) sees the micro-batch.
+            Nothing changes where there is no delay.
         layer_decay: Learning rate of a layer relative to the one above it, as in timm.
         loss: What is minimised: `cross_entropy`, `bce` (timm's), or a registered one (`petra_zoo.training.losses`).
             Validation always tells the cross-entropy.
@@ -114,6 +118,7 @@ class Recipe(Augmentation):
     opt_betas: tuple[Probability, Probability] | None = None
     opt_kwargs: dict[str, Any] = Field(default_factory=dict)
     clip_grad: Positive | None = None
+    weight_prediction: WeightPrediction = "none"
     layer_decay: Positive | None = None
     loss: str = "cross_entropy"
 

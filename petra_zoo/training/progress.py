@@ -17,19 +17,9 @@ from rich.progress import (
 )
 
 from petra_zoo.petra import Pipeline
-from petra_zoo.settings.delay import above_border, advice, say_delay
+from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
-
-
-def say_update(recipe: Recipe) -> str:
-    """What an update takes, and how old the first stage's gradients are by that."""
-    parts = [f"{recipe.batch_size} images"]
-    if recipe.accumulation_steps > 1:
-        parts.append(f"{recipe.accumulation_steps}")
-    if recipe.data_parallel > 1:
-        parts.append(f"{recipe.data_parallel} replicas")
-    return f"{' x '.join(parts)} per update: {say_delay(recipe.delay[0])}"
 
 
 class Reporter:

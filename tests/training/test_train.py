@@ -107,6 +107,7 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
         {"sched": "none", "drop": 0.1, "model_kwargs": {"coupling": 0.5}},
         {"in_chans": 1},
         {"val_interval": 5, "epochs": 2},
+        {"weight_prediction": "head"},
     ],
     ids=lambda settings: "-".join(settings),
 )
