@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from petra_zoo.bench.conversion import FidelityJob, NetworkJob, TrainedOn
+from petra_zoo.bench.conversion_jobs import FidelityJob, NetworkJob, TrainedOn
 from petra_zoo.converters import convert, measure_fidelity
 from petra_zoo.converters.calibration import noise
 from petra_zoo.converters.memory_report import conversion_memory

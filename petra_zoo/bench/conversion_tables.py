@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from petra_zoo.bench.conversion import FidelityJob, NetworkJob, job_of
+from petra_zoo.bench.conversion_jobs import FidelityJob, NetworkJob, job_of
 from petra_zoo.bench.markdown import group_runs, markdown_table
 from petra_zoo.bench.results import Record, Results
 
@@ -33,6 +33,9 @@ class _Inverted:
         return FLOAT32_ERROR * self.g**-inverted if self.g and inverted else 0.0
 
 
+_INVERTED, _MEMORY = TypeAdapter(list[_Inverted]), TypeAdapter(dict[str, dict[str, int]])
+
+
 def conversion_tables(results: Results) -> dict[str, str]:
     """`networks` and `fidelity`, where there are runs."""
     runs = [(job_of(run.trial), run) for run in results.runs if not run.failed]
@@ -47,9 +50,9 @@ def _networks(runs: Sequence[tuple[NetworkJob, Record]]) -> str:
                "checkpointed", "converted", "peak: source", "checkpointed", "converted"]  # fmt: skip
     rows = []
     for job, run in runs:
-        inverted = TypeAdapter(list[_Inverted]).validate_python(run.result["runs"])
+        inverted = _INVERTED.validate_python(run.result["runs"])
         some = [found for found in inverted if found.blocks]
-        memory = TypeAdapter(dict[str, dict[str, int]]).validate_python(run.result["bytes_per_image"])
+        memory = _MEMORY.validate_python(run.result["bytes_per_image"])
         rows.append(
             [
                 run.contender,

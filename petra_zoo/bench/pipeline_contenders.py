@@ -22,7 +22,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from petra_zoo.bench.pipeline import PipelineTask
+from petra_zoo.bench.pipeline_jobs import PipelineTask
 from petra_zoo.models import PetraPaperRevNet
 from petra_zoo.petra import Layout, Optimization, Pipeline, Wire, World
 from petra_zoo.petra.messages import Down, Up

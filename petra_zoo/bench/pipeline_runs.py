@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from petra_zoo.bench.pipeline import BASELINE, CAPACITY, PLANNED, PipelineJob, PipelineTask
 from petra_zoo.bench.pipeline_contenders import PipelineContender, build_network, make_contender, task_data
+from petra_zoo.bench.pipeline_jobs import BASELINE, CAPACITY, PLANNED, PipelineJob, PipelineTask
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.petra import Profile, World, measure
 from petra_zoo.planning.cluster import Cluster
@@ -36,13 +37,8 @@ def in_processes(job: PipelineJob) -> JsonObject:
     measures: dict[str, Measure] = {"speed": measure_speed, "memory": measure_memory, "plan": measure_plan}
     with tempfile.TemporaryDirectory() as folder:
         arguments = (measures[job.part], job, folder)
-        context = start_processes(_process, arguments, nprocs=job.processes, join=False, start_method=_start_method())
-        try:
-            while not context.join():
-                pass
-        finally:
-            for process in context.processes:  # where this worker is told to end
-                process.terminate()
+        # Daemons end with this worker, in whatever way it ends.
+        start_processes(_process, arguments, nprocs=job.processes, daemon=True, start_method=_start_method())
         found: JsonObject = json.loads(Path(folder, "result.json").read_text())
         return found
 
@@ -56,6 +52,7 @@ def _start_method() -> str:
 
 
 def _process(rank: int, measure_part: Measure, job: PipelineJob, folder: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     store, size = f"file://{folder}/store", job.processes
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
@@ -64,6 +61,14 @@ def _process(rank: int, measure_part: Measure, job: PipelineJob, folder: str) ->
         Path(folder, "result.json").write_text(to_json(result))
     dist.barrier()
     os._exit(0)  # gloo would wait for receives that resting pipelines have posted and nobody answers
+
+
+def _end_with_parent() -> None:
+    """Where the worker is killed, nobody else would end this process."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def measure_speed(job: PipelineJob, world: World) -> JsonObject:

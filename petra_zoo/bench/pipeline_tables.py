@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from petra_zoo.bench.markdown import cell, group_runs, markdown_table, median_of
-from petra_zoo.bench.pipeline import BASELINE, OURS, SHARING, WITHOUT_LINKS, PipelineJob
+from petra_zoo.bench.pipeline_jobs import BASELINE, OURS, SHARING, WITHOUT_LINKS, PipelineJob
 from petra_zoo.bench.results import Record, Results
 
 MIB = 2**20
