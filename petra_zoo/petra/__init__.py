@@ -7,7 +7,7 @@ from petra_zoo.petra.links import LinkError, Wire
 from petra_zoo.petra.measuring import measure
 from petra_zoo.petra.messages import Output
 from petra_zoo.petra.methods import METHODS, Method, find_method, register_method
-from petra_zoo.petra.optimization import Optimization
+from petra_zoo.petra.optimization import Optimization, WeightPrediction
 from petra_zoo.petra.pipeline import Pipeline
 from petra_zoo.petra.probes import Measurement, Probe
 from petra_zoo.petra.profile import Profile
@@ -26,6 +26,7 @@ __all__ = [
     "Pipeline",
     "Probe",
     "Profile",
+    "WeightPrediction",
     "Wire",
     "World",
     "assign_stages",

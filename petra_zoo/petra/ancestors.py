@@ -33,7 +33,7 @@ class BufferedStage(Stage):
             self.watcher.saw_forward(self, up)
         if self.goes_backward:
             self.inputs.append(up.streams)
-        with torch.no_grad():
+        with torch.no_grad(), self.predicted_weights():
             return Up(up.micro_batch, self.run_units(up.streams, up.micro_batch), up.labels)
 
     def backward(self, down: Down) -> Down:
@@ -76,6 +76,7 @@ class GraphStage(Stage):
         self.stash = stash and not self.last
         self.graphs: deque[_Graph] = deque()
         self._version: list[Tensor] | None = None
+        self._updates_ahead = 0  # of that version
 
     @property
     def keeps_received(self) -> bool:
@@ -84,7 +85,8 @@ class GraphStage(Stage):
     def forward(self, up: Up) -> Up:
         if self.watcher:
             self.watcher.saw_forward(self, up)
-        graph = self._build(up.micro_batch, up.streams, self._parameters_now())
+        with self.predicted_weights():
+            graph = self._build(up.micro_batch, up.streams, self._parameters_now())
         if self.goes_backward:
             self.graphs.append(graph)
         return Up(up.micro_batch, tuple(x.detach() for x in graph.outputs), up.labels)
@@ -104,8 +106,10 @@ class GraphStage(Stage):
         own = self.own_parameters()
         if not self.stash:  # forward and backward in one tick: the parameters themselves are still those of the forward
             return list(own)
-        if self._version is None:
-            self._version = [p.detach().clone().requires_grad_() for p in own]
+        # Predicted weights change within a window too, when one more update fits in before they are looked at again.
+        ahead = self.prediction.updates(self.gradients_in_window) if self.prediction else 0
+        if self._version is None or self._updates_ahead != ahead:
+            self._version, self._updates_ahead = [p.detach().clone().requires_grad_() for p in own], ahead
         return self._version
 
     def _build(self, micro_batch: int, streams: Streams, parameters: list[Tensor]) -> _Graph:
@@ -129,11 +133,12 @@ class GraphStage(Stage):
             entries.append((graph.micro_batch, tuple(x.detach() for x in graph.inputs), index))
         current = next((i for i, version in enumerate(versions) if version is self._version), None)
         detached = [[p.detach() for p in version] for version in versions]
-        return {"versions": detached, "graphs": entries, "current": current}
+        return {"versions": detached, "graphs": entries, "current": current, "updates_ahead": self._updates_ahead}
 
     def load_in_flight_state(self, state: State) -> None:
         versions = [[p.detach().clone().requires_grad_() for p in version] for version in state["versions"]]
         self._version = None if state["current"] is None else versions[state["current"]]
+        self._updates_ahead = state.get("updates_ahead", 0)
         self.graphs = deque()
         with ExitStack() as stack:  # the forward that built these graphs has updated the statistics already
             for unit in self.units:

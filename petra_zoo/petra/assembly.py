@@ -6,16 +6,24 @@ from collections.abc import Sequence
 from functools import cache
 
 from petra_zoo.errors import UserError
+from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.counting import output_shapes, required_input_size
 from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.methods import Method
 from petra_zoo.petra.part import Part, Shapes, StageSettings
 from petra_zoo.petra.stage import Stage
+from petra_zoo.petra.weight_prediction import make_prediction
 from petra_zoo.reversible import Unit, UnitModel
 
 
 def make_stages(
-    model: UnitModel, units: Sequence[Unit], layout: Layout, rank: int, method: Method, settings: StageSettings
+    model: UnitModel,
+    units: Sequence[Unit],
+    layout: Layout,
+    rank: int,
+    method: Method,
+    settings: StageSettings,
+    clock: Clock,
 ) -> list[Stage]:
     """The stages of a rank, with their optimizers."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -24,7 +32,7 @@ def make_stages(
     def shapes() -> Shapes:
         return output_shapes(model, required_input_size(model, layout.input_size))
 
-    stages = []
+    stages, ticks = [], method.delay(len(layout.stages))
     for j in layout.ranks[rank]:
         owned = layout.stages[j]
         part = Part(
@@ -38,6 +46,7 @@ def make_stages(
         )
         stage = method.stage(part, settings)
         stage.start_optimizer(names)
+        stage.prediction = make_prediction(stage.optimizer, settings.optimization, clock, j, int(ticks[j]))
         stages.append(stage)
     return stages
 

@@ -36,6 +36,13 @@ class Clock:
         goes = self.backwards and stage >= self.lowest
         return goes and self._was_fed(tick, 2 * (self.stages - 1) - stage if self.delayed else 0)
 
+    def backwards_within(self, stage: int, ticks: int) -> int:
+        """How many backwards a stage runs in the present tick and those behind it, of `ticks` ticks together.
+
+        At most 2 (J - 1 - j) of them: what will come back then has been fed by now.
+        """
+        return sum(self.backward(stage, self.tick + i) for i in range(ticks))
+
     @property
     def in_flight(self) -> int:
         """Micro-batches fed whose last message has not been received."""

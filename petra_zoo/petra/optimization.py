@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from petra_zoo.errors import UserError
 
 State = dict[str, Any]  # plain values for torch.save, as torch's own state_dict() gives them
 NamedParameters = list[tuple[str, nn.Parameter]]
+WeightPrediction = Literal["none", "head", "backward"]
 
 
 class StepSchedule(Protocol):
@@ -52,16 +53,23 @@ class Optimization:
             advance in the same tick, once for every k micro-batches fed.
         accumulation_steps: k, gradients averaged per update.
         clip_grad: largest gradient norm, per stage.
+        weight_prediction: the weights that a stage's forward uses: ``'none'``, those of the tick; ``'head'``,
+            extrapolated to the tick in which the micro-batch reaches the head, so that all stages work with about one
+            version of the network; ``'backward'``, to that of its own backward, so that it reconstructs with about the
+            weights of the forward. The same where there is no delay, and so in the exact controls.
 
     Raises:
-        UserError: less than one gradient per update.
+        UserError: less than one gradient per update, or an unknown kind of prediction.
     """
 
     optimizer: MakeOptimizer | None = None
     scheduler: MakeSchedule | None = None
     accumulation_steps: int = 1
     clip_grad: float | None = None
+    weight_prediction: WeightPrediction = "none"
 
     def __post_init__(self) -> None:
         if self.accumulation_steps < 1:
             raise UserError(f"accumulation_steps must be at least 1, not {self.accumulation_steps}")
+        if self.weight_prediction not in get_args(WeightPrediction):
+            raise UserError(f"weight_prediction is 'none', 'head' or 'backward', not {self.weight_prediction!r}")

@@ -102,9 +102,9 @@ class Pipeline:
             last_keeps_graph=self.method.last_stage_keeps_graph,
             across=self.world.across,
         )
-        self.stages = make_stages(model, units, self.layout, self.world.rank, self.method, self.settings)
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
+        self.stages = make_stages(model, units, self.layout, self.world.rank, self.method, self.settings, self.clock)
         self.links = make_links(self.world, self.layout.ranks[self.world.rank])
         self.fed = 0
         self._probe: Probe | None = None
@@ -152,9 +152,10 @@ class Pipeline:
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
-        for stage in reversed(self.stages):
-            stage.update(partial=True)
-            stage.finite.settle()
+        with own_generators(self.world.device):
+            for stage in reversed(self.stages):
+                stage.update(partial=True)
+                stage.finite.settle()
         return [output for output in outputs if output.micro_batch is not None]
 
     @property

@@ -26,6 +26,7 @@ from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
 from petra_zoo.petra.part import Part, StageSettings
+from petra_zoo.petra.weight_prediction import Prediction
 from petra_zoo.reversible import Gradients, Residue, Reversal, Streams, gradients_of
 
 
@@ -37,6 +38,8 @@ class StageState(TypedDict):
     gradients: list[Tensor | None]
     gradients_in_window: int
     in_flight: State
+    updates: NotRequired[int]
+    prediction: NotRequired[State | None]
     auxiliary: NotRequired[dict[str, Tensor] | None]
 
 
@@ -71,6 +74,8 @@ class Stage:
         self.fifos: list[deque[Streams]] = [deque() for _ in self.units]
         self.residues: list[dict[int, Residue]] = [{} for _ in self.units]
         self.gradients_in_window = 0
+        self.updates = 0
+        self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
         self.finite = FiniteCheck()
 
@@ -81,7 +86,8 @@ class Stage:
         if self.watcher:
             self.watcher.saw_forward(self, up)
         streams = up.streams
-        with torch.no_grad():  # PETRA keeps no graph: the backward, 2 (J - 1 - j) ticks from now, builds a new one
+        # PETRA keeps no graph: the backward, 2 (J - 1 - j) ticks from now, builds a new one.
+        with torch.no_grad(), self.predicted_weights():
             for i, unit in enumerate(self.units):
                 if self._keeps_input(i):
                     self.fifos[i].append(streams)  # x_{j-1}; line 8 of Alg. 1 prints x_j, which would be of no use
@@ -158,8 +164,7 @@ class Stage:
         self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters")
         if self.settings.optimization.clip_grad is not None:
             clip_grad_norm_(self.own_parameters(), self.settings.optimization.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._step(self.optimizer)
         return True
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -190,6 +195,10 @@ class Stage:
             vars(self.optimizer)["_opt_called"] = True
             self.scheduler.step()
 
+    def predicted_weights(self) -> AbstractContextManager[None]:
+        """Inside, the weights that a forward uses: today's, unless they are predicted."""
+        return self.prediction.ahead(self.gradients_in_window) if self.prediction else nullcontext()
+
     def run_units(self, streams: Streams, micro_batch: int) -> Streams:
         """Runs the units for a micro-batch; the caller says whether with a graph."""
         for i, unit in enumerate(self.units):
@@ -203,6 +212,15 @@ class Stage:
         seed_generators(self.settings.seed, self.first_unit + i, micro_batch, device)
         with precision(device, self.settings.autocast):
             yield
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.prediction:
+            self.prediction.coasting.before_step()
+        # For optimizers that draw (PSGD): the same numbers in whichever process the stage is, and whatever it did last.
+        seed_generators(self.settings.seed, -1 - self.index, self.updates, self.own_parameters()[0].device)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
 
     def _lowest(self) -> int:
         """The first unit that goes backward."""
@@ -274,6 +292,8 @@ class Stage:
             "gradients": [p.grad for p in self.own_parameters()],
             "gradients_in_window": self.gradients_in_window,
             "in_flight": self.in_flight_state(),
+            "updates": self.updates,
+            "prediction": self.prediction.coasting.state_dict() if self.prediction else None,
         }
 
     def load_state_dict(self, state: StageState) -> None:
@@ -285,6 +305,9 @@ class Stage:
         for p, gradient in zip(self.own_parameters(), state["gradients"], strict=True):
             p.grad = None if gradient is None else gradient.clone()
         self.gradients_in_window = state["gradients_in_window"]
+        self.updates = state.get("updates", 0)
+        if self.prediction:
+            self.prediction.coasting.load_state_dict(state.get("prediction"))
         self.load_in_flight_state(state["in_flight"])
 
     def in_flight_state(self) -> State:

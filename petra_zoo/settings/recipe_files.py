@@ -127,10 +127,14 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """All settings of a recipe as YAML, the network first."""
+    """All settings of a recipe as YAML, the network first; a comment says what follows from others."""
     own = [key for key in Recipe.model_fields if key not in Augmentation.model_fields]
     values = recipe.model_dump(mode="json")
-    return write_yaml({key: values[key] for key in [*own, *Augmentation.model_fields]})
+    text = write_yaml({key: values[key] for key in [*own, *Augmentation.model_fields]})
+    by = "update_size" if recipe.max_delay is None else "update_size and max_delay"
+    for name in recipe.decided:
+        text = text.replace(f"\n{name}: null\n", f"\n{name}: null  # {getattr(recipe, name)}, by {by}\n", 1)
+    return text
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

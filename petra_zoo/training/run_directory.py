@@ -169,13 +169,16 @@ def record_run(
 ) -> None:
     """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
 
+    What was measured stands beside D_0, how many updates old the first stage's gradients were.
+
     Raises:
         UserError: they cannot be written.
     """
     seconds = {"wall_seconds": wall_seconds, "training_seconds": training_seconds}
     try:
         write_json(path / ENVIRONMENT, {**describe_environment(), "processes": processes, **seconds, **peak_memory()})
-        write_json(path / EVALUATION, evaluation_record(recipe.dataset, evaluation, path / "model.safetensors"))
+        record = evaluation_record(recipe.dataset, evaluation, path / "model.safetensors")
+        write_json(path / EVALUATION, {**record, "delay": recipe.delay[0]})
     except OSError as error:
         raise UserError(f"the model is saved, but {path} takes no more files: {error.strerror}") from error
 
