@@ -44,6 +44,11 @@ def test_every_figure_comes_from_a_committed_result(path: Path) -> None:
     assert not what_is_wrong(Page(path)), "petra-zoo report --update README.md docs/*.md brings them up to date"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.md")), ids=lambda path: path.parent.name)
+def test_the_pages_of_benchmarks_show_their_results(path: Path) -> None:
+    assert not [shown.mark for shown in Page(path).shown if shown.stale]
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A folder with results and a page that shows them."""
