@@ -225,7 +225,7 @@ def _refuse(error: ValidationError, settings: Mapping[str, Json]) -> NoReturn:
         # A finding without a place is about several settings together, and names them itself.
         key, *inside = item["loc"] or [""]
         where = "".join(f"entry {part}: " for part in inside)
-        found.setdefault(str(key), []).append(where + _expected(item["type"], item["msg"]))
+        found.setdefault(str(key), []).append(where + in_our_words(item["type"], item["msg"]))
     lines = []
     for key, expected in found.items():
         given = f"{key}={settings[key]!r}: " if key in settings else f"{key}: " if key else ""
@@ -233,7 +233,8 @@ def _refuse(error: ValidationError, settings: Mapping[str, Json]) -> NoReturn:
     raise UserError("; ".join(lines)) from error
 
 
-def _expected(kind: str, message: str) -> str:
+def in_our_words(kind: str, message: str) -> str:
+    """What pydantic expected, as our error messages say it."""
     if kind == "missing":
         return "required, but not given"
     if kind == "path_type":

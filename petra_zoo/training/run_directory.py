@@ -22,7 +22,6 @@ from petra_zoo.checkpoints.provenance import (
     ENVIRONMENT,
     EVALUATION,
     describe_environment,
-    now,
     peak_memory,
     sha256,
     write_json,
@@ -32,6 +31,7 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import apply_umask, check_free
+from petra_zoo.machine import now
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import first_not_finite
 from petra_zoo.settings.recipe import Recipe
