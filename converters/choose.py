@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from petra_zoo.converters.reconstruction import CoupledRun, Trial, behind, behind_the_stem
+from petra_zoo.converters.reconstruction import CoupledRun, InversionTrial, behind, behind_the_stem
 from petra_zoo.models import CoupledLayer, PetraRevNet
 from petra_zoo.models.branch_scaling import scale_branches
 from petra_zoo.models.petra_revnet import LAYERS
@@ -84,7 +84,7 @@ def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[
     inputs = behind_the_stem(model, images)
     for name in LAYERS:
         layer: CoupledLayer = getattr(model, name)
-        runs.append(_anchor(name, layer, Trial(layer, inputs), tolerance))
+        runs.append(_anchor(name, layer, InversionTrial(layer, inputs), tolerance))
         inputs = behind(name, layer, inputs)
     return runs
 
@@ -99,14 +99,14 @@ def _choose(
         coupled.asked_for = None  # a coupling that was chosen or measured may be replaced by a checkpoint's
         if g > 0.0:
             scale_branches(coupled, g)
-        trial = Trial(coupled, inputs)
+        trial = InversionTrial(coupled, inputs)
         error = trial.error(0, tolerance)
         if error <= tolerance:
             return coupled, CoupledRun(name, blocks, g, 0, error)
     return coupled, _anchor(name, coupled, trial, tolerance)
 
 
-def _anchor(name: str, layer: CoupledLayer, trial: Trial, tolerance: float) -> CoupledRun:
+def _anchor(name: str, layer: CoupledLayer, trial: InversionTrial, tolerance: float) -> CoupledRun:
     blocks = len(layer.in_run())
     for anchor_every in (0, *reversed(range(1, blocks))):
         error = trial.error(anchor_every, tolerance)

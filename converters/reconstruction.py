@@ -44,13 +44,13 @@ def measure_runs(model: PetraRevNet, images: Tensor) -> list[CoupledRun]:
     inputs = behind_the_stem(model, images)
     for name in LAYERS:
         layer: CoupledLayer = getattr(model, name)
-        error = Trial(layer, inputs).error(layer.anchor_every)
+        error = InversionTrial(layer, inputs).error(layer.anchor_every)
         runs.append(CoupledRun(name, len(layer.in_run()), layer.g(), layer.anchor_every, error))
         inputs = behind(name, layer, inputs)
     return runs
 
 
-class Trial:
+class InversionTrial:
     """A layer run forward, in both modes, so that it can be inverted with different anchors."""
 
     def __init__(self, layer: CoupledLayer, inputs: list[Tensor]) -> None:

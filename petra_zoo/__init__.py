@@ -57,6 +57,7 @@ _HOMES = {
 }
 # What Python gives by itself once anything has imported it: given at once, nothing depends on what ran before.
 _ROOMS = (
+    "bench",
     "checkpoints",
     "converters",
     "data",

@@ -80,3 +80,8 @@ def _missing(name: str, missing: str) -> str:
 def import_options() -> list[str]:
     """The options with which another process's command line imports what this one has."""
     return [word for name in _imported for word in ("--import", name)]
+
+
+def imported_modules() -> list[str]:
+    """The modules that the user named."""
+    return list(_imported)

@@ -44,6 +44,21 @@ def check_free(directory: Path, setting: str) -> None:
         raise UserError(f"{directory} already holds {what}: choose another {setting}, or move it away")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside, then renames: the file is complete, as it was or as it is to be, at any time.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def apply_umask(file: Path) -> None:
     """Gives a file the permissions of one that is simply opened: safetensors keeps to itself what it writes.
 

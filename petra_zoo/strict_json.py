@@ -12,9 +12,9 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 JsonObject: TypeAlias = dict[str, Json]
 
 
-def to_json(value: Json, indent: int | None = None) -> str:
+def to_json(value: Json, indent: int | None = None, sort_keys: bool = False) -> str:
     """The value as JSON text; null in the place of numbers that are not finite."""
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+    return json.dumps(_finite(value), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
 def _finite(value: Json) -> Json:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 import timm
 import torch
 
+from petra_zoo.machine import processor
 from petra_zoo.models.petra_revnet import DIGITS_WEIGHTS
 from petra_zoo.settings.recipe_files import load_recipe
 
@@ -49,13 +49,6 @@ def train(seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def machine() -> str:
-    """Processor and cores: on another kind of processor, sums are rounded differently."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores, one thread per run"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--install", action="store_true", help="copy the weights of the recipe's seed into the package")
@@ -67,7 +60,8 @@ def main() -> None:
         again = train(bundled, folder / "again")
         accuracies = [run["top1"] for run in runs]
         results = {
-            "machine": machine(),
+            # On another kind of processor, sums are rounded differently.
+            "machine": f"{processor()}, {os.cpu_count()} cores, one thread per run",
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
             "command": "python benchmarks/bundled_checkpoint/run.py",
             "recipe": RECIPE,

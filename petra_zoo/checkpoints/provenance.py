@@ -10,12 +10,13 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from petra_zoo.files import write_whole
+from petra_zoo.machine import processor
 from petra_zoo.strict_json import Json, JsonObject, to_json
 
 ENVIRONMENT, EVALUATION = "environment.json", "evaluation.json"
@@ -29,7 +30,7 @@ def describe_environment() -> JsonObject:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "system": platform.system(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": devices,
@@ -49,11 +50,6 @@ def peak_memory() -> JsonObject:
     return {"peak_memory": peak, "peak_memory_is": "resident set of one process"}
 
 
-def now() -> str:
-    """UTC, to the second, as ISO 8601 writes it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -61,16 +57,5 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Json]) -> None:
-    """Writes beside, then renames: the file is complete or not there. Null where a number is not finite."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    """The file is complete or not there. Null where a number is not finite."""
+    write_whole(path, to_json(content, indent=2) + "\n")

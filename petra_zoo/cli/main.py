@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from petra_zoo.cli import (
+    bench_command,
     convert_command,
     demo_command,
     evaluate_command,
@@ -19,6 +20,7 @@ from petra_zoo.cli import (
     predict_command,
     push_command,
     recipes_command,
+    report_command,
     train_command,
 )
 from petra_zoo.cli.interruption import was_interrupted
@@ -43,6 +45,8 @@ app.command("list")(list_command.list_models)
 app.command("info")(info_command.info)
 app.command("plan")(plan_command.plan)
 app.add_typer(recipes_command.app, name="recipes")
+app.add_typer(bench_command.app, name="bench")
+app.command("report")(report_command.report)
 
 
 def _say_version(wanted: bool) -> None:

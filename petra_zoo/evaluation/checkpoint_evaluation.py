@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source
-from petra_zoo.checkpoints.provenance import now, sha256
+from petra_zoo.checkpoints.provenance import sha256
 from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
 from petra_zoo.data.loader import Reading, create_loader
@@ -22,6 +22,7 @@ from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores, evaluate
 from petra_zoo.evaluation.watch import Watched, is_out_of_memory
+from petra_zoo.machine import now
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.settings.recipe_files import make_recipe, recipe_settings
 from petra_zoo.settings.types import BadImagePolicy

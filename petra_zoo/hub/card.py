@@ -16,6 +16,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint, Environment, Measured
 from petra_zoo.models.describe import describe_model
 from petra_zoo.models.training_memory import activation_memory
+from petra_zoo.settings.delay import above_border, say_update
 from petra_zoo.settings.recipe import Recipe
 
 # Data sets of ours that the Hub has too; its leaderboards and links know no others.
@@ -77,6 +78,7 @@ def make_card(
         size=checkpoint.input_size[-1],
         labels=_labels(checkpoint.model.pretrained_cfg.get("label_names")),
         training=_training(recipe, checkpoint.environment) if recipe else None,
+        late=above_border(recipe.delay[0], recipe.opt) if recipe else None,
         recipe_dataset=recipe.dataset if recipe else None,
         has_summary=(checkpoint.path / "summary.csv").is_file(),
         has_curve=(checkpoint.path / "summary.csv").is_file() and can_draw(),
@@ -166,9 +168,9 @@ def _training(recipe: Recipe, environment: Environment | None) -> list[tuple[str
     rows: list[tuple[str, str | int]] = [
         ("method", f"`{recipe.method}`"),
         ("stages", stages),
-        ("accumulation k", recipe.accumulation_steps),
+        ("update", say_update(recipe)),
         ("data", f"{recipe.dataset}, images of {recipe.img_size or 'their own size'}"),
-        ("epochs", f"{recipe.epochs}, micro-batches of {recipe.batch_size}"),
+        ("epochs", recipe.epochs),
         ("optimizer", f"{recipe.opt}, learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}"),
         ("seed", recipe.seed),
     ]

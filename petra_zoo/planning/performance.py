@@ -34,7 +34,7 @@ class Forecast:
         links: between neighbouring stages of a replica.
         all_reduce: bytes that each device of a stage sends per update, for each stage.
         memory: of a device of each stage.
-        delay: of each stage, in ticks between the forward and the backward of a micro-batch.
+        delay: D_j of each stage: how many updates old its gradients are.
         rejected: why it does not fit the cluster, or None.
     """
 
@@ -49,13 +49,8 @@ class Forecast:
     links: tuple[Link, ...]
     all_reduce: tuple[int, ...]
     memory: tuple[StageMemory, ...]
-    delay: tuple[int, ...]
+    delay: tuple[float, ...]
     rejected: str | None
-
-    @property
-    def update_delay(self) -> tuple[float, ...]:
-        """Delay of each stage in updates."""
-        return tuple(ticks / self.micro_batches for ticks in self.delay)
 
 
 def forecast(

@@ -12,6 +12,7 @@ from petra_zoo.planning.cluster import Cluster
 from petra_zoo.planning.performance import Forecast, forecast
 from petra_zoo.planning.quantities import format_bytes
 from petra_zoo.planning.schedules import all_schedules
+from petra_zoo.settings.delay import above_border
 from petra_zoo.strict_json import JsonObject
 
 SCALES = (1, 2, 4, 8, 16, 32, 64)
@@ -23,7 +24,7 @@ PLAN_COLUMNS = (
     "units per stage",
     "link, per micro-batch",
     "memory, largest device",
-    "delay, stage 0",
+    "delay, stage 0, in updates",
     "",
 )
 
@@ -55,7 +56,7 @@ class Plan:
         ]
 
     def notes(self) -> list[str]:
-        """What a reader of the rows has to know: what was measured where, and what the memory limit rejects."""
+        """What a reader of the rows has to know: what was measured where, what does not fit, what is late."""
         p = self.profile
         images = self.micro_batches * p.batch_size
         notes = [
@@ -64,7 +65,17 @@ class Plan:
             f"measured on {p.device}, {p.threads} thread{'s' if p.threads > 1 else ''}, {p.machine}: "
             f"plain backpropagation {p.batch_size / sum(p.costs('backprop')):.4g} images/s on one device",
         ]
-        return notes + [f"{p.method}: rejected, {p.rejected}" for p in self.predictions if p.rejected]
+        notes += [f"{p.method}: rejected, {p.rejected}" for p in self.predictions if p.rejected]
+        return notes + self._warnings()
+
+    def _warnings(self) -> list[str]:
+        """Where delays are expected to cost accuracy; one line for all methods that have the same delay."""
+        late: dict[str, list[str]] = {}
+        for prediction in self.predictions:
+            if above := above_border(prediction.delay[0]):
+                late.setdefault(above, []).append(prediction.method)
+        advice = "more and smaller --micro-batches of the same update, or fewer devices"
+        return [f"warning: {', '.join(methods)}: {above}: {advice}" for above, methods in late.items()]
 
     def as_dict(self) -> JsonObject:
         """For JSON: every prediction with every link and device."""
@@ -146,7 +157,6 @@ def _row(p: Forecast) -> list[str]:
     links = sorted({(link.up, link.down) for link in p.links}, key=sum)
     largest = max(p.memory, key=lambda memory: memory.total)
     name, size = largest.largest()
-    delay = f"{p.delay[0]} ticks, {p.update_delay[0]:.3g} updates" if p.delay[0] else "0"
     idle = p.devices - p.replicas * p.stages
     return [
         p.method,
@@ -156,7 +166,7 @@ def _row(p: Forecast) -> list[str]:
         _units(p.split),
         f"{format_bytes(links[-1][0])} up, {format_bytes(links[-1][1])} down" if links else "none",
         f"{format_bytes(largest.total)} ({name} {format_bytes(size)})",
-        delay,
+        f"{p.delay[0]:.3g}",
         "rejected" if p.rejected else "",
     ]
 
@@ -171,4 +181,4 @@ def _bracketed(text: str, brackets: bool) -> str:
 
 def _as_dict(prediction: Forecast) -> JsonObject:
     memory = [asdict(m) | {"total": m.total} for m in prediction.memory]
-    return asdict(prediction) | {"memory": memory, "update_delay": list(prediction.update_delay)}
+    return asdict(prediction) | {"memory": memory}

@@ -52,9 +52,9 @@ class Schedule(ABC):
     def gradient_copies(self, replica: Replica) -> int:
         """How often a stage's gradients are there."""
 
-    def delay(self, replica: Replica) -> tuple[int, ...]:
-        """Of each stage, in ticks between the forward and the backward of a micro-batch."""
-        return (0,) * len(replica.stages)
+    def delay(self, replica: Replica) -> tuple[float, ...]:
+        """D_j of each stage: how many updates old its gradients are."""
+        return (0.0,) * len(replica.stages)
 
     def link(self, below: UnitProfile) -> Link:
         """What crosses the link above a unit: streams up, gradients down."""
@@ -105,9 +105,9 @@ class Continuous(Schedule):
         return replica.micro_batches * tick_seconds(costs, *_link_seconds(self, replica, cluster))
 
     def footprint(self, replica: Replica, stage: PlannedStage) -> Footprint:
-        delay = self.delay(replica)[stage.index]
+        ticks = 2 * (len(replica.stages) - 1 - stage.index)  # between the forward and the backward of a micro-batch
         keeps = keeps_graphs if stage.last and self.method.last_stage_keeps_graph else self.keeps
-        return keeps(stage.units, delay + 1, -(-delay // replica.micro_batches) + 1)
+        return keeps(stage.units, ticks + 1, -(-ticks // replica.micro_batches) + 1)
 
     def messages(self, replica: Replica, stage: PlannedStage) -> int:
         # Links receive into two sets of buffers in turn; what is sent lives until it has been taken.
@@ -121,8 +121,8 @@ class Continuous(Schedule):
     def gradient_copies(self, replica: Replica) -> int:
         return 2 if replica.micro_batches > 1 else 1  # the window's sum, and a micro-batch's own
 
-    def delay(self, replica: Replica) -> tuple[int, ...]:
-        return tuple(2 * (len(replica.stages) - 1 - stage.index) for stage in replica.stages)
+    def delay(self, replica: Replica) -> tuple[float, ...]:
+        return self.method.delay(len(replica.stages), replica.micro_batches)
 
     def link(self, below: UnitProfile) -> Link:
         size = below.output_bytes

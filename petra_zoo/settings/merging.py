@@ -16,17 +16,33 @@ Settings = dict[str, Json]
 
 # Two ways to say one thing: whoever says one of them takes back the other.
 _INSTEAD_OF = {"lr": "lr_base", "lr_base": "lr"}
+# Likewise, but null takes nothing back; and those that choose together take back what they choose.
+_SIZES = {"update_size": "batch_size", "batch_size": "update_size"}
+_CHOOSING, _CHOSEN = {"update_size", "max_delay"}, {"batch_size", "accumulation_steps"}
 _ALIASES = {"grad_accum_steps": "accumulation_steps"}
 
 
 def lay_over(below: Mapping[str, Json], above: Mapping[str, Json]) -> Settings:
-    """The settings below, with those above in their place. A mapping or a list is one value and replaced as a whole."""
+    """The settings below, with those above in their place. A mapping or a list is one value and replaced as a whole.
+
+    What above says in another way is taken back below: `lr` and `lr_base`, `batch_size` and `update_size`; and
+    `update_size` and `max_delay`, once both stand, choose `batch_size` and `accumulation_steps`.
+    """
+    said = {key for key, value in above.items() if value is not None}
+    replaced = {_SIZES[key] for key in said & _SIZES.keys()}
+    standing = said | {key for key, value in below.items() if value is not None and key not in replaced}
+    if said & _CHOOSING and standing >= _CHOOSING:
+        replaced |= _CHOSEN
+    return _in_place({key: value for key, value in below.items() if key not in replaced}, above)
+
+
+def _in_place(below: Mapping[str, Json], above: Mapping[str, Json]) -> Settings:
     replaced = {_INSTEAD_OF.get(key) for key in above}
     return {key: value for key, value in below.items() if key not in replaced} | dict(above)
 
 
 def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings:
-    """Settings with overrides laid over them, one after the other.
+    """Settings with overrides laid over them, all at once; of two of the same setting, the later one.
 
     Args:
         settings: with known names.
@@ -37,13 +53,13 @@ def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings
     """
     if isinstance(overrides, str):
         raise UserError(f"overrides are a list of KEY=VALUE, such as ['lr=0.1'], not the text {overrides!r}")
-    merged = dict(settings)
+    said: Settings = {}
     for text in overrides:
         key, value = _parse(text)
         if key == "extends":  # it is no setting, and what is nearest to it would be no help
             raise UserError(f"{text}: only a recipe's file extends another: write one, or train by {value} itself")
-        merged = lay_over(merged, known_names({key: value}))
-    return merged
+        said = _in_place(said, known_names({key: value}))
+    return lay_over(settings, said)
 
 
 def known_names(settings: Mapping[str, Json]) -> Settings:

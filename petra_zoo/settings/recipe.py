@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.types import (
@@ -15,8 +15,11 @@ from petra_zoo.settings.types import (
     Positive,
     Probability,
     Source,
+    WeightPrediction,
     WireType,
 )
+from petra_zoo.settings.update import check_max_delay, choose_accumulation_steps, share_out
+from petra_zoo.strict_json import Json
 
 _TIMM_LR_BASE = 0.1
 
@@ -30,7 +33,15 @@ class Recipe(Augmentation):
         freeze: What is not trained, its batch-norm statistics included: `backbone` (all but the classifier), or parts
             by their names in the model, such as `[conv1, bn1, layer1]`.
         freeze_bn: All batch norms keep their scale and shift, and normalise with their running statistics.
-        batch_size: Images per micro-batch; an update takes `accumulation_steps` of them.
+        batch_size: Images per micro-batch; an update takes `accumulation_steps` of them. Never unknown: where
+            `update_size` is set, this is what follows from it.
+        update_size: Images per update, of all replicas together, in the place of `batch_size`.
+        max_delay: Largest delay of the first stage, D_0 = 2 (stages - 1) / accumulation_steps, in updates. Together
+            with `update_size` it chooses the smallest `accumulation_steps` that divides an update, and `batch_size`
+            with it, whatever the method; alone, it refuses what is later.
+        weight_prediction: The weights of a stage's forward: those of its tick (`none`, the paper's PETRA), or
+            extrapolated to the tick in which the head (`head`) or its own backward (`backward`) sees the micro-batch.
+            Nothing changes where there is no delay.
         layer_decay: Learning rate of a layer relative to the one above it, as in timm.
         loss: What is minimised: `cross_entropy`, `bce` (timm's), or a registered one (`petra_zoo.training.losses`).
             Validation always tells the cross-entropy.
@@ -77,6 +88,7 @@ class Recipe(Augmentation):
     mean: list[float] | None = None
     std: list[Positive] | None = None
     batch_size: AtLeastOne = 128
+    update_size: AtLeastOne | None = None
     validation_batch_size: AtLeastOne | None = None
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
@@ -85,6 +97,7 @@ class Recipe(Augmentation):
     stages: AtLeastOne = 1
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1
+    max_delay: NotNegative | None = None
     last_stage: Literal["graph", "recompute"] = "graph"
     data_parallel: AtLeastOne = 1
     balance: Literal["auto", "measured", "operations"] = "auto"
@@ -105,6 +118,7 @@ class Recipe(Augmentation):
     opt_betas: tuple[Probability, Probability] | None = None
     opt_kwargs: dict[str, Any] = Field(default_factory=dict)
     clip_grad: Positive | None = None
+    weight_prediction: WeightPrediction = "none"
     layer_decay: Positive | None = None
     loss: str = "cross_entropy"
 
@@ -141,13 +155,43 @@ class Recipe(Augmentation):
         """The peak learning rate: `lr`, or `lr_base` (0.1 unless given) scaled linearly to the images per update."""
         if self.lr is not None:
             return self.lr
-        images = self.batch_size * self.accumulation_steps * self.data_parallel
-        return (self.lr_base or _TIMM_LR_BASE) * images / self.lr_base_size
+        return (self.lr_base or _TIMM_LR_BASE) * self.images_per_update / self.lr_base_size
+
+    @property
+    def images_per_update(self) -> int:
+        """Of all replicas together."""
+        return self.batch_size * self.accumulation_steps * self.data_parallel
+
+    @property
+    def delay(self) -> tuple[float, ...]:
+        """D_j of every stage: how many updates old the gradients are that it applies."""
+        from petra_zoo.petra.methods import find_method
+
+        return find_method(self.method).delay(self.stages, self.accumulation_steps)
+
+    @property
+    def decided(self) -> tuple[str, ...]:
+        """The settings that follow from `update_size` and `max_delay` and are not the recipe's to say."""
+        if self.update_size is None:
+            return ()
+        return ("batch_size",) if self.max_delay is None else ("batch_size", "accumulation_steps")
 
     @property
     def total_epochs(self) -> int:
         """With cooldown, and with the warm-up where it comes on top."""
         return self.epochs + self.cooldown_epochs + (self.warmup_epochs if self.warmup_prefix else 0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_says_nothing(cls, settings: dict[str, Json]) -> dict[str, Json]:
+        """A saved recipe has null where a number followed from others: it follows again."""
+        silent = {name for name in ("batch_size", "accumulation_steps") if settings.get(name, ...) is None}
+        return {name: value for name, value in settings.items() if name not in silent}
+
+    @model_serializer(mode="wrap", return_type=dict)
+    def _what_follows_is_not_said(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Json]:
+        said: dict[str, Json] = serialize(self)
+        return {name: None if name in self.decided else value for name, value in said.items()}
 
     @field_validator("device")
     @classmethod
@@ -185,4 +229,27 @@ class Recipe(Augmentation):
             raise ValueError(
                 f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _update_is_known(self) -> Self:
+        """Fills in what follows, so that nobody can read a number that does not hold."""
+        size, most, k, replicas = self.update_size, self.max_delay, self.accumulation_steps, self.data_parallel
+        if size is None:
+            if most is not None:
+                check_max_delay(most, self.stages, k, self.method, images_per_update=self.images_per_update)
+            return self
+        for name in self.decided:
+            if name in self.model_fields_set:
+                by = f"update_size={size}" + (f" and max_delay={most:g} choose" if most is not None else " chooses")
+                instead = "update_size" if name == "batch_size" else "max_delay"
+                raise ValueError(
+                    f"{by} {' and '.join(self.decided)}, but {name}={getattr(self, name)} is set: leave {name} out, or "
+                    f"set {instead}=null"
+                )
+        if most is not None:
+            k = choose_accumulation_steps(size, most, self.stages, replicas, self.method)
+        values = {"accumulation_steps": k, "batch_size": share_out(size, k, replicas)}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # else it is frozen
         return self

@@ -127,10 +127,14 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """All settings of a recipe as YAML, the network first."""
+    """All settings of a recipe as YAML, the network first; a comment says what follows from others."""
     own = [key for key in Recipe.model_fields if key not in Augmentation.model_fields]
     values = recipe.model_dump(mode="json")
-    return write_yaml({key: values[key] for key in [*own, *Augmentation.model_fields]})
+    text = write_yaml({key: values[key] for key in [*own, *Augmentation.model_fields]})
+    by = "update_size" if recipe.max_delay is None else "update_size and max_delay"
+    for name in recipe.decided:
+        text = text.replace(f"\n{name}: null\n", f"\n{name}: null  # {getattr(recipe, name)}, by {by}\n", 1)
+    return text
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -221,7 +225,7 @@ def _refuse(error: ValidationError, settings: Mapping[str, Json]) -> NoReturn:
         # A finding without a place is about several settings together, and names them itself.
         key, *inside = item["loc"] or [""]
         where = "".join(f"entry {part}: " for part in inside)
-        found.setdefault(str(key), []).append(where + _expected(item["type"], item["msg"]))
+        found.setdefault(str(key), []).append(where + in_our_words(item["type"], item["msg"]))
     lines = []
     for key, expected in found.items():
         given = f"{key}={settings[key]!r}: " if key in settings else f"{key}: " if key else ""
@@ -229,7 +233,8 @@ def _refuse(error: ValidationError, settings: Mapping[str, Json]) -> NoReturn:
     raise UserError("; ".join(lines)) from error
 
 
-def _expected(kind: str, message: str) -> str:
+def in_our_words(kind: str, message: str) -> str:
+    """What pydantic expected, as our error messages say it."""
     if kind == "missing":
         return "required, but not given"
     if kind == "path_type":

@@ -16,5 +16,6 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 Source = Annotated[str, AfterValidator(expand_home)]
 WireType = Literal["float32", "bfloat16"]
+WeightPrediction = Literal["none", "head", "backward"]  # as petra_zoo.petra has it, with torch behind it
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 BadImagePolicy = Literal["fail", "skip"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.checkpoints.load import check_image_size, create_model
 from petra_zoo.data.datasets import ImageDataset, open_dataset
@@ -19,7 +21,8 @@ from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import World
 from petra_zoo.reversible import CoupledUnit, units_of
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.training.finetuning import arrange_head, check_architecture, checkpoint_name, freeze
+from petra_zoo.settings.update import SMALLEST_FOR_BATCH_NORM, nearest_choices
+from petra_zoo.training.finetuning import arrange_head, check_architecture, checkpoint_name, freeze, is_frozen_norm
 
 
 def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -175,14 +178,20 @@ def check_units(recipe: Recipe, model: UnitClassifier, preprocessing: Preprocess
         )
 
 
-def check_norms(recipe: Recipe, images: int, model: UnitClassifier, preprocessing: Preprocessing) -> None:
-    """Refuses micro-batches of one image where a norm cannot tell its variance.
+def check_norms(recipe: Recipe, model: UnitClassifier, preprocessing: Preprocessing) -> None:
+    """Refuses micro-batches that are too small for the network's norms.
+
+    Batch norms of a pipeline see micro-batches, not updates; frozen ones see none, synchronised ones all replicas'. A
+    smaller last micro-batch of an epoch is as it may be: one of a single image is left out anyway.
 
     Raises:
         UserError: says which setting to change, and to what.
     """
-    shared = recipe.sync_bn and recipe.data_parallel > 1  # norms see all replicas' images
-    if shared or min(recipe.batch_size, images) > 1:  # a last micro-batch of one is left out
+    seen = recipe.batch_size * (recipe.data_parallel if recipe.sync_bn else 1)
+    live = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and not is_frozen_norm(norm)]
+    if live and seen < SMALLEST_FOR_BATCH_NORM:
+        raise UserError(_too_few(live, recipe, seen))
+    if seen > 1:
         return
     on_meta: nn.Module = copy.deepcopy(model).to("meta").train()
     try:
@@ -191,8 +200,33 @@ def check_norms(recipe: Recipe, images: int, model: UnitClassifier, preprocessin
     except ValueError as error:
         raise UserError(
             f"batch_size=1: a norm of {recipe.model} sees one value per channel at this image size and cannot tell "
-            "their variance; expected batch_size=2 or more, larger images, or freeze_bn=true"
+            "their variance; expected batch_size=2 or more, or larger images"
         ) from error
+
+
+def _too_few(norms: Sequence[_BatchNorm], recipe: Recipe, seen: int) -> str:
+    """Why batch norms cannot train on this recipe's micro-batches, and what would do."""
+    smallest = math.ceil(SMALLEST_FOR_BATCH_NORM * recipe.batch_size / seen)
+    if recipe.update_size is None:
+        given, expected = f"batch_size={recipe.batch_size}", f"batch_size={smallest} or more"
+    elif recipe.max_delay is None:
+        parts = recipe.accumulation_steps * recipe.data_parallel
+        given, expected = (
+            f"update_size={recipe.update_size}",
+            f"update_size={smallest * parts} or more",
+        )
+    else:
+        given = (
+            f"batch_size={recipe.batch_size}, by update_size={recipe.update_size} and max_delay={recipe.max_delay:g}"
+        )
+        expected = nearest_choices(recipe.update_size, recipe.max_delay, recipe.stages, recipe.data_parallel, smallest)
+    # timm's group norm has groups of 32 channels; narrower networks take its other one, with one group of all.
+    group_norm = "groupnorm" if all(norm.num_features % 32 == 0 for norm in norms) else "groupnorm1"
+    return (
+        f"{given}: batch norms see micro-batches, and {seen} image{'s are' if seen > 1 else ' is'} too few for their "
+        f"statistics; expected {expected}, or group norm, model_kwargs={{norm_layer: {group_norm}}}, or freeze_bn=true "
+        "for a network that is trained already"
+    )
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

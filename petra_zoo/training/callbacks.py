@@ -19,6 +19,7 @@ class StartEvent:
         epochs: how many there will be.
         batches_per_epoch: micro-batches that one replica feeds in each.
         stages, processes: of the run.
+        delay: D_0, how many updates old the first stage's gradients are.
         parameters: of the network, the frozen ones included.
     """
 
@@ -27,6 +28,7 @@ class StartEvent:
     batches_per_epoch: int
     stages: int
     processes: int
+    delay: float
     parameters: int
 
 

@@ -70,6 +70,7 @@ def build_pipeline(
         scheduler_factory(recipe, batches_per_epoch),
         recipe.accumulation_steps,
         recipe.clip_grad,
+        recipe.weight_prediction,
     )
     return Pipeline(
         model,

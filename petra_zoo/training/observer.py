@@ -79,7 +79,8 @@ class Observer:
             parameters = sum(p.numel() for p in run.model.parameters())  # on the meta device too
             processes = run.world.size * run.world.replicas
             stages = len(run.pipeline.layout.stages)
-            event = StartEvent(self.directory.path, self.epochs, batches, stages, processes, parameters)
+            delay = run.pipeline.delay[0]
+            event = StartEvent(self.directory.path, self.epochs, batches, stages, processes, delay, parameters)
             for callback in self.callbacks:
                 callback.on_start(event)
 

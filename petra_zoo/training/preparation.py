@@ -129,9 +129,9 @@ def _build_parts(recipe: Recipe, data: Splits | None, world: World) -> _Parts:
     preprocessing = preprocessing_for(recipe, train, model)
     check_units(recipe, model, preprocessing)
     loaders = build_loaders(recipe, train, val, preprocessing, world)
-    if data is None:  # what is handed in stands for more
+    if data is None:  # what is handed in stands for more, and for larger micro-batches
         check_batches(recipe, loaders[0])
-    check_norms(recipe, len(train), model, preprocessing)
+        check_norms(recipe, model, preprocessing)
     return _Parts(train, model, preprocessing, loaders, profile_for_run(recipe, model, preprocessing, world))
 
 

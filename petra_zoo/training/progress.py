@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from petra_zoo.petra import Pipeline
+from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
 
@@ -37,7 +38,7 @@ class Reporter:
         self._plain_interval = 0
 
     def start(self, recipe: Recipe, pipeline: Pipeline, batches: int, epochs: int) -> None:
-        """Says what is about to run: stages, and how evenly the work is spread where there are several ranks."""
+        """Says what is about to run: stages, how evenly several ranks share the work, and how late an update comes."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps
         layout, sizes = pipeline.layout, pipeline.layout.sizes
         if not pipeline.method.delayed:
@@ -55,6 +56,9 @@ class Reporter:
             self.line(f"  predicted efficiency {efficiency:.0%} of {pipeline.world.size} processes")
         if recipe.data_parallel > 1:
             self.line(f"  {recipe.data_parallel} replicas of it")
+        self.line(say_update(recipe))
+        if above := above_border(recipe.delay[0], recipe.opt):
+            self.line(f"warning: {above}: {advice(recipe.opt, recipe.images_per_update)}")
         if self.console.is_terminal and not self.quiet:
             self._bar = Progress(
                 SpinnerColumn(),

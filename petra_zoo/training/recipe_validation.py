@@ -114,7 +114,7 @@ def try_recipe(recipe: Recipe, processes: int | None = None) -> None:
             whole = recipe.model_copy(update={"workers": 0})
             replicas = replace(prepared.world, replicas=recipe.data_parallel)
             check_batches(whole, build_loaders(whole, *data, prepared.preprocessing, replicas)[0])
-        check_norms(recipe, len(data[0]), prepared.model, prepared.preprocessing)
+        check_norms(recipe, prepared.model, prepared.preprocessing)
         check_processes(recipe, prepared.model, prepared.preprocessing, processes)
         _train(prepared)
         _evaluate(prepared)
@@ -128,6 +128,8 @@ def _shrunk(recipe: Recipe, data_dir: Path | None) -> Recipe:
             "dataset_download": False,
             "pretrained": False,
             "batch_size": _IMAGES,
+            "update_size": None,
+            "max_delay": None,
             "validation_batch_size": _IMAGES,
             "workers": 0,
             "lr": recipe.learning_rate,
@@ -168,9 +170,11 @@ def _check_training(prepared: Prepared, before: list[Tensor], losses: list[float
     if not all(torch.tensor(losses).isfinite()):
         raise UserError(f"the loss is not finite: {losses}")
     then = {id(p): old for p, old in zip(prepared.model.parameters(), before, strict=True)}
+    # A block's last norm begins at zero; where it is frozen and its trained weights are not here, none of it learns.
+    may_stand_still = prepared.recipe.freeze_bn
     for j, stage in enumerate(prepared.pipeline.stages):
         own = [p for group in stage.parameters for p in group if id(p) in then]
-        if own and all(torch.equal(p, then[id(p)]) for p in own):
+        if own and not may_stand_still and all(torch.equal(p, then[id(p)]) for p in own):
             raise UserError(f"no parameter of stage {j} changed in {UPDATES} updates: see lr and warmup_epochs")
         if not all(p.isfinite().all() for p in own):
             raise UserError(f"a parameter of stage {j} is not finite after {UPDATES} updates: see lr")

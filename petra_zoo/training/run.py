@@ -30,6 +30,7 @@ class Result:
         path: the run directory.
         evaluation: of the model saved there, on the validation split.
         training_seconds: time spent training, validation and saving apart.
+        delay: D_0, how many updates old the first stage's gradients were.
         interrupted: whether the run was stopped before its last epoch.
         bad_images: how many training images could not be read and were skipped.
     """
@@ -37,6 +38,7 @@ class Result:
     path: Path
     evaluation: Scores
     training_seconds: float
+    delay: float
     interrupted: bool = False
     bad_images: int = 0
 
@@ -134,7 +136,8 @@ class Run:
         assert path is not None
         assert scores is not None
         observer.end(scores, interrupted)
-        return Result(path, scores, observer.training_seconds, interrupted, bad_images)
+        delay = self.pipeline.delay[0]
+        return Result(path, scores, observer.training_seconds, delay, interrupted, bad_images)
 
     def run_epoch(self, epoch: int) -> None:
         """Feeds one epoch; micro-batches in flight stay in flight."""

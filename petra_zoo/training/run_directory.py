@@ -22,7 +22,6 @@ from petra_zoo.checkpoints.provenance import (
     ENVIRONMENT,
     EVALUATION,
     describe_environment,
-    now,
     peak_memory,
     sha256,
     write_json,
@@ -32,6 +31,7 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import apply_umask, check_free
+from petra_zoo.machine import now
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import first_not_finite
 from petra_zoo.settings.recipe import Recipe
@@ -169,13 +169,16 @@ def record_run(
 ) -> None:
     """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
 
+    What was measured stands beside D_0, how many updates old the first stage's gradients were.
+
     Raises:
         UserError: they cannot be written.
     """
     seconds = {"wall_seconds": wall_seconds, "training_seconds": training_seconds}
     try:
         write_json(path / ENVIRONMENT, {**describe_environment(), "processes": processes, **seconds, **peak_memory()})
-        write_json(path / EVALUATION, evaluation_record(recipe.dataset, evaluation, path / "model.safetensors"))
+        record = evaluation_record(recipe.dataset, evaluation, path / "model.safetensors")
+        write_json(path / EVALUATION, {**record, "delay": recipe.delay[0]})
     except OSError as error:
         raise UserError(f"the model is saved, but {path} takes no more files: {error.strerror}") from error
 

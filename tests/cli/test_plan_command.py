@@ -30,7 +30,7 @@ def test_a_saved_profile_gives_json_with_every_link_and_device(profile: Path) ->
     assert [p["method"] for p in plan["predictions"]] == list(all_schedules())
     petra = plan["predictions"][0]
     assert (petra["devices"], petra["stages"], len(petra["links"]), len(petra["memory"])) == (4, 4, 3, 4)
-    assert petra["delay"] == [6, 4, 2, 0]
+    assert petra["delay"] == [0.75, 0.5, 0.25, 0]
     assert "needs" in petra["rejected"]
     assert [p["devices"] for p in plan["curves"]["petra"]] == [1, 2, 4, 8, 16, 32, 64]
     assert Profile.from_json(json.dumps(plan["profile"])) == Profile.load(profile)
@@ -39,6 +39,16 @@ def test_a_saved_profile_gives_json_with_every_link_and_device(profile: Path) ->
 def test_the_number_of_devices_asked_for_joins_the_curve(profile: Path) -> None:
     done = petra_zoo("plan", "petra_revnet_tiny", "--profile", profile, "--devices", 6)
     assert "method\t1\t2\t4\t6\t8\t16\t32\t64" in done.stdout
+
+
+def test_a_delay_that_costs_accuracy_is_warned_of_with_what_to_do(profile: Path) -> None:
+    done = petra_zoo("plan", "petra_revnet_tiny", "--profile", profile, "--devices", 8, "--micro-batches", 1)
+    (warning,) = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: petra, dsp, delayed: D_0 = 14 updates, and above 6 (muon: 13) training is")
+    assert warning.endswith("more and smaller --micro-batches of the same update, or fewer devices")
+    done = petra_zoo("plan", "petra_revnet_tiny", "--profile", profile, "--devices", 4, "--micro-batches", 1)
+    assert "warning" not in done.stdout, "6 updates are the border"
+    assert "\t6\t" in next(line for line in done.stdout.splitlines() if line.startswith("petra\t"))
 
 
 def test_the_plot_is_written(profile: Path, tmp_path: Path) -> None:

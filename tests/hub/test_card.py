@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from petra_zoo.hub.card import hub_id, make_card, wilson
 from petra_zoo.hub.checkpoint import read_checkpoint
+from petra_zoo.settings.recipe_files import load_recipe, save_recipe
 from tests.hub.checkpoints import measure, untrained
 from tests.loopback_hub import LoopbackHub
 
@@ -56,6 +57,24 @@ def test_a_card_has_no_gap_in_its_tables(tmp_path: Path) -> None:
     for i, line in enumerate(lines):
         if line.startswith("|---"):
             assert line.count("|") == lines[i - 1].count("|") == lines[i + 1].count("|")
+
+
+@pytest.mark.parametrize(
+    ("settings", "update", "late"),
+    [
+        (["update_size=64", "max_delay=3"], "32 images x 2 per update: D_0 = 3 updates", False),
+        (["stages=14", "weight_prediction=head"],
+         "64 images per update: D_0 = 26 updates, weights predicted to the head", True),
+        (["method=backprop", "stages=14"], "64 images per update: no delay", False),
+    ],
+)  # fmt: skip
+def test_a_card_says_how_late_gradients_were(tmp_path: Path, settings: list[str], update: str, late: bool) -> None:
+    path = untrained(tmp_path / "tiny")
+    save_recipe(load_recipe("shapes/petra_revnet_tiny", settings), path / "recipe.yaml")
+    text = make_card(read_checkpoint(path), "hf-hub:owner/tiny").text
+    assert f"| update | {update} |" in text.splitlines()
+    sentence = "The gradients of the first stage were late: D_0 = 26 updates, and above 6 with opt=sgd training is"
+    assert (f"\n\n{sentence}" in text) == late
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_new_method_trains_and_is_planned(keeping: Method, tmp_path: Path) -> 
 
     profile = measure(make_model(torch.float32), 2, SIZE, repeats=1)
     prediction, like = (forecast(profile, method, 4, Cluster()) for method in ("keeping", "dsp"))
-    assert prediction.delay == (6, 4, 2, 0)
+    assert prediction.delay == (0.75, 0.5, 0.25, 0)
     assert [m.inputs for m in prediction.memory] == [m.inputs for m in like.memory]
     # The split follows measured times, and no stream comes down above a unit that is not reversible: look at one unit.
     reversible = next(unit for unit in profile.units if unit.reversible)

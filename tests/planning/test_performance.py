@@ -103,10 +103,11 @@ def test_what_crosses_a_link() -> None:
     assert forecast(profile, "ddp", 4, IDEAL).links == ()
 
 
-def test_delays_in_ticks_and_in_updates() -> None:
-    prediction = forecast(equal_units(4), "petra", 4, IDEAL, micro_batches=4)
-    assert prediction.delay == (6, 4, 2, 0)
-    assert prediction.update_delay == (1.5, 1, 0.5, 0)
+def test_delays_are_in_updates() -> None:
+    assert forecast(equal_units(4), "petra", 4, IDEAL, micro_batches=1).delay == (6, 4, 2, 0)
+    assert forecast(equal_units(4), "petra", 4, IDEAL, micro_batches=4).delay == (1.5, 1, 0.5, 0)
+    two = forecast(equal_units(4), "petra", 8, IDEAL, micro_batches=4, factorisation=(2, 4))
+    assert two.delay == (3, 2, 1, 0), "two replicas share the micro-batches of an update"
     assert forecast(equal_units(4), "1f1b", 4, IDEAL).delay == (0, 0, 0, 0)
 
 

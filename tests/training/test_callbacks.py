@@ -50,7 +50,7 @@ def test_a_callback_is_told_what_the_run_directory_says(tmp_path: Path) -> None:
     assert kinds[-1] is training.EndEvent
     (start,) = listener.of(training.StartEvent)
     assert (start.path, start.epochs, start.batches_per_epoch) == (tmp_path / "run", 2, 8)
-    assert (start.stages, start.processes) == (4, 1)
+    assert (start.stages, start.processes, start.delay) == (4, 1, 6.0)
     assert start.parameters > 100_000
     lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert [asdict(event) for event in listener.of(training.LogEvent)] == [
@@ -134,9 +134,9 @@ def test_a_registered_data_set_and_loss_train(tmp_path: Path) -> None:
             seen.append(tuple(logits.shape))
             return 2.0 * LOSSES.find("cross_entropy")(logits, labels)
 
-        settings = {"dataset": "squares", "loss": "scaled", "batch_size": 4, "lr": 0.01}
+        settings = {"dataset": "squares", "loss": "scaled", "batch_size": 8, "lr": 0.01}
         result = train(Recipe(**{**QUICK, **settings}, output=tmp_path / "run"), reporter=QUIET)
-    assert set(seen) == {(4, 2)}
+    assert set(seen) == {(8, 2)}
     assert result.evaluation.images == 4
     with pytest.raises(UserError, match="unknown loss 'scaled'"):
         train(Recipe(**QUICK, loss="scaled"), reporter=QUIET)

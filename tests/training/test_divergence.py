@@ -26,7 +26,7 @@ BATCHES = 4  # of an epoch
 
 def small(folder: Path, **settings: Any) -> Recipe:
     """A run of few images, in four stages."""
-    settings = QUICK | write_images(folder / "data", 4 * BATCHES) | {"batch_size": 4} | settings
+    settings = QUICK | write_images(folder / "data", 8 * BATCHES) | {"batch_size": 8} | settings
     return Recipe(**settings, output=folder / "run")
 
 

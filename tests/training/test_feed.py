@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
+from torch import Tensor, nn
 
 from petra_zoo.data.loader import ImageLoader, Sharding, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
@@ -14,6 +16,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra import World
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import override_recipe
 from petra_zoo.training.build import (
     build_loaders,
     build_model,
@@ -78,18 +81,23 @@ def test_a_data_set_of_one_image_still_gives_a_batch(tmp_path: Path) -> None:
 
 def test_training_goes_on_without_the_last_image_and_says_so_once(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
-    settings = QUICK | write_images(tmp_path / "data", 9) | {"batch_size": 4, "epochs": 2, "model_kwargs": {}}
+    settings = QUICK | write_images(tmp_path / "data", 17) | {"batch_size": 8, "epochs": 2, "model_kwargs": {}}
     train(Recipe(**settings, output=tmp_path / "run"), reporter=Reporter(console))
     text = console.export_text()
     console.file.close()
-    assert text.count("an epoch leaves out 1 of 9 images: a last micro-batch of one") == 1
+    assert text.count("an epoch leaves out 1 of 17 images: a last micro-batch of one") == 1
     assert "2 epochs of 2 micro-batches" in text
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 1}, "batch_size=1: a norm of petra_revnet_tiny sees one value per channel"),
+        ({"batch_size": 1}, "batch_size=1: batch norms see micro-batches, and 1 image is too few"),
+        ({"batch_size": 7}, r"^batch_size=7: batch norms see micro-batches, and 7 images are too few for their "
+         r"statistics; expected batch_size=8 or more, or group norm, model_kwargs={norm_layer: groupnorm1}, or freeze"),
+        ({"update_size": 6, "accumulation_steps": 2, "batch_size": None}, r"^update_size=6: .*expected update_size=16"),
+        ({"update_size": 8, "max_delay": 3, "batch_size": None}, r"^batch_size=4, by update_size=8 and max_delay=3: "
+         r"batch norms see .*expected update_size=16 or stages=2 or max_delay=6, or group norm"),
         ({"batch_size": 10}, "batch_size=10 is more than the 9 training images"),
         ({"batch_size": 4, "accumulation_steps": 3}, "accumulation_steps=3 is more than the 2 micro-batches"),
     ],
@@ -102,14 +110,54 @@ def test_what_cannot_be_fed_is_refused_in_one_line(tmp_path: Path, settings: dic
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("settings", [{"freeze_bn": True}, {"img_size": 16}], ids=lambda value: next(iter(value)))
-def test_single_images_are_fed_where_every_norm_can_take_them(tmp_path: Path, settings: dict[str, Any]) -> None:
-    recipe = Recipe(**QUICK | write_images(tmp_path, 9) | {"batch_size": 1} | settings)
+GROUP_NORM = {"model_kwargs": {"norm_layer": "groupnorm1"}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 1, "freeze_bn": True},
+        {"batch_size": 1, "freeze": "backbone"},
+        {"batch_size": 1, **GROUP_NORM},
+        {"batch_size": 4, "data_parallel": 2, "sync_bn": True},
+    ],
+    ids=lambda value: list(value)[1],
+)
+def test_small_micro_batches_are_fed_where_every_norm_can_take_them(tmp_path: Path, settings: dict[str, Any]) -> None:
+    recipe = Recipe(**QUICK | write_images(tmp_path, 9) | settings)
     data, val = open_data(recipe)
     model = build_model(recipe, data)
     preprocessing = preprocessing_for(recipe, data, model)
     check_batches(recipe, build_loaders(recipe, data, val, preprocessing, World())[0])
-    check_norms(recipe, len(data), model, preprocessing)
+    check_norms(recipe, model, preprocessing)
+
+
+def test_the_group_norm_that_is_named_fits_the_network(tmp_path: Path) -> None:
+    for settings in ({}, {"model": "petra_revnet18_cifar", "img_size": 32}):
+        recipe = Recipe(**QUICK | write_images(tmp_path, 9) | {"batch_size": 1} | settings)
+        data, _ = open_data(recipe)
+        model = build_model(recipe, data)
+        with pytest.raises(UserError) as caught:
+            check_norms(recipe, model, preprocessing_for(recipe, data, model))
+        named = str(caught.value).partition("model_kwargs=")[2].partition(",")[0]
+        fitting = override_recipe(recipe, [f"model_kwargs={named}"])
+        check_norms(fitting, build_model(fitting, data), preprocessing_for(fitting, data, model))
+
+
+class OwnNorm(nn.Module):
+    """Normalises by the batch, but is none of torch's batch norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+def test_single_images_are_refused_where_a_norm_of_ones_own_takes_their_variance(tmp_path: Path) -> None:
+    recipe = Recipe(**QUICK | write_images(tmp_path, 9) | {"batch_size": 1} | GROUP_NORM)
+    data, _ = open_data(recipe)
+    model = build_model(recipe, data)
+    model.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), OwnNorm(), nn.Flatten())
+    with pytest.raises(UserError, match="batch_size=1: a norm of petra_revnet_tiny sees one value per channel"):
+        check_norms(recipe, model, preprocessing_for(recipe, data, model))
 
 
 def test_an_epoch_shorter_than_the_pipeline_is_deep_is_told_to_fill_it(tmp_path: Path) -> None:
@@ -117,7 +165,7 @@ def test_an_epoch_shorter_than_the_pipeline_is_deep_is_told_to_fill_it(tmp_path:
     from petra_zoo.hub.curve import training_curve
 
     console = Console(record=True, width=200, file=(tmp_path / "out").open("w"))
-    settings = QUICK | write_images(tmp_path / "data", 8) | {"batch_size": 4, "epochs": 3}
+    settings = QUICK | write_images(tmp_path / "data", 16) | {"batch_size": 8, "epochs": 3}
     train(Recipe(**settings, output=tmp_path / "run"), reporter=Reporter(console))
     lines = [line for line in console.export_text().splitlines() if line.startswith("epoch ")]
     console.file.close()
@@ -131,7 +179,7 @@ def test_an_epoch_shorter_than_the_pipeline_is_deep_is_told_to_fill_it(tmp_path:
 
 
 def test_the_only_epochs_loss_counts_what_is_drained(tmp_path: Path) -> None:
-    result = quick(tmp_path, **write_images(tmp_path / "data", 8), batch_size=4)
+    result = quick(tmp_path, **write_images(tmp_path / "data", 16), batch_size=8)
     with (result.path / "summary.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert float(row["train_loss"]) > 0

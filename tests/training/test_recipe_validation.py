@@ -112,7 +112,10 @@ def test_what_is_wrong_with_a_recipe_is_the_reason(overrides: list[str], reason:
     [
         (["batch_size=2000"], "batch_size=2000 is more than the 1437 training images"),
         (["accumulation_steps=50"], "accumulation_steps=50 is more than the 45 micro-batches of an epoch"),
-        (["batch_size=1", "stages=1"], "batch_size=1: a norm of petra_revnet_tiny sees one value per channel"),
+        (["batch_size=4", "stages=1"], "batch_size=4: batch norms see micro-batches, and 4 images are too few"),
+        (["batch_size=4", "freeze_bn=true", "lr=1e-3"], None),
+        (["update_size=64", "max_delay=1"], None),
+        (["update_size=48", "max_delay=0.5"], "expected update_size=96 or stages=2 or max_delay=1, or group norm"),
         (["loss=cross_entropi"], "unknown loss 'cross_entropi'; did you mean cross_entropy?"),
         (["profile=/nowhere/profile.json"], "cannot read the profile /nowhere/profile.json"),
         (["coupling_epochs=3", "model_kwargs={coupling: 0.5}"], "the network is built with coupling=0.5"),

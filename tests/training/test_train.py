@@ -18,6 +18,7 @@ from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training import run_directory
 from petra_zoo.training.build import build_model, open_data, preprocessing_for
+from petra_zoo.training.engine import build_pipeline
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Result, train
 
@@ -52,6 +53,7 @@ def test_a_run_directory_holds_recipe_summary_metrics_and_model(tmp_path: Path) 
     events = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert {event["event"] for event in events} == {"train", "validation"}
     assert load_recipe(str(result.path / "recipe.yaml")).epochs == 2
+    assert json.loads((result.path / "evaluation.json").read_text())["delay"] == result.delay == 6.0
 
 
 def test_timm_loads_the_run_with_the_same_logits(tmp_path: Path) -> None:
@@ -105,6 +107,7 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
         {"sched": "none", "drop": 0.1, "model_kwargs": {"coupling": 0.5}},
         {"in_chans": 1},
         {"val_interval": 5, "epochs": 2},
+        {"weight_prediction": "head"},
     ],
     ids=lambda settings: "-".join(settings),
 )
@@ -118,8 +121,6 @@ def test_weight_decay_spares_norms_and_biases_in_every_stage(tmp_path: Path) -> 
     recipe = Recipe(**QUICK, weight_decay=0.1, opt="adamw")
     data, _ = open_data(recipe)
     model = build_model(recipe, data)
-    from petra_zoo.training.engine import build_pipeline
-
     pipeline = build_pipeline(recipe, model, 10, preprocessing_for(recipe, data, model))
     names = {id(p): name for name, p in model.named_parameters()}
     seen = {}
@@ -147,6 +148,35 @@ def test_plain_lines_tell_loss_accuracy_speed_and_time_left(tmp_path: Path) -> N
     assert "img/s" in text
     assert "s left" in text
     assert "val top-1" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "warned"),
+    [
+        ({"accumulation_steps": 2}, "256 images x 2 per update: D_0 = 3 updates", None),
+        ({"method": "backprop"}, "256 images per update: no delay", None),
+        ({"batch_size": None, "update_size": 64, "max_delay": 4}, "32 images x 2 per update: D_0 = 3 updates", None),
+        ({"data_parallel": 2, "stages": 7}, "256 images x 2 replicas per update: D_0 = 12 updates",
+         "warning: D_0 = 12 updates, and above 6 with opt=sgd training is expected to lose accuracy: larger "
+         "accumulation_steps at the same images per update (update_size=512 max_delay=6), fewer stages, opt=muon (up "
+         "to 13)"),
+        ({"opt": "muon", "stages": 7}, "256 images per update: D_0 = 12 updates", None),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_run_begins_with_its_update_and_the_delay(
+    tmp_path: Path, settings: dict[str, Any], said: str, warned: str | None
+) -> None:
+    console = Console(record=True, width=200, force_terminal=False, file=(tmp_path / "out").open("w"))
+    recipe = Recipe(**{**QUICK, **settings})
+    data, _ = open_data(recipe)
+    model = build_model(recipe, data)
+    pipeline = build_pipeline(recipe, model, 4, preprocessing_for(recipe, data, model))
+    Reporter(console).start(recipe, pipeline, 4, 1)
+    lines = console.export_text().splitlines()
+    console.file.close()
+    assert said in lines
+    assert [line for line in lines if "warning" in line] == ([warned] if warned else [])
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
@@ -274,7 +304,7 @@ def test_a_corrupt_image_stops_training_by_name_or_is_skipped(tmp_path: Path) ->
             folder.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (i * 10, 0, 100)).save(folder / f"{i:02}.png")
     (tmp_path / "data" / "train" / "cat" / "04.png").write_bytes(b"not an image")
-    settings = {"dataset": "folder", "data_dir": tmp_path / "data", "img_size": 8, "batch_size": 5}
+    settings = {"dataset": "folder", "data_dir": tmp_path / "data", "img_size": 8, "batch_size": 10}
     with pytest.raises(UserError, match=r"04\.png cannot be read"):
         quick(tmp_path / "a", **settings)
     result = quick(tmp_path / "b", **settings, on_bad_image="skip")

@@ -2,16 +2,17 @@
 
 Every contender trains the same network from the same weights on the same micro-batches, and an update is the mean
 gradient of m micro-batches (of k = m for ours) and one step of SGD. A contender is built and updated by every process
-of a world; processes it has no work for do nothing. The names are what results.json calls them.
+of a world; processes it has no work for do nothing. Stages are balanced by operation counts, each contender's by what
+it does with the units: the same split on every machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,62 +22,56 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from petra_zoo.bench.pipeline_jobs import PipelineTask
 from petra_zoo.models import PetraPaperRevNet
-from petra_zoo.petra import Costs, Layout, Optimization, Pipeline, Profile, Wire, World
+from petra_zoo.petra import Layout, Optimization, Pipeline, Wire, World
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.planning.performance import split_units
 
 
-@dataclass(frozen=True)
-class Task:
-    """The network and its data: stem, `blocks` reversible blocks of fixed width, head.
-
-    Attributes:
-        batch_size: images per micro-batch.
-    """
-
-    blocks: int = 24
-    channels: int = 32
-    size: int = 32
-    batch_size: int = 8
-    classes: int = 10
-
-    def model(self) -> PetraPaperRevNet:
-        """The same weights at every call."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return PetraPaperRevNet((self.blocks,), (self.channels,), stem_type="cifar", num_classes=self.classes)
+def build_network(task: PipelineTask) -> PetraPaperRevNet:
+    """The same weights at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PetraPaperRevNet((task.blocks,), (task.channels,), stem_type="cifar", num_classes=task.classes)
 
 
 @cache
-def data(task: Task, micro_batches: int) -> tuple[Tensor, Tensor]:
+def task_data(task: PipelineTask, m: int) -> tuple[Tensor, Tensor]:
     """Images [m * batch, 3, size, size] and labels of an update, the same tensors at every call."""
     images, labels = [], []
-    for number in range(micro_batches):
+    for number in range(m):
         generator = torch.Generator().manual_seed(1 + number)
-        images.append(torch.randn(task.batch_size, 3, task.size, task.size, generator=generator))
+        images.append(torch.randn(task.batch_size, *task.input_size, generator=generator))
         labels.append(torch.randint(0, task.classes, (task.batch_size,), generator=generator))
     return torch.cat(images), torch.cat(labels)
 
 
-class Contender:
-    """What trains. `update()` runs one update and gives the micro-batches' losses that this process sees.
+def _micro_batches(task: PipelineTask, m: int) -> list[tuple[Tensor, Tensor]]:
+    images, labels = task_data(task, m)
+    return list(zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True))
+
+
+class PipelineContender(ABC):
+    """What trains.
 
     Attributes:
         images: per update, of all processes together.
+        split: units of each process, where units are divided.
     """
 
     images: int
+    split: Sequence[int] | None = None
 
+    @abstractmethod
     def update(self) -> list[float]:
-        raise NotImplementedError
+        """Runs one update; gives the micro-batches' losses that this process sees."""
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
+def _sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
-class Alone(Contender):
+class _Backpropagation(PipelineContender):
     """Accumulated backpropagation in one process, in several that do not know each other, or in DDP's replicas.
 
     Args:
@@ -88,12 +83,12 @@ class Alone(Contender):
 
     def __init__(
         self,
-        task: Task,
+        task: PipelineTask,
         model: PetraPaperRevNet,
         world: World,
         m: int,
         *,
-        memory: str = "plain",
+        reversible: bool = False,
         processes: int = 1,
         threads: int = 1,
         ddp: bool = False,
@@ -101,13 +96,11 @@ class Alone(Contender):
         self.works = world.rank < processes
         self.threads = threads
         self.images = m * task.batch_size * (1 if ddp else processes)
-        model.train().set_memory(memory)
+        model.train().set_memory("reversible" if reversible else "plain")
         self.model: nn.Module = DistributedDataParallel(model) if ddp else model
-        self.optimizer = sgd(model.parameters())
-        images, labels = data(task, m)
+        self.optimizer = _sgd(model.parameters())
         mine = slice(world.rank, None, world.size) if ddp else slice(None)
-        pairs = zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True)
-        self.micro_batches = list(pairs)[mine]
+        self.micro_batches = _micro_batches(task, m)[mine]
 
     def update(self) -> list[float]:
         if not self.works:
@@ -115,9 +108,9 @@ class Alone(Contender):
         torch.set_num_threads(self.threads)
         losses = []
         for i, (images, labels) in enumerate(self.micro_batches):
-            last = i == len(self.micro_batches) - 1
-            waits = isinstance(self.model, DistributedDataParallel) and not last
-            with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            waits = i < len(self.micro_batches) - 1  # gradients travel with the last micro-batch's
+            alone = self.model.no_sync() if waits and isinstance(self.model, DistributedDataParallel) else nullcontext()
+            with alone:
                 loss = F.cross_entropy(self.model(images), labels)
                 (loss / len(self.micro_batches)).backward()
             losses.append(float(loss.detach()))
@@ -127,7 +120,7 @@ class Alone(Contender):
         return losses
 
 
-class TorchStage(nn.Module):
+class _TorchStage(nn.Module):
     """Consecutive units as a module of torch.distributed.pipelining."""
 
     def __init__(self, units: Sequence[nn.Module], checkpointed: bool) -> None:
@@ -142,28 +135,28 @@ class TorchStage(nn.Module):
         return streams[0] if len(streams) == 1 else streams
 
 
-class TorchSchedule(Contender):
-    """A schedule of torch.distributed.pipelining, static shapes, split by its own cost."""
+class _TorchSchedule(PipelineContender):
+    """A schedule of torch.distributed.pipelining, with static shapes."""
 
     def __init__(
         self,
-        task: Task,
+        task: PipelineTask,
         model: PetraPaperRevNet,
         world: World,
         m: int,
         *,
-        profile: Profile,
         schedule: type[ScheduleGPipe] | type[Schedule1F1B],
-        method: str,
+        checkpointed: bool = False,
     ) -> None:
         self.images = m * task.batch_size
         self.world = world
-        split = split_units(profile, method, world.size)
-        self.split = [len(owned) for owned in split]
+        # A checkpointed unit costs a forward more, the last stage's too: in all stages alike, so the split is the same.
+        layout = Layout.of(model, world.size, method="backprop", ranks=world.size, input_size=task.input_size)
+        self.split = layout.sizes
         units = model.train().units()
-        self.module = TorchStage([units[i] for i in split[world.rank]], checkpointed=method.endswith("checkpoint"))
-        self.optimizer = sgd(self.module.parameters())
-        n, c, size = task.batch_size, task.channels, task.size
+        self.module = _TorchStage([units[i] for i in layout.units_of_rank(world.rank)], checkpointed)
+        self.optimizer = _sgd(self.module.parameters())
+        n, c, size = task.batch_size, task.channels, task.img_size
         boundary = tuple(torch.empty(n, c, size, size, requires_grad=True) for _ in range(2))
         stage = PipelineStage(
             self.module,
@@ -175,7 +168,7 @@ class TorchSchedule(Contender):
             group=world.up,
         )
         self.schedule = schedule(stage, m, loss_fn=F.cross_entropy)
-        self.data = data(task, m)
+        self.data = task_data(task, m)
 
     def update(self) -> list[float]:
         images, labels = self.data
@@ -191,24 +184,21 @@ class TorchSchedule(Contender):
         return [float(loss.detach()) for loss in losses]
 
 
-class Ours(Contender):
+class _Ours(PipelineContender):
     """`petra_zoo.petra.Pipeline`, one stage per process; an update is k ticks of a pipeline that never drains."""
 
-    def __init__(
-        self, task: Task, model: PetraPaperRevNet, world: World, m: int, *, profile: Profile, method: str
-    ) -> None:
+    def __init__(self, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int, *, method: str) -> None:
         self.images = m * task.batch_size
         self.world = world
         self.pipeline = Pipeline(
             model.train(),
-            Layout.of(model, world.size, method=method, ranks=world.size, costs=Costs.measured(profile, method)),
+            Layout.of(model, world.size, method=method, ranks=world.size, input_size=task.input_size),
             method=method,
-            optimization=Optimization(lambda named: sgd([p for _, p in named]), accumulation_steps=m),
+            optimization=Optimization(lambda named: _sgd(p for _, p in named), accumulation_steps=m),
             world=replace(world, wire=Wire(timeout=600.0)),
         )
         self.split = self.pipeline.layout.sizes
-        images, labels = data(task, m)
-        self.micro_batches = list(zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True))
+        self.micro_batches = _micro_batches(task, m)
 
     def update(self) -> list[float]:
         losses = []
@@ -218,21 +208,20 @@ class Ours(Contender):
         return losses
 
 
-class WithoutLinks(Contender):
-    """The stages of `Ours` at the same work on one message over and over: what a tick would take without links."""
+class _WithoutLinks(PipelineContender):
+    """The stages of `_Ours` at the same work on one message over and over: what a tick would take without links."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        ours = Ours(*args, **kwargs)
-        self.images, self.ticks = ours.images, len(ours.micro_batches)
+    def __init__(self, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int, *, method: str) -> None:
+        ours = _Ours(task, model, world, m, method=method)
+        self.images, self.split, self.ticks = ours.images, ours.split, m
         self.pipeline = ours.pipeline
         (self.stage,) = self.pipeline.stages
         images, labels = ours.micro_batches[0]
-        task: Task = args[0]
-        shape = (task.batch_size, task.channels, task.size, task.size)
-        streams = (images,) if ours.world.first else (torch.randn(shape), torch.randn(shape))
+        shape = (task.batch_size, task.channels, task.img_size, task.img_size)
+        streams = (images,) if world.first else (torch.randn(shape), torch.randn(shape))
         self.up = Up(0, streams, labels)
         self.down: Down | None = None
-        if not ours.world.last:
+        if not world.last:
             outputs = self.stage.forward(self.up).streams  # fills the FIFOs by one, as a delay of one tick would
             self.down = Down(0, outputs, tuple(torch.randn_like(x) / 100 for x in outputs))
 
@@ -247,39 +236,32 @@ class WithoutLinks(Contender):
         return []
 
 
-Make = Callable[[Task, PetraPaperRevNet, World], Contender]
-
-
-def contenders(profile: Profile, ms: Sequence[int]) -> dict[str, Make]:
-    """Every contender by name. Baselines on one device run at the first m, which their speed does not depend on."""
-    made: dict[str, Make] = {}
-
-    def add(name: str, kind: type[Contender], m: int, **kwargs: Any) -> None:
-        def make(task: Task, model: PetraPaperRevNet, world: World) -> Contender:
-            # Groups of its own: a pipeline that rests has receives posted.
-            own = replace(world, up=dist.new_group(), down=dist.new_group())
-            return kind(task, model, own, m, **kwargs)
-
-        made[name] = make
-
-    first = ms[0]
-    add("backprop, 1 thread", Alone, first)
-    add("backprop, 2 threads", Alone, first, threads=2)
-    add("reversible", Alone, first, memory="reversible")
-    add("capacity", Alone, first, processes=2)
-    for m in ms:
-        add(f"DDP x 2, m={m}", Alone, m, processes=2, ddp=True)
-        add(f"GPipe, m={m}", TorchSchedule, m, profile=profile, schedule=ScheduleGPipe, method="gpipe")
-        add(f"1F1B, m={m}", TorchSchedule, m, profile=profile, schedule=Schedule1F1B, method="1f1b")
-        add(
-            f"1F1B + checkpointing, m={m}",
-            TorchSchedule,
-            m,
-            profile=profile,
-            schedule=Schedule1F1B,
-            method="1f1b+checkpoint",
-        )
-        for method in ("petra", "dsp", "delayed"):
-            add(f"{method}, k={m}", Ours, m, profile=profile, method=method)
-    add(f"petra without links, k={ms[-1]}", WithoutLinks, ms[-1], profile=profile, method="petra")
-    return made
+def make_contender(name: str, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int) -> PipelineContender:
+    """A contender of `petra_zoo.bench.pipeline`, in every process of a world; m: micro-batches of an update."""
+    # Groups of its own: a pipeline that rests has receives posted.
+    up, down = dist.new_group(), dist.new_group()
+    assert isinstance(up, dist.ProcessGroup)
+    assert isinstance(down, dist.ProcessGroup)
+    world = replace(world, up=up, down=down)
+    place = (task, model, world, m)
+    match name:
+        case "backprop, 1 thread":
+            return _Backpropagation(*place)
+        case "backprop, 2 threads":
+            return _Backpropagation(*place, threads=2)
+        case "reversible":
+            return _Backpropagation(*place, reversible=True)
+        case "capacity":
+            return _Backpropagation(*place, processes=2)
+        case "DDP x 2":
+            return _Backpropagation(*place, processes=2, ddp=True)
+        case "GPipe":
+            return _TorchSchedule(*place, schedule=ScheduleGPipe)
+        case "1F1B":
+            return _TorchSchedule(*place, schedule=Schedule1F1B)
+        case "1F1B + checkpointing":
+            return _TorchSchedule(*place, schedule=Schedule1F1B, checkpointed=True)
+        case "petra without links":
+            return _WithoutLinks(*place, method="petra")
+        case method:
+            return _Ours(*place, method=method)

@@ -1,0 +1,54 @@
+"""What the delay of the first stage means for accuracy, and how people are told."""
+
+from __future__ import annotations
+
+from petra_zoo.settings.recipe import Recipe
+
+# Up to which D_0 (delay of the first stage, in updates) PETRA trains as well as backpropagation, by timm's name of the
+# optimizer: docs/evidence.md.
+BORDERS = {"muon": 13.0}
+BORDER_OF_OTHERS = 6.0
+
+
+def border(opt: str) -> float:
+    """The largest D_0, in updates, at which training with an optimizer of timm's is expected to lose nothing."""
+    return BORDERS.get(opt.removeprefix("lookahead_"), BORDER_OF_OTHERS)
+
+
+def say_delay(delay: float) -> str:
+    """D_0 for people."""
+    return f"D_0 = {delay:.3g} update{'' if delay == 1 else 's'}" if delay else "no delay"
+
+
+def say_update(recipe: Recipe) -> str:
+    """What an update takes, and how old the first stage's gradients are by that."""
+    parts = [f"{recipe.batch_size} images"]
+    if recipe.accumulation_steps > 1:
+        parts.append(f"{recipe.accumulation_steps}")
+    if recipe.data_parallel > 1:
+        parts.append(f"{recipe.data_parallel} replicas")
+    late = say_delay(recipe.delay[0])
+    if any(recipe.delay) and recipe.weight_prediction != "none":
+        late += f", weights predicted to the {recipe.weight_prediction}"
+    return f"{' x '.join(parts)} per update: {late}"
+
+
+def above_border(delay: float, opt: str | None = None) -> str | None:
+    """What is to be said of a D_0 above the border; None where it is not.
+
+    Args:
+        delay: D_0, in updates.
+        opt: the optimizer; None: not known.
+    """
+    if delay <= (BORDER_OF_OTHERS if opt is None else border(opt)):
+        return None
+    others = ", ".join(f"{name}: {most:g}" for name, most in BORDERS.items())
+    where = f"{BORDER_OF_OTHERS:g} ({others})" if opt is None else f"{border(opt):g} with opt={opt}"
+    return f"{say_delay(delay)}, and above {where} training is expected to lose accuracy"
+
+
+def advice(opt: str, images_per_update: int) -> str:
+    """What to do about it, as settings."""
+    better = [f"opt={name} (up to {most:g})" for name, most in BORDERS.items() if most > border(opt)]
+    same = f"update_size={images_per_update} max_delay={border(opt):g}"
+    return ", ".join([f"larger accumulation_steps at the same images per update ({same})", "fewer stages", *better])

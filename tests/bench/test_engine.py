@@ -1,0 +1,172 @@
+"""The engine of studies: order, resuming, what is kept, and what ends it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from petra_zoo.bench.engine import run_study
+from petra_zoo.bench.results import Results, claimed
+from petra_zoo.errors import Failure, UserError
+from tests.bench.toy import Toy
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return Toy(tmp_path / "log")
+
+
+def runs_of(toy: Toy) -> list[str]:
+    """What was run, in the order in which it began."""
+    lines = toy.log.read_text().splitlines() if toy.log.exists() else []
+    return [line.partition(" by")[0] for line in lines if "#" in line]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_contenders_take_turns_and_results_are_kept(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    results = run_study(toy, path, console=quiet())
+    assert runs_of(toy) == ["one #0", "three #0", "one #1", "three #1"]
+    assert [run.result for run in Results.read(path).runs] == [run.result for run in results.runs]
+    run = results.runs[1]
+    assert run.result == {"letters": 5, "threads": "1"}
+    assert run.command == "count the letters of three"
+    assert {"python", "torch", "timm", "petra-zoo"} <= run.versions.keys()
+    assert {"processor", "cores", "system", "jobs"} <= run.machine.keys()
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_what_is_done_is_not_repeated(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run_study(toy, path, console=quiet())
+    content = json.loads(path.read_text())
+    del content["runs"][1]
+    path.write_text(json.dumps(content))
+    toy.log.unlink()
+    results = run_study(Toy(toy.log, repeats=3), path, console=quiet())
+    assert runs_of(toy) == ["three #0", "one #2", "three #2"]
+    assert len(results.runs) == 6
+
+
+def test_other_settings_are_another_run(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run_study(Toy(toy.log, ("one",), 1), path, console=quiet())
+    results = run_study(Toy(toy.log, ("one",), 1, settings="new"), path, console=quiet())
+    assert [run.settings for run in results.runs] == [{"as": "as ever"}, {"as": "new"}]
+
+
+def test_two_jobs_are_two_processes(toy: Toy, tmp_path: Path) -> None:
+    run_study(Toy(toy.log, repeats=8), tmp_path / "results.json", jobs=2, console=quiet())
+    lines = toy.log.read_text().splitlines()
+    assert len({line.partition("by ")[2] for line in lines if "#" in line}) == 2
+    assert lines.count("closed") == 2
+
+
+def test_a_contender_that_breaks_down_is_a_result(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run_study(Toy(toy.log, ("diverges", "one"), 1), path, console=quiet())
+    assert [run.failed for run in Results.read(path).runs] == ["the loss is infinite", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("mistaken", UserError, "mistaken #0: there is no such thing"),
+        ("broken", Failure, "broken #0: ZeroDivisionError: a mistake of ours"),
+        ("dies", Failure, "dies #0: the worker process died"),
+    ],
+)
+def test_what_cannot_go_on_is_said_in_one_line(
+    toy: Toy, tmp_path: Path, name: str, kind: type[Exception], words: str
+) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(kind, match=words) as raised:
+        run_study(Toy(toy.log, ("one", name, "three"), 1), path, console=quiet())
+    assert "\n" not in str(raised.value)
+    assert [run.contender for run in Results.read(path).runs] == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"study": "toy", ', "is no results file: Expecting"),
+        ("[]", "not a results file of petra-zoo bench"),
+        ('{"study": "toy", "kind": "toy", "runs": [{"contender": "one"}]}', "a run without its repeat"),
+        ('{"study": "mine", "kind": "toy", "runs": []}', "holds the study 'mine'"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_stays(toy: Toy, tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        run_study(toy, path, console=quiet())
+    assert path.read_text() == content
+    assert not runs_of(toy)
+
+
+def test_two_benches_do_not_write_one_file(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with claimed(path), pytest.raises(UserError, match="another petra-zoo bench is writing"):
+        run_study(toy, path, console=quiet())
+
+
+def test_a_study_of_times_takes_one_job(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "shares_the_machine", False)
+    with pytest.raises(UserError, match="use jobs=1"):
+        run_study(toy, tmp_path / "results.json", jobs=2, console=quiet())
+
+
+def test_progress_says_what_came_out_and_what_was_there(toy: Toy, tmp_path: Path) -> None:
+    path, console = tmp_path / "results.json", quiet()
+    run_study(toy, path, console=console)
+    run_study(toy, path, console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2/4  three #0: letters 5" in said
+    assert f"toy: 4 of 4 runs are in {path}" in said
+
+
+def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    code = (
+        "from pathlib import Path; from tests.bench.toy import Toy; from petra_zoo.bench.engine import run_study\n"
+        f"if __name__ == '__main__': run_study(Toy(Path({str(toy.log)!r}), ('one', 'endless'), 1), Path({str(path)!r}))"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # a group of its own, which gets the signal as a terminal's does
+    )
+    while "endless #0" not in runs_of(toy):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert f"interrupted: 1 of 2 runs are in {path}" in said
+    assert [run.contender for run in Results.read(path).runs] == ["one"]
+    assert toy.log.read_text().splitlines()[-1] == "closed"
+    while someone_left(process.pid):  # else the test's own time limit ends it
+        time.sleep(0.05)
+
+
+def someone_left(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

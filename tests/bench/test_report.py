@@ -1,0 +1,150 @@
+"""Tables and plots of results, and the pages that show them."""
+
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender, Search
+from petra_zoo.bench.charts import Source
+from petra_zoo.bench.pages import Page
+from petra_zoo.bench.plots import charts
+from petra_zoo.bench.results import Record, Results
+from petra_zoo.bench.tables import tables
+from petra_zoo.errors import UserError
+from tests.cli.test_main import petra_zoo
+
+TOP1 = {"backprop": [90.0, 91.0, 92.0], "petra": [89.9, 91.1, 91.9], "petra, J = 8": [80.0, 82.0]}
+
+
+def contender(name: str, **settings: object) -> Contender:
+    given = {"recipe": "shapes/petra_revnet_tiny", "seeds": (0, 1, 2), "opt": "sgd", "method": name.partition(",")[0]}
+    return Contender.model_validate({"name": name, "label": name, **given, **settings})
+
+
+@pytest.fixture
+def results() -> Results:
+    """Of three contenders, one of which diverged once."""
+    plan = AccuracyPlan(
+        name="delays",
+        contenders=(
+            contender("backprop", rates=(0.1, 0.2), rates_of="backprop"),
+            contender("petra", rates_of="backprop", paired_with="backprop", stages=4, delay=6.0),
+            contender("petra, J = 8", settings={"lr": 0.05}, paired_with="backprop", stages=8, delay=14.0),
+        ),
+        search=Search(),
+    )
+    results = Results("accuracy", "delays", plan.model_dump(mode="json"))
+    for trial, top1 in zip(plan.search_trials(results), (70.0, 75.5), strict=True):
+        results.add(Record(trial.contender, trial.repeat, trial.settings, "", {"top1": top1, "loss": 1.0}))
+    for trial in plan.trials(results)[2:]:
+        values = TOP1[trial.contender]
+        result = {"top1": values[trial.repeat]} if trial.repeat < len(values) else {"failed": "not finite"}
+        machine, versions = {"processor": "a processor", "cores": 2, "jobs": 2}, {"torch": "2.15.0"}
+        date = "2026-11-26T10:00:00Z"
+        results.add(Record(trial.contender, trial.repeat, trial.settings, "", dict(result), machine, versions, date))
+    return results
+
+
+@pytest.fixture
+def page(results: Results, tmp_path: Path) -> Path:
+    """A page with a table and a plot, both still missing."""
+    results.write(tmp_path / "results" / "delays.json")
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text(
+        "# Page\n\n<!-- table: results/delays.json accuracy -->\n<!-- /table -->\n\nand\n\n"
+        "<!-- plot: results/delays.json delay -->\n![Top-1 against the delay](plots/delay.svg)\n"
+    )
+    return page
+
+
+def test_a_table_has_paired_differences_and_their_verdicts(results: Results) -> None:
+    assert tables(results)["accuracy"].splitlines()[2:] == [
+        "| backprop | 0 | 0.2 | 3 | 91.00 (90.00 to 92.00) | | |",
+        "| petra | 6 | 0.2 | 3 | 90.97 (89.90 to 91.90) | -0.03 (-0.32 to 0.25) | no loss |",
+        "| petra, J = 8 | 14 | 0.05 | 2 (1 diverged) | 81.00 (80.00 to 82.00) | -9.50 (-15.85 to -3.15) | loss |",
+    ]
+
+
+def test_the_search_and_the_spread_are_told(results: Results) -> None:
+    found = tables(results)
+    assert "| backprop | 0.1: 70.00, **0.2: 75.50** |" in found["search"]
+    assert "| petra | 3 | 0.12 | 3 |" in found["spread"]
+    assert found["facts"] == "11 runs; 2026-11-26; a processor, 2 cores, 2 runs at once; torch 2.15.0."
+
+
+def test_runs_of_other_settings_count_for_nothing(results: Results) -> None:
+    before = tables(results)["accuracy"]
+    results.add(Record("petra", 0, {"recipe": "another", "overrides": {}}, "", {"top1": 1.0}))
+    assert tables(results)["accuracy"] == before
+
+
+def test_a_kind_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(UserError, match="no tables are known of a study of kind 'mystery'"):
+        tables(Results("mystery", "mystery"))
+
+
+def test_a_page_is_brought_up_to_date_and_then_checks(page: Path) -> None:
+    pytest.importorskip("matplotlib")
+    stale = petra_zoo("report", "--check", page)
+    assert (stale.returncode, len(stale.stdout.splitlines())) == (1, 2)
+    assert f"{page}, line 3: <!-- table: results/delays.json accuracy --> shows something else" in stale.stdout
+    assert petra_zoo("report", "--update", page).returncode == 0
+    assert petra_zoo("report", "--check", page).returncode == 0
+    assert "| no loss |" in page.read_text()
+    assert page.read_text().endswith("(plots/delay.svg)\n")
+
+
+def test_a_plot_says_what_it_was_drawn_from_and_is_drawn_alike(page: Path, results: Results) -> None:
+    pytest.importorskip("matplotlib")
+    picture = page.parent / "plots" / "delay.svg"
+    Page(page).update()
+    source = Source.of(picture)
+    assert source == Source("results/delays.json", "delay", charts(results)["delay"].digest)
+    drawn = picture.read_bytes()
+    ET.fromstring(drawn)
+    picture.unlink()
+    Page(page).update()
+    assert picture.read_bytes() == drawn
+    results.add(Record("petra", 0, results.runs[3].settings, "", {"top1": 12.0}))
+    results.write(page.parents[1] / "results" / "delays.json")
+    assert [shown.stale for shown in Page(page).shown] == [True, True]
+
+
+def test_without_matplotlib_tables_are_written_and_one_line_says_so(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = petra_zoo("report", tmp_path / "results" / "delays.json", "--output", tmp_path / "report")
+    assert done.returncode == 0
+    assert "left out delay: plots need matplotlib: pip install 'petra-zoo[plots]'" in done.stdout
+    assert [file.name for file in (tmp_path / "report").iterdir()] == ["delays.md"]
+    done = petra_zoo("report", "--update", page)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_tables_are_printed(tmp_path: Path, results: Results) -> None:
+    results.write(tmp_path / "delays.json")
+    done = petra_zoo("report", tmp_path / "delays.json")
+    assert done.stdout.startswith("## delays\n\n### accuracy\n\n| contender |")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!-- table: results/none.json accuracy -->\n<!-- /table -->", "there is no file results/none.json"),
+        ("<!-- table: results/delays.json acuracy -->\n<!-- /table -->", "did you mean 'accuracy'"),
+        ("<!-- table: results/delays.json accuracy -->\n| a |", "there is no <!-- /table --> behind it"),
+        ("<!-- table: results/delays.json -->\n| a |", "expected <!-- table: FILE NAME -->"),
+        ("<!-- plot: results/delays.json delay -->\ntext", "expected <!-- table: FILE NAME -->"),
+        ("<!-- plot: results/delays.json dely -->\n![](a.svg)", "has no plot 'dely'; did you mean 'delay'"),
+    ],
+)
+def test_a_mark_that_means_nothing_is_said_with_its_place(page: Path, text: str, words: str) -> None:
+    page.write_text(f"# Page\n\n{text}\n")
+    done = petra_zoo("report", "--check", page)
+    assert done.returncode == 2
+    assert f"{page}, line 3: " in done.stderr
+    assert words in done.stderr
