@@ -95,10 +95,10 @@ class Workers:
         assert trial is not None
         outcome = worker.outcome()
         if outcome.mistake is not None:
-            raise UserError(f"{trial}: {outcome.mistake}")
+            raise UserError(f"{self.study.title(trial)}: {outcome.mistake}")
         if outcome.crash is not None:
             last = outcome.crash.strip().splitlines()[-1]
-            raise Failure(f"{trial}: {last}") from RuntimeError(f"in a worker:\n{outcome.crash}")
+            raise Failure(f"{self.study.title(trial)}: {last}") from RuntimeError(f"in a worker:\n{outcome.crash}")
         assert outcome.result is not None
         return Record(
             trial.contender,

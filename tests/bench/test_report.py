@@ -148,3 +148,33 @@ def test_a_mark_that_means_nothing_is_said_with_its_place(page: Path, text: str,
     assert done.returncode == 2
     assert f"{page}, line 3: " in done.stderr
     assert words in done.stderr
+
+
+def probed(plan: AccuracyPlan) -> Results:
+    """One run of a network of four stages, measured twice."""
+    results = Results("accuracy", "probed", plan.model_dump(mode="json"))
+    (trial,) = plan.trials(results)
+    columns = {
+        "stage": [0, 1, 3, 0, 1, 3],
+        "micro_batch": [0, 0, 0, 10, 10, 10],
+        "cosine": [0.5, 0.6, 1.0, 0.9, 0.95, 1.0],
+        "norm_ratio": [1.0] * 6,
+        "reconstruction_error": [None, 0.01, 0.0, None, 0.001, 0.0],
+    }
+    results.add(Record(trial.contender, trial.repeat, trial.settings, "", {"top1": 90.0, "probe": columns}))
+    return results
+
+
+def test_probes_are_told_by_stage_and_drawn_over_training() -> None:
+    late = contender("petra", seeds=(0,), stages=4, delay=6.0)
+    results = probed(AccuracyPlan(name="probed", contenders=(late,), probe=10))
+    assert tables(results)["probes"].splitlines()[2:] == [
+        "| petra | 0 | 0.5 / - / 0.9 | 1 / - / 1 | - / - / - |",
+        "| petra | 1 | 0.6 / - / 0.95 | 1 / - / 1 | 0.01 / - / 0.001 |",
+        "| petra | 3 | 1 / - / 1 | 1 / - / 1 | 0 / - / 0 |",
+    ]
+    cosine, _, error = charts(results)["probes"].panels
+    assert [(s.label, [p.y for p in s.points]) for s in cosine.series] == [
+        ("first stage", [0.5, 0.9]), ("in the middle", [0.6, 0.95])
+    ]  # fmt: skip
+    assert [s.label for s in error.series] == ["in the middle"]
