@@ -22,7 +22,7 @@ def plan(
     input_size: Annotated[
         tuple[int, int, int] | None, typer.Option(metavar="C H W", help="Of an image; default: the model's.")
     ] = None,
-    micro_batches: Annotated[int, typer.Option(min=1, help="Per update: m, or k of petra.")] = 8,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Per update: m, or k of petra, dividing its delay.")] = 8,
     optimizer_states: Annotated[int, typer.Option(min=0, help="Per parameter: SGD momentum 1, AdamW 2.")] = 1,
     device: Annotated[str | None, typer.Option(help="Where to measure; default: the GPU where there is one.")] = None,
     profile: Annotated[Path | None, typer.Option(help="A saved profile, instead of measuring here.")] = None,
@@ -30,7 +30,11 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Draw it, for example as plan.png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every link and device in it.")] = False,
 ) -> None:
-    """Predict speed, links, memory and delay of PETRA and its peers on 1 to 64 devices."""
+    """Predict speed, links, memory and delay of PETRA and its peers on 1 to 64 devices.
+
+    The delay of PETRA's first stage is 2 (stages - 1) / micro-batches updates; a
+    warning says where it is expected to cost accuracy.
+    """
     from petra_zoo.planning.cluster import Cluster
     from petra_zoo.planning.plan import PLAN_COLUMNS, draw, make_plan
     from petra_zoo.planning.profiles import profile_of

@@ -18,7 +18,9 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Settings that replace the recipe's.", autocompletion=complete_setting
+            metavar="KEY=VALUE",
+            help="Settings that replace the recipe's; petra-zoo recipes show RECIPE --resolved prints all.",
+            autocompletion=complete_setting,
         ),
     ] = None,
     nproc: Annotated[
@@ -30,6 +32,10 @@ def train(
     ] = None,
 ) -> None:
     """Train a network by a recipe: petra-zoo train digits/petra_revnet_tiny epochs=5 method=dsp.
+
+    Gradients of the first stage are 2 (stages - 1) / accumulation_steps updates
+    old. The first lines say it, and warn where it is expected to cost accuracy;
+    update_size=64 max_delay=3 choose accumulation_steps and batch_size by it.
 
     With --nproc 4 the stages run in four processes. On several machines, on each:
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m petra_zoo train RECIPE

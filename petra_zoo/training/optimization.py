@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -17,6 +18,13 @@ from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 
 NamedParameters = list[tuple[str, nn.Parameter]]
+# Options of `create_optimizer_v2` that it reads where it makes the groups, by their names in the functions that do.
+_GROUPING = {
+    "filter_bias_and_bn": "weight_decay_exclude_1d",
+    "fallback_list": "fallback_list",
+    "fallback_no_weight_decay": "fallback_no_weight_decay",
+}
+_LAYER_GROUPING = {"layer_decay_min_scale": "min_scale", "layer_decay_no_opt_scale": "no_opt_scale"}
 
 
 @runtime_checkable
@@ -27,14 +35,17 @@ class _SparesDecay(Protocol):
 
 
 def optimizer_factory(recipe: Recipe, model: nn.Module) -> Callable[[NamedParameters], torch.optim.Optimizer]:
-    """Makes a stage's optimizer: timm's, with timm's parameter groups of the whole model cut down to the stage."""
-    decay, spared = recipe.weight_decay, set(model.no_weight_decay()) if isinstance(model, _SparesDecay) else set()
-    if recipe.layer_decay is None:
-        groups = param_groups_weight_decay(model, decay, no_weight_decay_list=spared)
-    else:
-        groups = param_groups_layer_decay(model, decay, no_weight_decay_list=spared, layer_decay=recipe.layer_decay)
-    in_model = {name for name, _ in model.named_parameters()}
+    """Makes a stage's optimizer: timm's, with timm's parameter groups of the whole model cut down to the stage.
+
+    Raises:
+        UserError: the optimizer needs a package that is not installed.
+    """
+    # Without it torch contracts from left to right, through tensors as large as all factors' product.
+    if recipe.opt.startswith("kron") and find_spec("opt_einsum") is None:
+        raise UserError(f"optimizer {recipe.opt!r} needs the package opt_einsum: pip install opt_einsum")
     options = dict(recipe.opt_kwargs)
+    groups = _groups(recipe, model, options)
+    in_model = {name for name, _ in model.named_parameters()}
     if recipe.opt_eps is not None:
         options["eps"] = recipe.opt_eps
     if recipe.opt_betas is not None:
@@ -59,6 +70,23 @@ def optimizer_factory(recipe: Recipe, model: nn.Module) -> Callable[[NamedParame
             raise UserError(f"optimizer {recipe.opt!r}: {first_line(error)}") from error
 
     return make
+
+
+def _groups(recipe: Recipe, model: nn.Module, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """timm's parameter groups of a whole model; takes out of the options those that are about groups."""
+    spared = set(model.no_weight_decay()) if isinstance(model, _SparesDecay) else set()
+    grouping = {theirs: options.pop(name) for name, theirs in _GROUPING.items() if name in options}
+    by_layer = {theirs: options.pop(name) for name, theirs in _LAYER_GROUPING.items() if name in options}
+    if recipe.layer_decay is None:
+        return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=spared, **grouping)
+    return param_groups_layer_decay(
+        model,
+        recipe.weight_decay,
+        no_weight_decay_list=spared,
+        layer_decay=recipe.layer_decay,
+        **grouping,
+        **by_layer,
+    )
 
 
 def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch.optim.Optimizer], Scheduler | None]:

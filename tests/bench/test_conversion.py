@@ -8,11 +8,9 @@ from petra_zoo.bench.conversion import ConversionStudy
 from petra_zoo.bench.conversion_jobs import FidelityJob, TrainedOn, job_of
 from petra_zoo.bench.conversion_tables import conversion_tables
 from petra_zoo.bench.engine import run_study
-from petra_zoo.bench.pages import Page
 from petra_zoo.bench.results import Results
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PAGES = sorted(BENCHMARKS.glob("*/README.md"))
 
 
 @pytest.mark.parametrize("coupling", ["auto", 1.0])
@@ -33,8 +31,3 @@ def test_the_quick_study_runs_to_its_end(tmp_path: Path) -> None:
     # The same network as ever: its weights come from a seed.
     assert networks[1].number("largest_error") == pytest.approx(5.2e-7, rel=0.2)
     assert conversion_tables(results).keys() == {"networks", "fidelity"}
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
-def test_the_benchmarks_pages_show_their_results(path: Path) -> None:
-    assert not [shown.mark for shown in Page(path).shown if shown.stale]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.petra import Layout, Optimization, Pipeline, World, find_method
+from petra_zoo.petra import Costs, Layout, Optimization, Pipeline, World
 from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit
 
 WIDTH, CLASSES = 6, 4
@@ -67,7 +67,8 @@ def make_chain_pipeline(
     **optimization: Any,
 ) -> Pipeline:
     """A pipeline of the chain, one unit per stage unless said otherwise."""
-    layout = Layout.of(model, list(split), method=find_method(method), ranks=world.size if world else 1)
+    costs = Costs([1.0] * len(model.layers), [1.0] * len(model.layers))
+    layout = Layout.of(model, list(split), method=method, ranks=world.size if world else 1, costs=costs)
     return Pipeline(
         model, layout, method=method, optimization=Optimization(**optimization), autocast=autocast, world=world
     )

@@ -85,8 +85,15 @@ CASES: dict[int, list[Case]] = {
         ("sgd", 3, {"method": "petra"}, False, Wire(torch.bfloat16, torch.bfloat16)),
         ("sgd", 3, {"method": "petra", "autocast": torch.bfloat16}, False),
         ("sgd", 4, {"method": "petra"}, True),
+        ("adamw", 4, {"method": "petra", "weight_prediction": "head"}, True),
     ],
-    3: [("sgd", 5, {"method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS],
+    3: [
+        *(("sgd", 5, {"method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS),
+        *(
+            ("sgd", UNITS, {"method": m, "accumulation_steps": 2, "weight_prediction": "backward"}, False)
+            for m in ("petra", "dsp", "delayed")
+        ),
+    ],
     4: [
         ("adamw", 4, {"method": "petra", "accumulation_steps": 3}, False),
         ("sgd", [2, 3, 4, 5], {"method": "delayed"}, False),
