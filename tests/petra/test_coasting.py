@@ -57,8 +57,8 @@ def step(parameters: list[Tensor], optimizer: torch.optim.Optimizer, seed: int, 
     optimizer.step()
 
 
-@settings(max_examples=80, deadline=None)
-@given(options=SETTINGS, past=st.integers(1, 12), updates=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+@given(options=SETTINGS, past=st.integers(1, 8), updates=st.integers(1, 7), seed=st.integers(0, 99))
 def test_an_optimizer_coasts_to_the_mean_of_two_opposite_futures(
     options: dict[str, Any], past: int, updates: int, seed: int
 ) -> None:
@@ -99,7 +99,7 @@ def test_parameters_of_different_age_coast_by_their_own() -> None:
 
 
 @given(past=st.integers(1, 6), updates=st.integers(1, 9))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_a_measured_step_of_classical_momentum_coasts_as_its_state_says(past: int, updates: int) -> None:
     parameters, optimizer = make({"opt": "momentum"})
     measured = CoastingByStep(optimizer)

@@ -12,7 +12,7 @@ from tests.petra.test_pipeline import batches, make_model, make_pipeline, sgd
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dist, pytest.mark.timeout(300)]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-OPTIONS: list[dict[str, Any]] = [{}, {"autocast": torch.bfloat16}]
+OPTIONS: list[dict[str, Any]] = [{}, {"autocast": torch.bfloat16}, {"weight_prediction": "head"}]
 
 
 def train(world: World, options: dict[str, Any]) -> list[float]:

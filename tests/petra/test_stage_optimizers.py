@@ -9,8 +9,9 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 
-from petra_zoo.petra import World
-from tests.petra.chain import Chain, data, make_chain_pipeline
+from petra_zoo.petra import Pipeline, World
+from tests.petra import chain
+from tests.petra.chain import data
 from tests.petra.processes import own_world, run_processes
 from tests.petra.test_pipeline import run
 
@@ -28,6 +29,14 @@ def eager() -> Any:
         yield
 
 
+def short_chain() -> chain.Chain:
+    return chain.Chain(depth=1)
+
+
+def make_short_pipeline(model: Any, **kwargs: Any) -> Pipeline:
+    return chain.make_chain_pipeline(model, [1, 1, 1], **kwargs)
+
+
 def timms(opt: str) -> Any:
     return lambda named: create_optimizer_v2([p for _, p in named], opt=opt, lr=0.02, weight_decay=0.01)
 
@@ -35,41 +44,41 @@ def timms(opt: str) -> Any:
 @pytest.mark.parametrize("opt", OPTIMIZERS)
 def test_a_stage_alone_makes_the_updates_that_it_makes_among_others(opt: str) -> None:
     """As a process would that has no other stage: from the gradients alone, whatever the generator was left at."""
-    together = Chain()
-    pipeline = make_chain_pipeline(together, optimizer=timms(opt), accumulation_steps=2)
+    together = short_chain()
+    pipeline = make_short_pipeline(together, optimizer=timms(opt), accumulation_steps=2)
     gradients: list[list[Tensor]] = [[] for _ in pipeline.stages]
     for stage in pipeline.stages:
         (p,) = stage.own_parameters()
         stage.optimizer.register_step_pre_hook(  # type: ignore[union-attr]
             lambda *_, p=p, found=gradients[stage.index]: found.append(p.grad.clone())
         )
-    run(pipeline, data(14))
+    run(pipeline, data(8))
     for j, found in enumerate(gradients):
-        alone = make_chain_pipeline(Chain(), optimizer=timms(opt)).stages[j]
+        alone = make_short_pipeline(short_chain(), optimizer=timms(opt)).stages[j]
         (p,) = alone.own_parameters()
         for gradient in found:
             torch.rand(j + 1)
             p.grad, alone.gradients_in_window = gradient, 1
             alone.update()
-        assert len(found) == 7
+        assert len(found) == 4
         assert torch.equal(p, pipeline.stages[j].own_parameters()[0]), j
 
 
 @pytest.mark.parametrize("opt", OPTIMIZERS)
 def test_a_restored_pipeline_continues_to_the_bit(opt: str) -> None:
-    feed = data(18)
-    straight, first, second = Chain(), Chain(), Chain()
-    run(make_chain_pipeline(straight, optimizer=timms(opt)), feed)
-    stopped = make_chain_pipeline(first, optimizer=timms(opt))
-    run(stopped, feed[:11], drain=False)
-    continued = make_chain_pipeline(second, optimizer=timms(opt))
+    feed = data(12)
+    straight, first, second = short_chain(), short_chain(), short_chain()
+    run(make_short_pipeline(straight, optimizer=timms(opt)), feed)
+    stopped = make_short_pipeline(first, optimizer=timms(opt))
+    run(stopped, feed[:9], drain=False)
+    continued = make_short_pipeline(second, optimizer=timms(opt))
     continued.load_state_dict(copy.deepcopy(stopped.state_dict()))
-    run(continued, feed[11:])
+    run(continued, feed[9:])
     assert all(map(torch.equal, straight.state_dict().values(), second.state_dict().values()))
 
 
 def test_an_optimizer_that_draws_leaves_the_global_generator_alone() -> None:
-    pipeline = make_chain_pipeline(Chain(), optimizer=timms("kron"), accumulation_steps=4)
+    pipeline = make_short_pipeline(short_chain(), optimizer=timms("kron"), accumulation_steps=4)
     before = torch.get_rng_state()
     run(pipeline, data(14))  # the last window is not full: drained
     assert torch.equal(torch.get_rng_state(), before)
@@ -77,7 +86,7 @@ def test_an_optimizer_that_draws_leaves_the_global_generator_alone() -> None:
 
 def train(opt: str, kind: str, world: World | None = None) -> dict[str, Tensor] | None:
     with torch.compiler.set_stance("force_eager"):
-        pipeline = make_chain_pipeline(Chain(), optimizer=timms(opt), weight_prediction=kind, world=world)
+        pipeline = make_short_pipeline(short_chain(), optimizer=timms(opt), weight_prediction=kind, world=world)
         for batch in data(14):
             pipeline.step(*batch) if pipeline.world.first else pipeline.step()
         pipeline.drain()

@@ -15,7 +15,6 @@ from tests.petra.chain import Chain, data, make_chain_pipeline
 from tests.petra.test_pipeline import batches, make_model, make_pipeline, run, sgd
 
 LR, M = 0.05, 0.9
-KINDS = ("head", "backward")
 
 
 def timms(opt: str, **options: Any) -> Any:
@@ -92,11 +91,10 @@ def reference(
     return losses, w
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize(("kind", "k"), [("none", 2), ("head", 1), ("head", 3), ("backward", 1), ("backward", 2)])
 @pytest.mark.parametrize("method", ["petra", "dsp", "delayed"])
 def test_the_engine_computes_what_the_formulas_say(method: str, kind: str, k: int) -> None:
-    model, feed = Chain(), data(24)
+    model, feed = Chain(), data(18)
     expected, weights = reference([p.detach().clone() for p in model.parameters()], feed, method, kind, k)
     pipeline = make_chain_pipeline(
         model, method=method, optimizer=sgd(LR, M), accumulation_steps=k, weight_prediction=kind
@@ -110,12 +108,12 @@ def test_the_engine_computes_what_the_formulas_say(method: str, kind: str, k: in
 # -- what stays as it is ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "local"])  # which is for pictures
 def test_where_there_is_no_delay_the_same_settings_train_as_ever(method: str) -> None:
     """The exact controls, the last stage, one stage: nothing is predicted, so nothing is asked of the optimizer."""
     delay = METHODS[method].delay(3)
-    momentum = 0.9 if any(delay) else 0.0
-    pipeline = make_pipeline(make_model(), 3, method=method, optimizer=sgd(0.1, momentum), weight_prediction="head")
+    optimizer = sgd(0.1, 0.9 if any(delay) else 0.0)
+    pipeline = make_chain_pipeline(Chain(), [2, 1, 2], method=method, optimizer=optimizer, weight_prediction="head")
     assert [stage.prediction is not None for stage in pipeline.stages] == [updates > 0 for updates in delay]
     alone = make_chain_pipeline(Chain(), [5], method="petra", optimizer=sgd(0.1, 0.0), weight_prediction="head")
     assert alone.stages[0].prediction is None
@@ -202,7 +200,7 @@ def test_forward_and_backward_agree_better_with_weights_predicted_for_the_backwa
     errors = {}
     for kind in ("none", "backward"):
         pipeline = make_chain_pipeline(Chain(), optimizer=sgd(0.002), weight_prediction=kind)
-        with pipeline.probe() as probe:
-            run(pipeline, data(40))
-        errors[kind] = torch.tensor([m.reconstruction_error for m in probe.measurements[60:] if m.reconstruction_error])
+        with pipeline.probe(every=3) as probe:
+            run(pipeline, data(28))
+        errors[kind] = torch.tensor([m.reconstruction_error for m in probe.measurements[20:] if m.reconstruction_error])
     assert float(errors["backward"].mean()) < 0.7 * float(errors["none"].mean())
