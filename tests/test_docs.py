@@ -24,6 +24,7 @@ def test_the_examples_of_the_page_on_models_run() -> None:
         run_python("models.md", code)
 
 
+@pytest.mark.slow
 def test_a_network_a_method_a_data_set_and_a_loss_of_ones_own_train_and_are_evaluated(tmp_path: Path) -> None:
     for code in blocks("extending.md", "python"):
         if name := re.match(r"# (\w+\.py)\n", code):

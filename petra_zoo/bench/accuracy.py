@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from petra_zoo.bench.accuracy_plan import AccuracyPlan, overrides_of, train_command
+from petra_zoo.bench.accuracy_plan import AccuracyPlan, overrides_of, rate_of, train_command
 from petra_zoo.bench.results import Results
 from petra_zoo.bench.study import Study, Trial
 from petra_zoo.errors import Failure
@@ -39,6 +39,10 @@ class AccuracyStudy(Study):
 
     def command(self, trial: Trial) -> str:
         return train_command(trial)
+
+    def title(self, trial: Trial) -> str:
+        rate, search = rate_of(trial), "search, " if trial.settings.get("search") else ""
+        return f"{trial.contender} ({search}{'' if rate is None else f'lr {rate:g}, '}seed {trial.repeat})"
 
     def run(self, trial: Trial) -> JsonObject:
         """Trains once, into a folder that is thrown away; see `measured_training`."""

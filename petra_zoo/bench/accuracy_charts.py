@@ -9,17 +9,20 @@ from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender
 from petra_zoo.bench.accuracy_tables import paired_difference, plan_of, top1_values
 from petra_zoo.bench.charts import Chart, Level, Panel, Point, Series
 from petra_zoo.bench.pairs import MARGIN, Interval
+from petra_zoo.bench.probed import probe_chart
 from petra_zoo.bench.results import Results
 
 _DELAY = "delay of the first stage, updates"
 
 
 def accuracy_charts(results: Results) -> dict[str, Chart]:
-    """Charts by name: `delay` where contenders are compared at several delays."""
+    """Charts by name: `delay` where pairs are compared at several delays; `probes` where stages were probed."""
     plan = plan_of(results)
     found = {}
-    if len({contender.delay for contender in plan.contenders}) > 1:
+    if len({contender.delay for contender in plan.contenders if contender.paired_with}) > 1:
         found["delay"] = _delay(plan, results)
+    if plan.probe:
+        found["probes"] = probe_chart(plan, results)
     return found
 
 

@@ -164,6 +164,13 @@ def overrides_of(trial: Trial) -> list[str]:
     return [*(f"{name}={_in_yaml(value)}" for name, value in overrides.items()), f"seed={trial.repeat}"]
 
 
+def rate_of(trial: Trial) -> float | None:
+    """The learning rate that a trial's settings say."""
+    overrides = trial.settings["overrides"]
+    rate = overrides.get("lr") if isinstance(overrides, dict) else None
+    return float(rate) if isinstance(rate, int | float) else None
+
+
 def train_command(trial: Trial) -> str:
     """What a user types to repeat a run."""
     return shlex.join(["petra-zoo", "train", str(trial.settings["recipe"]), *overrides_of(trial)])

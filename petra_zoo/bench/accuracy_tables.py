@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -12,6 +10,7 @@ from pydantic import ValidationError
 from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender
 from petra_zoo.bench.markdown import markdown_table
 from petra_zoo.bench.pairs import MARGIN, Interval, seeds_needed, verdict
+from petra_zoo.bench.probed import probe_table
 from petra_zoo.bench.results import Record, Results
 from petra_zoo.errors import UserError
 
@@ -40,7 +39,7 @@ def accuracy_tables(results: Results) -> dict[str, str]:
     if any(contender.rates for contender in plan.contenders):
         found["search"] = _search(plan, results)
     if plan.probe:
-        found["probes"] = _probes(plan, results)
+        found["probes"] = probe_table(plan, results)
     return found
 
 
@@ -117,40 +116,6 @@ def _search(plan: AccuracyPlan, results: Results) -> str:
         if cells:
             rows.append([contender.name, ", ".join(cells)])
     return markdown_table(["contender", "top-1 in percent by learning rate; taken: bold"], rows)
-
-
-def _probes(plan: AccuracyPlan, results: Results) -> str:
-    """Per stage, over all seeds, in the first tenth, the middle and the last tenth of training."""
-    rows = []
-    for contender in plan.contenders:
-        for stage, parts in sorted(_measured(plan.runs(contender, results)).items()):
-            cells = [" / ".join(_mean(part[name]) for part in parts) for name in _PROBED]
-            rows.append([contender.name, str(stage), *cells])
-    return markdown_table(["contender", "stage", "cosine", "norm ratio", "reconstruction error"], rows)
-
-
-_PROBED = ("cosine", "norm_ratio", "reconstruction_error")
-_PARTS = ((0.0, 0.1), (0.45, 0.55), (0.9, 1.0))  # of training
-_Part = dict[str, list[float]]
-
-
-def _measured(runs: Sequence[Record]) -> dict[int, list[_Part]]:
-    """Probed values by stage, in three parts of the training."""
-    found: dict[int, list[_Part]] = defaultdict(lambda: [defaultdict(list) for _ in _PARTS])
-    for run in runs:
-        columns = {name: run.numbers("probe", name) for name in ("stage", "micro_batch", *_PROBED)}
-        end = max(columns["micro_batch"], default=0.0) or 1.0
-        for place, (stage, micro_batch) in enumerate(zip(columns["stage"], columns["micro_batch"], strict=True)):
-            for (begin, stop), part in zip(_PARTS, found[int(stage)], strict=True):
-                for name in _PROBED:
-                    value = columns[name][place]
-                    if begin <= micro_batch / end <= stop and not math.isnan(value):
-                        part[name].append(value)
-    return found
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3g}" if values else "-"
 
 
 def _rate(plan: AccuracyPlan, contender: Contender, results: Results) -> str:

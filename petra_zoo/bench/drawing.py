@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from petra_zoo.bench.charts import Chart, Panel, Series, Source
@@ -49,10 +50,24 @@ def draw_chart(chart: Chart, source: Source) -> str:
             _draw_panel(axes, panel)
             handles, labels = axes.get_legend_handles_labels()
             shown |= dict(zip(labels, handles, strict=True))
-        figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2 * columns, frameon=False)
+        labels = _legend(chart)
+        handles = [shown[label] for label in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
         picture = io.StringIO()
         figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None, "Description": str(source)})
     return picture.getvalue()
+
+
+def _legend(chart: Chart) -> list[str]:
+    """Every label once, each behind the one that stands before it in some panel."""
+    labels: list[str] = []
+    for panel in chart.panels:
+        place = len(labels)
+        for series in panel.series:
+            if series.label not in labels:
+                labels.insert(place, series.label)
+            place = labels.index(series.label) + 1
+    return labels
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -68,11 +83,14 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             fontsize=8,
             color="0.35",
         )
+    if not panel.series:
+        axes.text(0.5, 0.5, "nothing to measure", ha="center", color="0.35", transform=axes.transAxes)
     values = [point.x for series in panel.series for point in series.points]
     reach = _APART * (max(values, default=0.0) - min(values, default=0.0)) if panel.apart else 0.0
     middle = (len(panel.series) - 1) / 2
     for place, series in enumerate(panel.series):
-        _draw_series(axes, series, reach * (place - middle) / max(middle, 1))
+        points = [point for point in series.points if panel.scale != "log" or point.y > 0]
+        _draw_series(axes, replace(series, points=tuple(points)), reach * (place - middle) / max(middle, 1))
     if panel.scale == "symlog":
         low, high = axes.get_ylim()
         axes.set_yscale("symlog", linthresh=1, linscale=1)

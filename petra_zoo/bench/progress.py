@@ -61,13 +61,13 @@ class Progress:
         """A worker works on it."""
         self._began[trial.key] = time.monotonic()
         if self._bar:
-            self._bar.update(self._task, description=str(trial))
+            self._bar.update(self._task, description=self.study.title(trial))
 
     def ended(self, run: Record) -> None:
         """It is in the file."""
         seconds = time.monotonic() - self._began.pop(run.trial.key)
         done, total = self._counts()
-        self._line(f"{done:>4}/{total}  {run.trial}: {shown(run)}  ({seconds:.0f} s)")
+        self._line(f"{done:>4}/{total}  {self.study.title(run.trial)}: {shown(run)}  ({seconds:.0f} s)")
         if self._bar:
             self._bar.update(self._task, completed=done, total=total)
 

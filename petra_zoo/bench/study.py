@@ -66,6 +66,10 @@ class Study(ABC):
     def command(self, trial: Trial) -> str:
         """What a user types to repeat a run."""
 
+    def title(self, trial: Trial) -> str:
+        """A run in a few words, for progress and errors."""
+        return str(trial)
+
     def close(self) -> None:  # noqa: B027 (most have nothing to end)
         """A worker ends, by Ctrl-C too: ends what its runs have left behind."""
 

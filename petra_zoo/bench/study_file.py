@@ -164,8 +164,6 @@ def _contender(
             make_recipe(lay_over(recipe_settings(task.recipe), lay_over(with_rate, known_names(under_search))))
     except UserError as error:
         raise UserError(f"contender '{label}': {error}") from error
-    from petra_zoo.petra.methods import find_method  # with torch behind it; a recipe has been checked by it already
-
     name = _name(label, task_name)
     return Contender(
         name=name,
@@ -180,7 +178,7 @@ def _contender(
         method=recipe.method,
         opt=recipe.opt,
         stages=recipe.stages,
-        delay=find_method(recipe.method).delay(recipe.stages, recipe.accumulation_steps)[0],
+        delay=recipe.delay[0],
     )
 
 

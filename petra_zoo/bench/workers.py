@@ -26,7 +26,7 @@ from petra_zoo.extensions import import_modules, imported_modules
 from petra_zoo.machine import describe_machine, describe_versions, now
 from petra_zoo.strict_json import JsonObject
 
-_SECONDS_TO_END = 10.0  # before a worker that was asked to end is killed
+_SECONDS_TO_END = 30.0  # before a worker that was asked to end is killed: torch takes its time on a busy machine
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # read when torch is imported
 
 
@@ -95,10 +95,10 @@ class Workers:
         assert trial is not None
         outcome = worker.outcome()
         if outcome.mistake is not None:
-            raise UserError(f"{trial}: {outcome.mistake}")
+            raise UserError(f"{self.study.title(trial)}: {outcome.mistake}")
         if outcome.crash is not None:
             last = outcome.crash.strip().splitlines()[-1]
-            raise Failure(f"{trial}: {last}") from RuntimeError(f"in a worker:\n{outcome.crash}")
+            raise Failure(f"{self.study.title(trial)}: {last}") from RuntimeError(f"in a worker:\n{outcome.crash}")
         assert outcome.result is not None
         return Record(
             trial.contender,

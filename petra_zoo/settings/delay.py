@@ -6,7 +6,7 @@ from petra_zoo.settings.recipe import Recipe
 
 # Up to which D_0 (delay of the first stage, in updates) PETRA trains as well as backpropagation, by timm's name of the
 # optimizer: docs/evidence.md.
-BORDERS = {"muon": 13.0}
+BORDERS = {"muon": 6.0}
 BORDER_OF_OTHERS = 6.0
 
 

@@ -84,6 +84,6 @@ def test_the_command_line_runs_a_study_and_says_what_is_next(file: Path, tmp_pat
     done = petra_zoo("bench", "accuracy", file, "--output", results, "--jobs", "2")
     assert done.returncode == 0, done.stderr
     assert "3/3" in done.stdout
-    assert "wild #0: failed: " in done.stdout
+    assert "wild (lr 1e+30, seed 0): failed: " in done.stdout
     assert done.stdout.endswith(f"next: petra-zoo report {results}\n")
     assert petra_zoo("report", results).returncode == 0

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,39 +31,62 @@ def runs_of(toy: Toy) -> list[str]:
 
 
 def quiet() -> Console:
-    return Console(file=io.StringIO())
+    return Console(file=io.StringIO(), width=200)
 
 
-def test_contenders_take_turns_and_results_are_kept(toy: Toy, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.json"
-    results = run_study(toy, path, console=quiet())
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Path, str]:
+    """A study that has run, its results file, and what it said."""
+    folder, console = tmp_path_factory.mktemp("finished"), quiet()
+    toy, path = Toy(folder / "log"), folder / "new" / "results.json"
+    run_study(toy, path, console=console)
+    return toy, path, said(console)
+
+
+@pytest.fixture
+def path(finished: tuple[Toy, Path, str], tmp_path: Path) -> Path:
+    """A results file of one's own, complete."""
+    return Path(shutil.copy(finished[1], tmp_path))
+
+
+def test_contenders_take_turns_and_results_are_kept(finished: tuple[Toy, Path, str]) -> None:
+    toy, path, printed = finished
     assert runs_of(toy) == ["one #0", "three #0", "one #1", "three #1"]
-    assert [run.result for run in Results.read(path).runs] == [run.result for run in results.runs]
-    run = results.runs[1]
+    run = Results.read(path).runs[1]
     assert run.result == {"letters": 5, "threads": "1"}
     assert run.command == "count the letters of three"
     assert {"python", "torch", "timm", "petra-zoo"} <= run.versions.keys()
     assert {"processor", "cores", "system", "jobs"} <= run.machine.keys()
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    assert "2/4  three #0: letters 5" in printed
 
 
-def test_what_is_done_is_not_repeated(toy: Toy, tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    run_study(toy, path, console=quiet())
+def test_what_is_done_is_not_repeated(toy: Toy, path: Path) -> None:
     content = json.loads(path.read_text())
     del content["runs"][1]
     path.write_text(json.dumps(content))
-    toy.log.unlink()
     results = run_study(Toy(toy.log, repeats=3), path, console=quiet())
     assert runs_of(toy) == ["three #0", "one #2", "three #2"]
     assert len(results.runs) == 6
 
 
-def test_other_settings_are_another_run(toy: Toy, tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    run_study(Toy(toy.log, ("one",), 1), path, console=quiet())
+def test_a_complete_study_starts_no_worker_and_says_so(toy: Toy, path: Path) -> None:
+    console = quiet()
+    before = path.read_text()
+    run_study(toy, path, console=console)
+    assert f"toy: 4 of 4 runs are in {path}" in said(console)
+    assert not toy.log.exists()
+    assert path.read_text() == before
+
+
+def test_other_settings_are_another_run(toy: Toy, path: Path) -> None:
     results = run_study(Toy(toy.log, ("one",), 1, settings="new"), path, console=quiet())
-    assert [run.settings for run in results.runs] == [{"as": "as ever"}, {"as": "new"}]
+    assert [run.settings for run in results.runs] == [{"as": "as ever"}] * 4 + [{"as": "new"}]
 
 
 def test_two_jobs_are_two_processes(toy: Toy, tmp_path: Path) -> None:
@@ -126,15 +150,6 @@ def test_a_study_of_times_takes_one_job(toy: Toy, tmp_path: Path, monkeypatch: p
         run_study(toy, tmp_path / "results.json", jobs=2, console=quiet())
 
 
-def test_progress_says_what_came_out_and_what_was_there(toy: Toy, tmp_path: Path) -> None:
-    path, console = tmp_path / "results.json", quiet()
-    run_study(toy, path, console=console)
-    run_study(toy, path, console=console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "2/4  three #0: letters 5" in said
-    assert f"toy: 4 of 4 runs are in {path}" in said
-
-
 def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     code = (
@@ -156,8 +171,8 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert f"interrupted: 1 of 2 runs are in {path}" in said
+    printed, _ = process.communicate(timeout=60)
+    assert f"interrupted: 1 of 2 runs are in {path}" in printed
     assert [run.contender for run in Results.read(path).runs] == ["one"]
     assert toy.log.read_text().splitlines()[-1] == "closed"
     while someone_left(process.pid):  # else the test's own time limit ends it

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 HEAVY = {"torch", "timm", "torchvision", "numpy", "huggingface_hub", "safetensors", "PIL", "matplotlib", "sklearn"}
+ROOT = Path(__file__).parents[2]
 MOST = 650  # typer, rich and pydantic are about 400; torch alone is more than 1,000
 
 
@@ -17,6 +19,7 @@ def modules_of(*arguments: str, code: int, **environment: str) -> set[str]:
         capture_output=True,
         text=True,
         timeout=100,
+        cwd=ROOT,
         env=os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"} | environment,
     )
     assert done.returncode == code, done.stderr[-2000:]
@@ -37,6 +40,7 @@ def modules_of(*arguments: str, code: int, **environment: str) -> set[str]:
         (["recipes", "ls", "--json"], 0),
         (["recipes", "show", "digits/petra_revnet_tiny"], 0),
         (["recipes", "show", "nothing"], 2),
+        (["report", "benchmarks/methods/results.json"], 0),
         (["--show-completion", "bash"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
