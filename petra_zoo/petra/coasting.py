@@ -4,7 +4,7 @@ The gradients to come are unknown. If their mean is zero and their squares stay 
 parameters n updates from now follows from the optimizer's state: the momentum decays, and what it still moves adds up.
 For SGD that is theta - lr (m + m^2 + ... + m^n) v; for the Adam family the same with bias corrections. To repeat the
 last step, theta - n lr v (SpecTrain, arXiv 1809.02839; "LWP" of arXiv 2003.11666), is to take the gradient as constant.
-docs/engine.md has the measurement that decided between the two.
+benchmarks/coasting has the measurement that decided between the two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from math import sqrt
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +26,22 @@ Values = dict[str, Any]  # a parameter group, or what an optimizer keeps of a pa
 Moved = list[tuple[Tensor, Tensor]]
 
 
-class Coasting(Protocol):
-    """Where an optimizer's parameters will be."""
+class Coasting:
+    """Where an optimizer's parameters will be; see the two ways below."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
 
     def ahead(self, updates: int) -> Moved:
         """Those that move, each with where it will be so many updates from now."""
+        raise NotImplementedError
 
     def before_step(self) -> None:
         """To be called before every step of the optimizer."""
 
     def state_dict(self) -> State | None:
         """What a continuation needs beside the optimizer's state."""
+        return None
 
     def load_state_dict(self, state: State | None) -> None:
         """Restores what `state_dict` gave."""
@@ -58,14 +63,14 @@ def coasting_of(optimizer: Optimizer) -> Coasting:
     return CoastingByStep(optimizer)
 
 
-class CoastingByStep:
+class CoastingByStep(Coasting):
     """Takes a step as lasting, but for the decay of momentum: theta + (m + ... + m^n) (theta - theta before the step).
 
     For any optimizer. Keeps a copy of its parameters, those before its last step.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.before: list[Tensor] | None = None
 
     def ahead(self, updates: int) -> Moved:
@@ -94,33 +99,21 @@ class CoastingByStep:
         self.before = None if state is None else [x.clone() for x in state["before"]]
 
 
-class CoastingByState:
+class CoastingByState(Coasting):
     """Reads momentum off the optimizer's state and keeps nothing."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self.motion = _motions()[type(optimizer)]
 
     def ahead(self, updates: int) -> Moved:
         found: Moved = []
+        motion_of = _motions()[type(self.optimizer)]
         for group in self.optimizer.param_groups:
             ages: dict[float, list[Tensor]] = defaultdict(list)  # one, unless some went without a gradient
             for p in group["params"]:
                 if state := self.optimizer.state.get(p):
                     ages[float(state.get("step", 0))].append(p)
             for age, parameters in ages.items():
-                motion = self.motion(group, [self.optimizer.state[p] for p in parameters], age, updates)
+                motion = motion_of(group, [self.optimizer.state[p] for p in parameters], age, updates)
                 found += zip(parameters, motion.of(parameters), strict=True)
         return found
-
-    def before_step(self) -> None:
-        pass
-
-    def state_dict(self) -> State | None:
-        return None
-
-    def load_state_dict(self, state: State | None) -> None:
-        pass
 
 
 class Motion(NamedTuple):
