@@ -33,15 +33,15 @@ class Clock:
 
     def backward(self, stage: int, tick: int | None = None) -> bool:
         """Whether a stage runs a backward in a tick (default: the present one)."""
-        goes = self.backwards and stage >= self.lowest
-        return goes and self._was_fed(tick, 2 * (self.stages - 1) - stage if self.delayed else 0)
+        return self._comes_back(stage) and self._was_fed(tick, self._returns_after(stage))
 
     def backwards_within(self, stage: int, ticks: int) -> int:
         """How many backwards a stage runs in the present tick and those behind it, of `ticks` ticks together.
 
-        At most 2 (J - 1 - j) of them: what will come back then has been fed by now.
+        At most 2 (J - 1 - j) of them: what comes back within these has been fed by now.
         """
-        return sum(self.backward(stage, self.tick + i) for i in range(ticks))
+        first = self.tick - self._returns_after(stage)
+        return sum(self.fed.get(first + i, False) for i in range(ticks)) if self._comes_back(stage) else 0
 
     @property
     def in_flight(self) -> int:
@@ -53,3 +53,10 @@ class Clock:
 
     def _was_fed(self, tick: int | None, ago: int) -> bool:
         return self.fed.get((self.tick if tick is None else tick) - ago, False)
+
+    def _comes_back(self, stage: int) -> bool:
+        return self.backwards and stage >= self.lowest
+
+    def _returns_after(self, stage: int) -> int:
+        """Ticks from feeding a micro-batch to its backward in a stage."""
+        return 2 * (self.stages - 1) - stage if self.delayed else 0

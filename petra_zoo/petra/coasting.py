@@ -165,7 +165,8 @@ def _sgd(group: Values, states: list[Values], age: float, updates: int) -> Motio
         return theta
 
     # Linear in (theta, v): run on (1, 0) and (0, 1) it gives their factors.
-    return Motion(run(1.0, 0.0), -run(0.0, 1.0), [state["momentum_buffer"] for state in states])
+    keep = run(1.0, 0.0) if group["weight_decay"] else 1.0
+    return Motion(keep, -run(0.0, 1.0), [state["momentum_buffer"] for state in states])
 
 
 def _adam(group: Values, states: list[Values], age: float, updates: int) -> Motion:
