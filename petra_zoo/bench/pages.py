@@ -96,8 +96,10 @@ class Page:
         self.path = path
         try:
             self.text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"page {path} cannot be read: {error}") from error
+        except OSError as error:
+            raise UserError(f"page {path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"page {path} is no text: {error}") from error
         self.tables = [self._table(found) for found in _TABLE.finditer(self.text)]
         self.pictures = [self._picture(found) for found in _PLOT.finditer(self.text)]
         known = {shown.line for shown in self.shown}

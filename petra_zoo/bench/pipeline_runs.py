@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +19,7 @@ from torch.multiprocessing.spawn import start_processes
 from petra_zoo.bench.pipeline_contenders import PipelineContender, build_network, make_contender, task_data
 from petra_zoo.bench.pipeline_jobs import BASELINE, CAPACITY, PLANNED, PipelineJob, PipelineTask
 from petra_zoo.bench.turns import median_ratio, take_turns
+from petra_zoo.bench.workers import end_with_parent
 from petra_zoo.petra import Profile, World, measure
 from petra_zoo.planning.cluster import Cluster
 from petra_zoo.planning.performance import Forecast, forecast
@@ -52,7 +52,7 @@ def _start_method() -> str:
 
 
 def _process(rank: int, measure_part: Measure, job: PipelineJob, folder: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()  # where the worker is killed, nobody else would
     torch.set_num_threads(1)
     store, size = f"file://{folder}/store", job.processes
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=10))
@@ -61,14 +61,6 @@ def _process(rank: int, measure_part: Measure, job: PipelineJob, folder: str) ->
         Path(folder, "result.json").write_text(to_json(result))
     dist.barrier()
     os._exit(0)  # gloo would wait for receives that resting pipelines have posted and nobody answers
-
-
-def _end_with_parent() -> None:
-    """Where the worker is killed, nobody else would end this process."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def measure_speed(job: PipelineJob, world: World) -> JsonObject:

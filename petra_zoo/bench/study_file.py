@@ -84,8 +84,10 @@ def load_study(path: Path | None, *, seeds: int | None = None) -> AccuracyPlan:
     else:
         try:
             text, name = Path(expand_home(str(path))).read_text(encoding="utf-8"), path.stem
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"study file {path} cannot be read: {error}") from error
+        except OSError as error:
+            raise UserError(f"study file {path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"study file {path} is no text: {error}") from error
     try:
         return resolve_study(_parse(text), name, seeds)
     except UserError as error:

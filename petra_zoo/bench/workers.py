@@ -1,7 +1,7 @@
 """Worker processes that do the runs of a study: one thread each, one run after the other.
 
 A worker lives as long as the study: torch is imported once, and pictures are drawn once. It ignores Ctrl-C, which a
-terminal sends to all processes; the parent ends it.
+terminal sends to all processes; the parent ends it, and so does the parent's death.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ class _Worker:
 
 def _serve(study: Study, connection: Connection, modules: list[str]) -> None:
     """A worker's life: until it is told to end, or nobody is there to listen."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is open is closed
     try:
@@ -182,6 +184,18 @@ def _outcome(study: Study, trial: Trial) -> _Outcome:
     except Exception:
         return _Outcome(crash=traceback.format_exc())
     return _Outcome(result, describe_machine())
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone, in the middle of a run too; as SIGTERM does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_it() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait_for_it, daemon=True).start()
 
 
 def _how(exitcode: int | None) -> str:

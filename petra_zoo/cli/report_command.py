@@ -34,6 +34,8 @@ def report(
 
     if sum([update, check, output is not None]) > 1:
         raise UserError("--output, --update and --check are three things: give one of them")
+    if not (update or check) and (pages := [path for path in files if path.suffix == ".md"]):
+        raise UserError(f"{pages[0]} is a page, not results: --check tells what in it is stale, --update mends it")
     if update:
         print_lines(reports.update(files))
     elif check:

@@ -150,13 +150,13 @@ def test_a_study_of_times_takes_one_job(toy: Toy, tmp_path: Path, monkeypatch: p
         run_study(toy, tmp_path / "results.json", jobs=2, console=quiet())
 
 
-def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
+def start_endless(toy: Toy, path: Path) -> subprocess.Popen[str]:
+    """A process that studies `toy`, in a group of its own, in the middle of a run that does not end."""
     code = (
         "from pathlib import Path; from tests.bench.toy import Toy; from petra_zoo.bench.engine import run_study\n"
         f"if __name__ == '__main__': run_study(Toy(Path({str(toy.log)!r}), ('one', 'endless'), 1), Path({str(path)!r}))"
     )
-    script = tmp_path / "script.py"
+    script = path.with_name("script.py")
     script.write_text(code)
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
@@ -170,6 +170,12 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path
     while "endless #0" not in runs_of(toy):
         assert process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    process = start_endless(toy, path)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert f"interrupted: 1 of 2 runs are in {path}" in printed
@@ -177,6 +183,16 @@ def test_ctrl_c_keeps_what_is_done_and_ends_the_workers(toy: Toy, tmp_path: Path
     assert toy.log.read_text().splitlines()[-1] == "closed"
     while someone_left(process.pid):  # else the test's own time limit ends it
         time.sleep(0.05)
+
+
+@pytest.mark.timeout(60)  # the run itself goes on for longer
+def test_a_worker_does_not_outlive_a_bench_that_is_killed(toy: Toy, tmp_path: Path) -> None:
+    process = start_endless(toy, tmp_path / "results.json")
+    process.kill()
+    process.communicate()
+    while someone_left(process.pid):
+        time.sleep(0.05)
+    assert toy.log.read_text().splitlines()[-1] == "closed"
 
 
 def someone_left(group: int) -> bool:

@@ -98,6 +98,13 @@ def test_a_page_is_brought_up_to_date_and_then_checks(page: Path) -> None:
     assert page.read_text().endswith("<!-- /table -->\n\n")
 
 
+def test_a_page_in_the_place_of_results_is_told_what_to_do_with_it(page: Path) -> None:
+    refused = petra_zoo("report", page)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith("is a page, not results: --check tells what in it is stale, --update mends it")
+    assert "Traceback" not in refused.stderr
+
+
 def test_a_plot_says_what_it_was_drawn_from_and_is_drawn_alike(page: Path, results: Results) -> None:
     pytest.importorskip("matplotlib")
     picture = page.parent / "plots" / "delay.svg"
