@@ -41,7 +41,7 @@ def optimizer_factory(recipe: Recipe, model: nn.Module) -> Callable[[NamedParame
         UserError: the optimizer needs a package that is not installed.
     """
     # Without it torch contracts from left to right, through tensors as large as all factors' product.
-    if recipe.opt.startswith("kron") and find_spec("opt_einsum") is None:
+    if recipe.opt.removeprefix("lookahead_").startswith("kron") and find_spec("opt_einsum") is None:
         raise UserError(f"optimizer {recipe.opt!r} needs the package opt_einsum: pip install opt_einsum")
     options = dict(recipe.opt_kwargs)
     groups = _groups(recipe, model, options)

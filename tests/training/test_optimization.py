@@ -53,8 +53,9 @@ def test_weight_decay_and_layer_decay_are_timms(
     assert found == settings_by_parameter(whole, model)
 
 
-def test_an_optimizer_that_needs_a_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("opt", ["kronw", "lookahead_kron"])
+def test_an_optimizer_that_needs_a_package_says_so(opt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimization, "find_spec", lambda name: None)
-    recipe = Recipe(model="petra_revnet_tiny", dataset="shapes", opt="kronw")
-    with pytest.raises(UserError, match="optimizer 'kronw' needs the package opt_einsum: pip install opt_einsum"):
+    recipe = Recipe(model="petra_revnet_tiny", dataset="shapes", opt=opt)
+    with pytest.raises(UserError, match=f"optimizer '{opt}' needs the package opt_einsum: pip install opt_einsum"):
         optimizer_factory(recipe, torch.nn.Linear(2, 2))
