@@ -1,6 +1,6 @@
 """Data sets that need no files: `shapes`, drawn from a seed, and `synthetic`, which is noise for benchmarks.
 
-A picture is drawn once and kept, by every process that reads it: drawing costs as much as the rest of a small run.
+A picture is drawn once and kept, by every process that reads it: not anew at every epoch.
 """
 
 from abc import abstractmethod
