@@ -101,7 +101,9 @@ def test_a_page_is_brought_up_to_date_and_then_checks(page: Path) -> None:
 def test_a_page_in_the_place_of_results_is_told_what_to_do_with_it(page: Path) -> None:
     refused = petra_zoo("report", page)
     assert refused.returncode == 2
-    assert refused.stderr.strip().endswith("is a page, not results: --check tells what in it is stale, --update mends it")
+    assert refused.stderr.strip().endswith(
+        "is a page, not results: --check tells what in it is stale, --update mends it"
+    )
     assert "Traceback" not in refused.stderr
 
 
