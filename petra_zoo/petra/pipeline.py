@@ -37,6 +37,7 @@ from petra_zoo.petra.optimization import Optimization
 from petra_zoo.petra.part import Loss, StageSettings
 from petra_zoo.petra.pipeline_state import PipelineState, restore, state_of
 from petra_zoo.petra.prediction import Batches, predict_batches
+from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
 from petra_zoo.petra.tick import run_tick
@@ -61,6 +62,9 @@ class Pipeline:
         loss: (logits, labels) -> 0-d mean loss; labels may be soft.
         autocast: run units under autocast to this type, for example torch.bfloat16; streams stay float32.
         seed: random numbers inside the model come from (seed, unit, micro-batch).
+        prepare: what is done to images in front of the first unit: a function of what is fed, without parameters, that
+            draws nothing and leaves its arguments as they are. What waits for the backward is what is fed: bytes, where
+            it normalises them. To be captured in a graph, it must read nothing back and copy nothing to the device.
         world: this process among several, and how messages travel; see `petra_zoo.petra.join`.
         graphs: ``'auto'``: on a GPU, ticks that are all alike are replayed as CUDA graphs, see
             `petra_zoo.petra.capture`; ``'off'``: none are; or what makes a `Graph`, in the place of CUDA's.
@@ -86,10 +90,11 @@ class Pipeline:
         loss: Loss = F.cross_entropy,
         autocast: torch.dtype | None = None,
         seed: int = 0,
+        prepare: Prepare | None = None,
         world: World | None = None,
         graphs: Graphs = "auto",
     ) -> None:
-        self.model, self.method = model, find_method(method)
+        self.model, self.method, self.prepare = model, find_method(method), prepare
         self.optimization = optimization or Optimization()
         self.world = world or World(device=next(model.parameters()).device)
         units = units_of(model)
@@ -110,7 +115,8 @@ class Pipeline:
         )
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
-        self.stages = make_stages(model, units, self.layout, self.world.rank, self.method, self.settings, self.clock)
+        parts = prepared_units(units, prepare)
+        self.stages = make_stages(model, parts, self.layout, self.world.rank, self.method, self.settings, self.clock)
         self.links = make_links(self.world, self.layout.ranks[self.world.rank])
         self.captured = CapturedTicks(self, make_graph, self.world.device) if make_graph else None
         self.fed = 0
@@ -118,13 +124,13 @@ class Pipeline:
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def step(self, images: Tensor | None = None, labels: Tensor | None = None) -> Output:
+    def step(self, images: Images | None = None, labels: Tensor | None = None) -> Output:
         """One tick: feeds a micro-batch and lets every stage work on what it received.
 
         Every rank calls it, the one that owns the stem with a micro-batch, the others without.
 
         Args:
-            images: [B, C, H, W]; must not be overwritten while in flight.
+            images: [B, C, H, W], or a tuple of all that `prepare` takes; must not be overwritten while in flight.
             labels: [B] class indices, or [B, classes] probabilities.
 
         Returns:
@@ -139,7 +145,7 @@ class Pipeline:
             if images is None or labels is None:
                 raise UserError("the rank that owns the stem feeds images and labels")
             # Replicas see different micro-batches: random numbers must differ as well.
-            fed = Up(self.fed * self.world.replicas + self.world.replica, (images,), labels)
+            fed = Up(self.fed * self.world.replicas + self.world.replica, fed_streams(images), labels)
             if self._probe:
                 self._probe.saw_batch(fed)
         self.fed += 1
@@ -208,7 +214,7 @@ class Pipeline:
         Every rank calls it and exhausts it. Messages in flight, statistics and modes stay as they are.
 
         Args:
-            batches: images [B, C, H, W] and labels [B], wanted from the rank that owns the stem; the first is the
+            batches: images as in `step` and labels [B], wanted from the rank that owns the stem; the first is the
                 largest.
             count: how many batches there are; one process finds out by itself.
             model: the model whose stages run (a moving average of this one's); default: the pipeline's own.
@@ -217,7 +223,8 @@ class Pipeline:
             Logits [B, classes] and labels, on the rank that owns the head.
         """
         model, autocast = model or self.model, self.settings.autocast
-        return predict_batches(model, batches, count, self.layout, self.world, autocast, running=self.fed > 0)
+        running = self.fed > 0
+        return predict_batches(model, batches, count, self.layout, self.world, autocast, running, self.prepare)
 
     def whole_model(self, model: UnitModel | None = None) -> UnitModel | None:
         """The model, or a moving average of it, complete and on the CPU, on the rank that owns the head; else None.
