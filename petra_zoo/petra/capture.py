@@ -128,8 +128,10 @@ class CapturedTicks:
 
     def _in_form(self, fed: Up) -> bool:
         """Whether all micro-batches in flight have the size of this one, and what there is the form it had."""
-        sizes = {size for ring in rings_of(self.pipeline.stages) for size in ring.sizes}
-        fits = sizes <= {len(fed.streams[0])} and self._homes.fit(self.pipeline.links, fed)
+        if self._last:  # all others were in form a tick ago
+            return self._homes.fits(fed)
+        images = {size for ring in rings_of(self.pipeline.stages) for size in ring.images}
+        fits = images <= {len(fed.streams[0])} and self._homes.fits(fed) and self._homes.fit(self.pipeline.links)
         self._odd = 0 if fits else self._odd + 1
         if self._odd > _OTHER_FORMS:
             self.forget()

@@ -85,7 +85,8 @@ class CapturedTick:
             stage.updates += updates - earlier
         for message, number in self.after.numbers:
             message.micro_batch = number + fed.micro_batch - self.fed
-        self.places.turn(len(fed.streams[0]))
+        for ring in self.places.rings:
+            ring.turn()
         if not again:
             for p, gradient in self.after.gradients:
                 p.grad = gradient

@@ -29,6 +29,7 @@ class Fifo(Protocol):
 
 
 MakeFifo = Callable[[], Fifo]
+Mark = tuple[list[tuple[int, ...]], int]  # where a ring is
 
 
 def queue() -> Fifo:
@@ -53,15 +54,16 @@ class Ring:
         slots: how many micro-batches it can hold.
 
     Attributes:
+        buffers: where the streams lie.
         places: the slots to write to and to read from, int64 [1] each on the device, while a tick is captured.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.places: tuple[Tensor, Tensor] | None = None
-        self._buffers: list[Tensor] = []
+        self.buffers: list[Tensor] = []
         self._orders: list[tuple[int, ...]] = []
-        self._sizes: deque[int] = deque()  # images of each micro-batch, oldest first
+        self._sizes: deque[tuple[int, ...]] = deque()  # of each micro-batch, by stream; oldest first
         self._written = 0
 
     @property
@@ -74,11 +76,6 @@ class Ring:
         """The slot that is read next."""
         return (self._written - len(self._sizes)) % self.slots
 
-    @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """Where the streams lie."""
-        return tuple(self._buffers)
-
     def append(self, streams: Streams, /) -> None:
         """Copies the streams of a micro-batch into a slot.
 
@@ -89,34 +86,32 @@ class Ring:
             raise IndexError(f"all {self.slots} slots are taken")
         if not self._fits(streams):
             self._make_room(streams)
-        for buffer, order, x in zip(self._buffers, self._orders, streams, strict=True):
+        for buffer, order, x in zip(self.buffers, self._orders, streams, strict=True):
             dense = x.permute(order)
             if self.places is None:
                 buffer[self.inlet, : len(x)].copy_(dense)
             else:
                 buffer.flatten(1).index_copy_(0, self.places[0], dense.reshape(1, -1))
-        self.count_in(len(streams[0]))
+        self._sizes.append(tuple(map(len, streams)))
+        self._written += 1
 
     def popleft(self) -> Streams:
         """A copy of the oldest micro-batch's streams: its slot will be written again while they are still in use."""
-        streams = tuple(map(self._read, range(len(self._buffers))))
-        self.count_out()
+        streams = tuple(map(self._read, range(len(self.buffers))))
+        self._sizes.popleft()
         return streams
 
-    def count_in(self, size: int) -> None:
-        """Takes note that a micro-batch of so many images was written, by a replayed tick too."""
-        self._sizes.append(size)
+    def turn(self) -> None:
+        """Takes note that a replayed tick has written a micro-batch like the newest and read the oldest."""
+        self._sizes.append(self._sizes[-1])
+        self._sizes.popleft()
         self._written += 1
 
-    def count_out(self) -> None:
-        """Takes note that the oldest micro-batch was read."""
-        self._sizes.popleft()
-
-    def mark(self) -> tuple[list[int], int]:
+    def mark(self) -> Mark:
         """Where it is, for `return_to`."""
-        return self.sizes, self._written
+        return list(self._sizes), self._written
 
-    def return_to(self, mark: tuple[list[int], int]) -> None:
+    def return_to(self, mark: Mark) -> None:
         """Takes back what was counted since."""
         self._sizes, self._written = deque(mark[0]), mark[1]
 
@@ -124,29 +119,29 @@ class Ring:
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[Streams]:
-        for age, size in enumerate(self._sizes):
+        for age, sizes in enumerate(self._sizes):
             slot = (self.outlet + age) % self.slots
-            yield tuple(self._view(n, slot, size) for n in range(len(self._buffers)))
+            yield tuple(self._view(n, slot, size) for n, size in enumerate(sizes))
 
     @property
-    def sizes(self) -> list[int]:
-        """Images of each micro-batch, oldest first."""
-        return list(self._sizes)
+    def images(self) -> list[int]:
+        """How many images each micro-batch has, oldest first."""
+        return [sizes[0] for sizes in self._sizes]
 
     def _read(self, n: int) -> Tensor:
         if self.places is None:
-            return self._view(n, self.outlet, self._sizes[0]).clone()
-        buffer, order = self._buffers[n], self._orders[n]
+            return self._view(n, self.outlet, self._sizes[0][n]).clone()
+        buffer, order = self.buffers[n], self._orders[n]
         taken = buffer.flatten(1).index_select(0, self.places[1])
         return taken.view(buffer.shape[1:]).permute(_inverse(order))
 
     def _view(self, n: int, slot: int, size: int) -> Tensor:
-        return self._buffers[n][slot, :size].permute(_inverse(self._orders[n]))
+        return self.buffers[n][slot, :size].permute(_inverse(self._orders[n]))
 
     def _fits(self, streams: Streams) -> bool:
-        if len(streams) != len(self._buffers):
+        if len(streams) != len(self.buffers):
             return False
-        for buffer, order, x in zip(self._buffers, self._orders, streams, strict=True):
+        for buffer, order, x in zip(self.buffers, self._orders, streams, strict=True):
             shape = x.permute(order).shape
             if buffer.dtype != x.dtype or shape[1:] != buffer.shape[2:] or shape[0] > buffer.shape[1]:
                 return False
@@ -154,15 +149,15 @@ class Ring:
 
     def _make_room(self, streams: Streams) -> None:
         """Moves to buffers for these streams, and what is there along with them."""
-        held, sizes = [tuple(x.clone() for x in kept) for kept in self], self.sizes
+        held, outlet = [tuple(x.clone() for x in kept) for kept in self], self.outlet
         self._orders = [memory_order(x) for x in streams]
-        self._buffers = [
+        self.buffers = [
             torch.empty((self.slots, *x.permute(order).shape), dtype=x.dtype, device=x.device)
             for order, x in zip(self._orders, streams, strict=True)
         ]
         for age, kept in enumerate(held):
             for n, x in enumerate(kept):
-                self._view(n, (self._written - len(sizes) + age) % self.slots, sizes[age]).copy_(x)
+                self._view(n, (outlet + age) % self.slots, len(x)).copy_(x)
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:

@@ -51,11 +51,14 @@ class Homes:
                 if p.grad is not None:
                     self._move_gradient(p, p.grad)
 
-    def fit(self, links: Links, fed: Up) -> bool:
-        """Whether what there is now has the form of what moved in."""
-        inputs = self.inputs is None or _form(fed) == _form(self.inputs)
+    def fits(self, fed: Up) -> bool:
+        """Whether a micro-batch has the form of those that were fed."""
+        return _fits(fed, self.inputs)
+
+    def fit(self, links: Links) -> bool:
+        """Whether the messages in flight have the form of those that moved in."""
         downs = all(_fits(down, self.downs.get(j)) for j, queue in links.downs.items() for down in queue)
-        return inputs and downs and all(_fits(up, self.ups.get(j)) for j, queue in links.ups.items() for up in queue)
+        return downs and all(_fits(up, self.ups.get(j)) for j, queue in links.ups.items() for up in queue)
 
     def _move_gradient(self, p: nn.Parameter, gradient: Tensor) -> None:
         home = self.gradients.setdefault(id(p), gradient)
@@ -86,8 +89,9 @@ def _empty(message: Message) -> Message:
     streams = tuple(map(torch.empty_like, message.streams))
     if isinstance(message, Up):
         return replace(message, streams=streams, labels=torch.empty_like(message.labels))
-    gradients = tuple(None if x is None else torch.empty_like(x) for x in message.gradients)
-    return replace(message, streams=streams, gradients=gradients)
+    return replace(
+        message, streams=streams, gradients=tuple(None if x is None else torch.empty_like(x) for x in message.gradients)
+    )
 
 
 def _fits(message: Message, home: Message | None) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from petra_zoo.petra.fifo import Ring
+from petra_zoo.petra.fifo import Mark, Ring
 from petra_zoo.petra.links import Links
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.stage import Stage
@@ -31,14 +31,15 @@ class HostSide:
     ups: dict[int, list[Up]]
     downs: dict[int, list[Down]]
     numbers: list[tuple[Up | Down, int]]
-    rings: list[tuple[Ring, tuple[list[int], int]]]
+    rings: list[tuple[Ring, Mark]]
 
     @classmethod
     def of(cls, stages: Sequence[Stage], links: Links) -> HostSide:
         """How it is now."""
         ups = {j: list(queue) for j, queue in links.ups.items()}
         downs = {j: list(queue) for j, queue in links.downs.items()}
-        messages = [message for held in (*ups.values(), *downs.values()) for message in held]
+        messages: list[Up | Down] = [up for held in ups.values() for up in held]
+        messages += [down for held in downs.values() for down in held]
         return cls(
             [(stage, stage.gradients_in_window, stage.updates) for stage in stages],
             [(p, p.grad) for stage in stages for p in stage.own_parameters()],

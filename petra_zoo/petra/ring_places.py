@@ -40,9 +40,3 @@ class RingPlaces:
         finally:
             for ring in self.rings:
                 ring.places = None
-
-    def turn(self, size: int) -> None:
-        """Moves the rings on the host on as well, by a micro-batch of so many images."""
-        for ring in self.rings:
-            ring.count_out()
-            ring.count_in(size)

@@ -9,9 +9,9 @@ from petra_zoo.petra.ring_places import RingPlaces
 
 
 def streams(n: int, size: int = 4) -> tuple[Tensor, ...]:
-    """Of two types and memory formats."""
+    """Of two types and memory formats, one of them without a batch."""
     x = torch.full((size, 3, 2, 2), float(n)).to(memory_format=torch.channels_last)
-    return x, torch.full((size, 5), n, dtype=torch.uint8)
+    return x, torch.full((6,), n, dtype=torch.uint8)
 
 
 def test_what_goes_in_comes_out_in_order_and_as_it_was() -> None:
