@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from copy import copy
 from typing import TypeVar
 
 import torch
@@ -55,8 +55,10 @@ class Homes:
         """Whether a micro-batch has the form of those that were fed."""
         return _fits(fed, self.inputs)
 
-    def fit(self, links: Links) -> bool:
-        """Whether the messages in flight have the form of those that moved in."""
+    def fit(self, links: Links, images: int) -> bool:
+        """Whether the messages in flight have the form of those that moved in, and so many images."""
+        if any(len(up.streams[0]) != images for queue in links.ups.values() for up in queue):
+            return False
         downs = all(_fits(down, self.downs.get(j)) for j, queue in links.downs.items() for down in queue)
         return downs and all(_fits(up, self.ups.get(j)) for j, queue in links.ups.items() for up in queue)
 
@@ -86,12 +88,13 @@ def _moved(message: Message, home: Message | None) -> Message:
 
 
 def _empty(message: Message) -> Message:
-    streams = tuple(map(torch.empty_like, message.streams))
-    if isinstance(message, Up):
-        return replace(message, streams=streams, labels=torch.empty_like(message.labels))
-    return replace(
-        message, streams=streams, gradients=tuple(None if x is None else torch.empty_like(x) for x in message.gradients)
-    )
+    empty = copy(message)
+    empty.streams = tuple(map(torch.empty_like, message.streams))
+    if isinstance(empty, Up):
+        empty.labels = torch.empty_like(empty.labels)
+    else:
+        empty.gradients = tuple(None if x is None else torch.empty_like(x) for x in empty.gradients)
+    return empty
 
 
 def _fits(message: Message, home: Message | None) -> bool:

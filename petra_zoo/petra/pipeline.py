@@ -18,7 +18,7 @@ One process runs all stages, or each of several ranks runs some of them (`world`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +165,7 @@ class Pipeline:
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
-        with own_generators(self.world.device):
+        with own_generators(self.world.device), self.captured.aside() if self.captured else nullcontext():
             for stage in reversed(self.stages):
                 stage.update(partial=True)
                 stage.finite.settle()
