@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from petra_zoo.petra.finite import FiniteCheck
 from petra_zoo.petra.optimization import Optimization
 from petra_zoo.reversible import Unit
 
@@ -24,6 +25,7 @@ class StageSettings:
         first_trainable: index of the first unit with a parameter to train; nobody wants gradients below it.
         last_keeps_graph: whether the last stage keeps its graph within the tick.
         across: process group of a stage in every replica of the pipeline; None where there is one.
+        finite: looks at losses and gradients.
     """
 
     loss: Loss
@@ -33,6 +35,7 @@ class StageSettings:
     first_trainable: int = 0
     last_keeps_graph: bool = True
     across: ProcessGroup | None = None
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ class Pipeline:
                 self._probe.saw_batch(fed)
         self.fed += 1
         output = self._run_tick(fed, feeding=True)
+        self.settings.finite.look()
         updates, rest = divmod(self.fed, self.optimization.accumulation_steps)
         if rest == 0:
             for stage in self.stages:  # in one tick, though the stages' own updates come in several
@@ -155,7 +156,7 @@ class Pipeline:
         with own_generators(self.world.device):
             for stage in reversed(self.stages):
                 stage.update(partial=True)
-                stage.finite.settle()
+        self.settings.finite.settle()
         return [output for output in outputs if output.micro_batch is not None]
 
     @property
