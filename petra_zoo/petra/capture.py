@@ -21,7 +21,7 @@ from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
-from petra_zoo.petra.captured_tick import CapturedTick, Draw, Ticking, look_at, remembering
+from petra_zoo.petra.captured_tick import CapturedTick, Draw, Ticking
 from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
 from petra_zoo.petra.generator import own_generators, seed_of, seeded_by, set_generators
 from petra_zoo.petra.homes import Homes
@@ -168,9 +168,8 @@ class CapturedTicks:
             del reads.found[before:]
 
         pipeline = self.pipeline
-        with own_generators(self.device), seeded_by(seed), remembering(pipeline.stages) as seen, reads:
+        with own_generators(self.device), seeded_by(seed), reads:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
-        look_at(seen)
         self._draws[kind] = draws
         self._watched.look()
         if reads.found:
@@ -205,7 +204,7 @@ class CapturedTicks:
                 stage.rates.refresh()
         places = self._places = self._places or RingPlaces(rings_of(self.pipeline.stages), self.device)
         if self._last is None:  # the previous tick was no captured one
-            self._homes.settle(self.pipeline.links, self.pipeline.stages)
+            self._homes.settle(self.pipeline.links)
             places.set()
         return places
 

@@ -11,6 +11,7 @@ from petra_zoo.reversible.coupling import (
     nearest_coupling,
     uncouple,
 )
+from petra_zoo.reversible.dispatches import Dispatches
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
@@ -34,6 +35,7 @@ __all__ = [
     "FLOAT_STREAMS",
     "CoupledUnit",
     "Coupling",
+    "Dispatches",
     "Evaluation",
     "FunctionUnit",
     "Gradients",
