@@ -65,6 +65,7 @@ class Recipe(Augmentation):
         coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
+        compile: Whether torch.compile compiles the blocks' branches, in training. The memory stays that of the method.
         val_interval, log_interval: Epochs between validations; updates between log lines.
         output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
     """
@@ -143,6 +144,7 @@ class Recipe(Augmentation):
     amp: bool = False
     amp_dtype: Literal["bfloat16"] = "bfloat16"
     channels_last: bool = False
+    compile: bool = False
     model_ema: bool = False
     model_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
     seed: Count = 42
