@@ -84,6 +84,7 @@ def build_pipeline(
         seed=recipe.seed,
         prepare=prepare,
         world=world,
+        graphs=recipe.cuda_graphs,
     )
 
 
