@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from petra_zoo.errors import UserError
 from petra_zoo.reversible.plain_path import carries_hook
@@ -103,7 +103,7 @@ def _needs_operations(h: Tensor) -> bool:
         or torch.jit.is_tracing()
         or h.is_meta
         or torch._C._are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
+        or is_in_torch_dispatch_mode(include_infra_modes=False)
     )
 
 
@@ -118,7 +118,7 @@ class _CompiledBranch:
     def __init__(self, block: BranchBlock, options: CompileOptions) -> None:
         self._options, self._children = options, tuple(block._modules.values())
         self._modules = list(block.modules())[1:]
-        self._function = _function_of(type(block), repr(block), options)
+        self._function = _function_of(type(block).__name__, repr(block), options)
         state = ModuleState(block)
         self._norms = state.norms
         self._statistics = [(norm, state.slots[i]) for i, norm in state.statistics.items()]
@@ -185,9 +185,9 @@ def _no_function_mode() -> Iterator[None]:
 
 
 @cache
-def _function_of(kind: type[BranchBlock], structure: str, options: CompileOptions) -> Callable[..., Tensor]:
+def _function_of(kind: str, structure: str, options: CompileOptions) -> Callable[..., Tensor]:
     """(block, h) -> F(h) for blocks that look alike, with a code object of its own."""
-    name = f"branch_of_{kind.__name__}"
+    name = f"branch_of_{kind}"
     own = FunctionType(_branch.__code__.replace(co_name=name), _branch.__globals__, name)
     # Static: what a last, smaller batch would make dynamic would serve the full ones too, in their reversal alone.
     return torch.compile(own, fullgraph=True, dynamic=False, backend=options.backend, mode=options.mode)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Optimization, Pipeline
 from petra_zoo.reversible import BranchBlock, CompileOptions, CoupledUnit, Unit, backpropagate, compile_branches
+from tests.petra.fake_graph import FakeGraph
 
 # Only hidden by torch while it compiles, so that warnings which are errors see it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -102,12 +103,12 @@ def test_a_dozen_widths_are_compiled_and_none_falls_back() -> None:
 
 @pytest.mark.slow
 def test_what_a_compiled_branch_draws_is_drawn_again_in_its_reversal() -> None:
-    blocks = blocks_of(3, False, drop=0.5)
+    blocks = [block.double() for block in blocks_of(3, False, drop=0.5)]
     compile_branches(nn.ModuleList(blocks), CompileOptions(backend="aot_eager"))
-    found, y = run(blocks, X, reversible=True)
+    found, y = run(blocks, X.double(), reversible=True)
     for block in blocks:
         block.zero_grad()
-    expected, y_plain = run(blocks, X, reversible=False)
+    expected, y_plain = run(blocks, X.double(), reversible=False)
     assert torch.equal(y, y_plain)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -177,6 +178,25 @@ def test_a_pipeline_trains_with_compiled_branches() -> None:
         losses.append([float(output.loss) for output in outputs if output.loss is not None])
     assert len(losses[0]) == 7
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_captured_ticks_of_compiled_branches_compute_the_bits_of_uncaptured_ones() -> None:
+    found = []
+    for graphs in (FakeGraph, "off"):
+        torch.manual_seed(0)
+        model = timm.create_model("petra_revnet_tiny", num_classes=10).train()
+        model.compile_branches(backend="aot_eager")
+        sgd = Optimization(lambda named: torch.optim.SGD([p for _, p in named], 0.05, fused=True))
+        pipeline = Pipeline(model, 2, optimization=sgd, graphs=graphs)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(2)
+        outputs = [
+            pipeline.step(torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator))
+            for _ in range(12)
+        ]
+        found.append([float(output.loss) for output in outputs if output.loss is not None])
+    assert pipeline.captured is None
+    assert found[0] == found[1]
 
 
 def test_in_evaluation_and_under_hooks_a_branch_runs_as_operations() -> None:
