@@ -9,11 +9,11 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import FLOAT_STREAMS, Coupling, StreamType, advance, couple, coupled
+from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock, Coupling, StreamType, advance, couple, coupled
 from petra_zoo.reversible.stream_type import to_carrier, to_grid
 
 
-class CoupledBlock(nn.Module):
+class CoupledBlock(BranchBlock):
     """What timm's residual blocks need to be coupled blocks: the parts of their forward, put together anew.
 
     Called with an activation alone it is timm's block. In a run with a coupling it gives the sum *before* the
@@ -39,7 +39,7 @@ class CoupledBlock(nn.Module):
         """The stream b' from the activation x: the formula, with a down-sampling block's projection as its shortcut."""
         h = streams.for_branch(x, self)
         shortcut = x if self.downsample is None else self.downsample(h)
-        return coupled(streams.carry(shortcut), self.branch(h), a, g, streams)
+        return coupled(streams.carry(shortcut), self.run_branch(h), a, g, streams)
 
     @torch.jit.unused
     def forward(

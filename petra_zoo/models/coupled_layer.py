@@ -286,7 +286,7 @@ class CoupledLayer(nn.Sequential):
                 coupled_unit = CoupledUnit(
                     unit,
                     block,
-                    branch=block.branch,
+                    branch=block.run_branch,
                     activate=before.behind if isinstance(before, Merge) and run_index > 0 else before,
                     coupling=self.g,
                     starts=run_index == 0,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petra_zoo.reversible import FLOAT_STREAMS
+from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock
 from petra_zoo.reversible.stream_type import to_carrier
 
 Device = torch.device | str | None
@@ -44,7 +44,7 @@ class WeightsType(nn.Module):
             return FLOAT_STREAMS.carry(x)
 
 
-class PaperBasicBlock(WeightsType):
+class PaperBasicBlock(WeightsType, BranchBlock):
     """(b, a) -> (a + F(b), b) with F = conv3x3, BN, ReLU, conv3x3, BN, ReLU. Shapes [B, width, H, W]."""
 
     expansion = 1
@@ -88,7 +88,7 @@ class PaperBasicDown(WeightsType):
         return self.carried(out), self.carried(h)
 
 
-class _Bottleneck(WeightsType):
+class _Bottleneck(WeightsType, BranchBlock):
     """F = conv1x1, BN, ReLU, conv3x3, BN, ReLU, conv1x1, BN, ReLU, with a quarter of `width` in the middle."""
 
     expansion = 4

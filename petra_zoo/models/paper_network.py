@@ -224,7 +224,7 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
         for j, block in enumerate(self.layers[i].children()):
             name = f"layers.{i}.{j}"
             if isinstance(block, PaperBasicBlock | PaperBottleneck):
-                units.append(CoupledUnit(name, block, branch=block.branch, activate=_identity, coupling=_one))
+                units.append(CoupledUnit(name, block, branch=block.run_branch, activate=_identity, coupling=_one))
             else:
                 units.append(FunctionUnit(name, block.forward, {"block": block}))
         return units

@@ -1,6 +1,7 @@
 """The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
 
 from petra_zoo.reversible.backprop import backpropagate, segments
+from petra_zoo.reversible.compiled import BranchBlock, CompileOptions, compile_branches
 from petra_zoo.reversible.coupling import (
     COUPLING_STEPS,
     Coupling,
@@ -33,6 +34,8 @@ from petra_zoo.reversible.unit_model import UnitModel, units_of
 __all__ = [
     "COUPLING_STEPS",
     "FLOAT_STREAMS",
+    "BranchBlock",
+    "CompileOptions",
     "CoupledUnit",
     "Coupling",
     "Dispatches",
@@ -48,6 +51,7 @@ __all__ = [
     "UnitModel",
     "advance",
     "backpropagate",
+    "compile_branches",
     "couple",
     "coupled",
     "gradients_of",
