@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import State
 from petra_zoo.petra.part import Part, StageSettings
@@ -22,7 +24,11 @@ class BufferedStage(Stage):
 
     def __init__(self, part: Part, settings: StageSettings) -> None:
         super().__init__(part, settings)
-        self.inputs: deque[Streams] = deque()
+        self.inputs = self.make_fifo()
+
+    @property
+    def kept(self) -> Sequence[Fifo]:
+        return [self.inputs]
 
     @property
     def keeps_received(self) -> bool:
@@ -50,7 +56,7 @@ class BufferedStage(Stage):
         return {"inputs": list(self.inputs)}
 
     def load_in_flight_state(self, state: State) -> None:
-        self.inputs = deque(copies(streams) for streams in state["inputs"])
+        self.inputs = filled(self.make_fifo, state["inputs"])
 
 
 @dataclass

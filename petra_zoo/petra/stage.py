@@ -10,7 +10,6 @@ to them; j is this stage, theta_j its parameters. Streams have any shape whose f
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NotRequired, Protocol, TypedDict
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grad_norm_
 
+from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.finite import FiniteCheck, pooled
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
 from petra_zoo.petra.part import Part, StageSettings
+from petra_zoo.petra.rates import Rates, rates_of
 from petra_zoo.petra.weight_prediction import Prediction
 from petra_zoo.reversible import Gradients, Residue, Reversal, Streams, gradients_of
 
@@ -69,9 +70,11 @@ class Stage:
         self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in self.units]
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: LearningRateSchedule | None = None
+        self.rates: Rates | None = None  # where updates can be captured
         # In flight, by unit: inputs of units without an inverse, in the order of their forwards, 2 (J - 1 - j) of them
         # between two ticks; residues by micro-batch, of those reversible units that give any.
-        self.fifos: list[deque[Streams]] = [deque() for _ in self.units]
+        self.make_fifo = part.fifo
+        self.fifos: list[Fifo] = [self.make_fifo() for _ in self.units]
         self.residues: list[dict[int, Residue]] = [{} for _ in self.units]
         self.gradients_in_window = 0
         self.updates = 0
@@ -183,6 +186,9 @@ class Stage:
         optimization = self.settings.optimization
         if own and optimization.optimizer is not None:
             self.optimizer = optimization.optimizer(own)
+            device = own[0][1].device
+            if optimization.weight_prediction == "none" and (self.settings.static or device.type == "cuda"):
+                self.rates = rates_of(self.optimizer, device)
             self.scheduler = optimization.scheduler(self.optimizer) if optimization.scheduler else None
 
     def advance_schedule(self, updates: int) -> None:
@@ -218,13 +224,19 @@ class Stage:
             self.prediction.coasting.before_step()
         # For optimizers that draw (PSGD): the same numbers in whichever process the stage is, and whatever it did last.
         seed_generators(self.settings.seed, -1 - self.index, self.updates, self.own_parameters()[0].device)
-        optimizer.step()
+        with self.rates.on_device() if self.rates else nullcontext():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.updates += 1
 
     def _lowest(self) -> int:
         """The first unit that goes backward."""
         return max(0, self.settings.first_trainable - self.first_unit)
+
+    @property
+    def kept(self) -> Sequence[Fifo]:
+        """Where it keeps what a backward will need."""
+        return self.fifos
 
     @property
     def keeps_received(self) -> bool:
@@ -316,7 +328,7 @@ class Stage:
 
     def load_in_flight_state(self, state: State) -> None:
         """Restores what `in_flight_state` gave."""
-        self.fifos = [deque(copies(streams) for streams in fifo) for fifo in state["inputs"]]
+        self.fifos = [filled(self.make_fifo, entries) for entries in state["inputs"]]
         self.residues = [{n: copies(residue) for n, residue in kept.items()} for kept in state["residues"]]
 
 

@@ -54,6 +54,7 @@ class Recipe(Augmentation):
         device_speed: Speed of each rank's device relative to each other.
         wire_up, wire_down: The type in which streams, and streams with gradients, travel between stages.
         link_timeout: Seconds that a message may take after the first tick.
+        cuda_graphs: Whether ticks that are all alike are replayed as CUDA graphs (`auto`: on a GPU, as far as it goes).
         sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
         num_classes, img_size: None to take them from the data.
         mean, std: Normalisation of images scaled to 0..1, one value per channel; None for the data set's own.
@@ -108,6 +109,7 @@ class Recipe(Augmentation):
     wire_up: WireType | None = None
     wire_down: WireType | None = None
     link_timeout: Positive = 60.0
+    cuda_graphs: Literal["auto", "off"] = "auto"
     sync_bn: bool = False
 
     opt: str = "sgd"

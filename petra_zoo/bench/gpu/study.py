@@ -1,0 +1,157 @@
+"""What `benchmarks/gpu.py` measures, in order of worth: whatever ends it, what is done is what matters most."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+
+from petra_zoo.bench.built_in import BuiltInStudy
+from petra_zoo.bench.gpu.contenders import BUDGETS, CHECKPOINTED, PLAIN, Network, our_contenders
+from petra_zoo.bench.gpu.device import release
+from petra_zoo.bench.gpu.steps import StepBench, StepCase, first_line, generators_unread
+from petra_zoo.bench.gpu.ticks import TickCase, graphs_can_be_chosen, measure_tick
+from petra_zoo.bench.results import Results, Trial
+from petra_zoo.errors import Failure
+from petra_zoo.strict_json import JsonObject
+
+SECTIONS = ("facts", "step", "tick", "tests")
+METHODS = ("petra", "backprop", "reversible", "dsp", "delayed")
+_SAVERS = ("timm, selective checkpointing", "timm, saved tensors on the host")
+_COMPILED = ("timm, compiled", *(f"timm, compiled, budget {budget:g}" for budget in BUDGETS))
+
+
+@dataclass(frozen=True)
+class GpuStudy(BuiltInStudy):
+    """Steps and ticks on one GPU.
+
+    Attributes:
+        sections: which parts of it.
+        steps: networks, in order of worth; of the first one all contenders, compiled ones included, are measured.
+        ticks: network, height of images, images of a micro-batch.
+    """
+
+    kind: ClassVar[str] = "gpu"
+    sections: tuple[str, ...] = SECTIONS
+    steps: tuple[StepCase, ...] = (
+        StepCase(Network("resnet50")),
+        StepCase(Network("resnet152")),
+        StepCase(Network("vit_large_patch16_224")),
+    )
+    ticks: tuple[tuple[str, int, int], ...] = (("petra_revnet50", 224, 64), ("petra_revnet18_cifar", 32, 128))
+    _bench: list[StepBench] = field(default_factory=list, compare=False)
+
+    @classmethod
+    def small(cls) -> Self:
+        resnet = Network("resnet18", 32, 10, {"channels": (4, 4, 8, 8), "stem_width": 4})
+        vit = Network("vit_tiny_patch16_224", 32, 10, {"embed_dim": 16, "num_heads": 2, "depth": 3})
+        steps = tuple(StepCase(network, (2, 4), rounds=1) for network in (resnet, vit))
+        return cls(steps=steps, ticks=(("petra_revnet_tiny", 8, 2),), quick=True)
+
+    def command(self, trial: Trial) -> str:
+        return f"python benchmarks/gpu.py {trial.settings['section']}{' --quick' if self.quick else ''}"
+
+    def title(self, trial: Trial) -> str:
+        return ", ".join([str(trial.settings.get("network", trial.settings["section"])), trial.contender])
+
+    def trials(self, results: Results) -> Sequence[Trial]:
+        return [trial for trial in self._all() if trial.settings["section"] in self.sections]
+
+    def _all(self) -> Iterator[Trial]:
+        networks = [case.network for case in self.steps]
+        transformers = [network for network in networks if network.is_transformer]
+        resnets = [network for network in networks if not network.is_transformer]
+        yield Trial("facts", 0, {"section": "facts"})
+        core = (PLAIN, CHECKPOINTED, *our_contenders())
+        yield from (_step(network, name) for network in resnets for name in core)
+        yield from self._ticks(METHODS[:2])
+        yield from (_step(network, name) for network in transformers for name in core)
+        yield from self._ticks(METHODS[2:])
+        yield from (_step(network, name) for network in networks for name in _SAVERS)
+        yield from (_step(networks[0], name) for name in _COMPILED)
+        yield Trial("pytest -m gpu", 0, {"section": "tests"})
+
+    def _ticks(self, methods: Sequence[str]) -> Iterator[Trial]:
+        for network, image, batch in self.ticks:
+            for method in methods:
+                for graphs in (True, False) if graphs_can_be_chosen() else (False,):
+                    settings: JsonObject = {"network": network, "image": image, "batch": batch, "graphs": graphs}
+                    name = f"{method}, captured" if graphs else method
+                    yield Trial(name, 0, {"section": "tick", **settings})
+
+    def run(self, trial: Trial) -> JsonObject:
+        """Raises: Failure: the case broke down, whatever it was: the others go on without it."""
+        sections: dict[str, Callable[[Trial], JsonObject]] = {
+            "facts": lambda _: facts(),
+            "step": self._measure_step,
+            "tick": self._measure_tick,
+            "tests": lambda _: gpu_tests(),
+        }
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cudnn.benchmark = True
+        try:
+            return sections[str(trial.settings["section"])](trial)
+        except Exception as error:
+            raise Failure(first_line(error)) from error
+        finally:
+            release(device)
+
+    def _measure_step(self, trial: Trial) -> JsonObject:
+        case = next(case for case in self.steps if case.network.name == trial.settings["network"])
+        with generators_unread():
+            if not self._bench or self._bench[0].case != case:
+                self._bench.clear()  # first: two networks' references need not fit
+                self._bench.append(StepBench(case, _device()))
+            return self._bench[0].measure(trial.contender)
+
+    def _measure_tick(self, trial: Trial) -> JsonObject:
+        self._bench.clear()
+        settings = trial.settings
+        network, image, batch = next(t for t in self.ticks if t[0] == settings["network"])
+        rounds = 1 if self.quick else 10
+        method = trial.contender.partition(",")[0]
+        case = TickCase(network, image, batch, method, graphs=bool(settings["graphs"]), rounds=rounds)
+        return measure_tick(case, _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _step(network: Network, contender: str) -> Trial:
+    return Trial(contender, 0, {"section": "step", "network": network.name})
+
+
+def facts() -> JsonObject:
+    """The GPU, its driver and the libraries below torch."""
+    if not torch.cuda.is_available():
+        return {"device": "cpu"}
+    of_device = torch.cuda.get_device_properties(0)
+    return {
+        "device": of_device.name,
+        "memory_mib": of_device.total_memory // 2**20,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def gpu_tests() -> JsonObject:
+    """What `pytest -m gpu` says at its end; run in a checkout."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    lines = [line for line in ended.stdout.splitlines() if line.strip()]
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"summary": (lines or ended.stderr.splitlines() or [""])[-1], "failures": failures, "rc": ended.returncode}
