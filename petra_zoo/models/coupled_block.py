@@ -56,13 +56,15 @@ class CoupledBlock(BranchBlock):
         b = self.coupled_step(x, a, g, streams)
         return self.activate(b) if is_zero(g) else b
 
-    def scripted(self, x: Tensor, a: Optional[Tensor], g: Coupling, grid: float) -> Tensor:  # noqa: UP045
+    def scripted(self, x: Tensor, a: Optional[Tensor], g: Coupling, kind: str, grid: float) -> Tensor:  # noqa: UP045
         """TorchScript's own copy of `forward`: it has no `StreamType`, no checks, and no weights behind a wrapper."""
         h = x.to(self.conv1.weight.dtype)
         shortcut = x
         if self.downsample is not None:
             shortcut = self.downsample(h)
-        b = advance(to_carrier(shortcut), self.branch(h), 0.0 if a is None else g)
+        b = advance(to_carrier(shortcut, kind), self.branch(h), 0.0 if a is None else g)
+        if kind == "bfloat16":
+            b = to_carrier(b, kind)
         if grid > 0.0:
             b = to_grid(b, grid)
         if a is not None:

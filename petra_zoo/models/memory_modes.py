@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible import CompileOptions, compile_branches, needs_plain_path
+from petra_zoo.reversible import CompileOptions, StreamKind, compile_branches, needs_plain_path
 
 Memory = Literal["reversible", "recompute", "plain"]
 
 
 class MemoryModes:
-    """Mixin of reversible models: `set_memory` and timm's `set_grad_checkpointing`."""
+    """Mixin of reversible models: `set_memory`, timm's `set_grad_checkpointing`, and `set_streams`."""
 
     memory = "reversible"  # no annotation: TorchScript would have to resolve it
 
@@ -57,6 +57,25 @@ class MemoryModes:
             self.set_memory("recompute")
         elif not enable and self.memory == "recompute":
             self.set_memory("plain")
+
+    @torch.jit.unused
+    def set_streams(self, streams: StreamKind) -> None:
+        """Chooses what carries the streams, in this network and in copies that are saved.
+
+        Args:
+            streams: ``'float32'``; ``'bfloat16'``: half the memory, and rounded once per block; ``'auto'``: float32,
+                but where branches compute in bfloat16 (autocast or weights) a 16-bit kind, unless 0 < g < 1.
+
+        Raises:
+            UserError: no such kind, or one that does not go with exact inversion.
+        """
+        self._use_streams(streams)
+        arguments = {key: value for key, value in getattr(self, "_model_args", {}).items() if key != "streams"}
+        self._model_args = arguments if streams == "auto" else {**arguments, "streams": streams}  # for config.json
+
+    @torch.jit.unused
+    def _use_streams(self, streams: StreamKind) -> None:
+        raise NotImplementedError
 
     @torch.jit.unused
     def _goes_beyond_units(self, *names: str) -> bool:

@@ -17,7 +17,7 @@ from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.state import untouched
-from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamKind, StreamType
 from petra_zoo.reversible.unit import (
     CoupledUnit,
     Evaluation,
@@ -45,6 +45,7 @@ __all__ = [
     "LiveBytes",
     "Residue",
     "Reversal",
+    "StreamKind",
     "StreamType",
     "Streams",
     "Unit",

@@ -153,7 +153,7 @@ class CoupledUnit(Unit):
         coupling: reads g.
         starts: whether the block starts its run, that is, takes one stream.
         anchor: see `Unit`.
-        streams: their type; on a grid, the streams that enter must lie on it (exact inversion).
+        streams: their type, or what reads it; on a grid, the streams that enter must lie on it (exact inversion).
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class CoupledUnit(Unit):
         coupling: Callable[[], float],
         starts: bool = False,
         anchor: bool = False,
-        streams: StreamType = FLOAT_STREAMS,
+        streams: StreamType | Callable[[], StreamType] = FLOAT_STREAMS,
     ) -> None:
         super().__init__(name, anchor)
         self.block = block
@@ -185,11 +185,15 @@ class CoupledUnit(Unit):
         b = streams[0]
         h = self.activate(b)
         a = None if self.starts or g == 0.0 else streams[1]
-        b_out = coupled(h, self._branch_of(h), a, g, self.streams)
+        streams_type = self._streams_type()
+        b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type)
         return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
-    def _branch_of(self, h: Tensor) -> Tensor:
-        return self.branch(self.streams.for_branch(h, self.block))
+    def _streams_type(self) -> StreamType:
+        return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
+
+    def _branch_of(self, h: Tensor, streams_type: StreamType) -> Tensor:
+        return self.branch(streams_type.for_branch(h, self.block))
 
     def reverse(
         self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
@@ -200,6 +204,7 @@ class CoupledUnit(Unit):
         block and its vector-Jacobian product gives the gradients. One forward and one backward of F in all.
         """
         g = self.coupling()
+        streams_type = self._streams_type()
         b_out, a_out = outputs  # [B, ...] each
         d_b_out, d_a_out = output_gradients
         b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
@@ -209,13 +214,13 @@ class CoupledUnit(Unit):
         with self.untouched():  # as in `recompute`
             with torch.enable_grad():
                 h = self.activate(b)
-                step = step_of(h, self._branch_of(h), 0.0 if self.starts else g, self.streams)
+                step = step_of(h, self._branch_of(h, streams_type), 0.0 if self.starts else g, streams_type)
             d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
         if d_a_out is not None:  # b went two ways: through F and the shortcut, and, as it is, into a'
             d_b = d_a_out if d_b is None else d_b + d_a_out
         if self.starts:  # its input is the one stream b, which a' holds
             return Reversal((a_out,), (d_b,), tuple(d_parameters))
-        a = uncouple(b_out, step.detach(), g)  # divides by g, and so multiplies rounding errors by 1/g
+        a = uncouple(b_out, step.detach(), g, streams_type)  # divides by g, and so multiplies rounding errors by 1/g
         # b' depends on a by g * a alone, so its gradient needs no graph. (1 - g) * h is part of the step.
         d_a = None if d_b_out is None else (d_b_out if g == 1.0 else g * d_b_out)
         return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
