@@ -54,11 +54,10 @@ def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
     return step + g * a
 
 
-def uncouple(b_out: Tensor, step: Tensor, g: float) -> Tensor:
-    """The inverse of `couple`: the stream a of the block's input, for g > 0."""
-    if g == 1.0:
-        return b_out - step
-    return (b_out - step) / g
+def uncouple(b_out: Tensor, step: Tensor, g: float, *, over: bool = False) -> Tensor:
+    """The inverse of `couple`: the stream a of the block's input, for g > 0; `over`: it is written over b_out."""
+    a = b_out.sub_(step) if over else b_out - step
+    return a if g == 1.0 else a.div_(g)
 
 
 def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:
