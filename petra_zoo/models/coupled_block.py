@@ -24,8 +24,8 @@ class CoupledBlock(BranchBlock):
         conv1: nn.Conv2d
         downsample: nn.Module | None
 
-    def branch(self, h: Tensor) -> Tensor:
-        """F(h): everything before the addition."""
+    def branch(self, x: Tensor) -> Tensor:
+        """F(h): everything before the addition. Holds its argument no longer than its first layer reads it."""
         raise NotImplementedError
 
     def activate(self, b: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class CoupledBlock(BranchBlock):
 class CoupledBasicBlock(CoupledBlock, BasicBlock):
     """timm's BasicBlock as a coupled block."""
 
-    def branch(self, h: Tensor) -> Tensor:
-        x = self.act1(self.drop_block(self.bn1(self.conv1(h))))
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
         if self.aa is not None:
             x = self.aa(x)
         x = self.bn2(self.conv2(x))
@@ -93,8 +93,8 @@ class CoupledBasicBlock(CoupledBlock, BasicBlock):
 class CoupledBottleneck(CoupledBlock, Bottleneck):
     """timm's Bottleneck as a coupled block."""
 
-    def branch(self, h: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv1(h)))
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         if self.aa is not None:
             x = self.aa(x)
