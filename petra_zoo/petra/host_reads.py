@@ -39,7 +39,7 @@ class HostReads(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Compiled functions run compiled inside: a tick that is watched computes what all others do."""
+        """It only looks: torch.compile need not make way, and what is compiled computes the bits that it ever does."""
         return True
 
     def __torch_dispatch__(

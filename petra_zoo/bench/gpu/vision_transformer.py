@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from petra_zoo.models.memory_modes import Memory
-from petra_zoo.reversible import FLOAT_STREAMS, CoupledUnit, Streams, backpropagate, merge
+from petra_zoo.reversible import FLOAT_STREAMS, CoupledUnit, Streams, StreamType, backpropagate, merge
 
 
 class ReversibleViT(nn.Module):
@@ -23,7 +23,8 @@ class ReversibleViT(nn.Module):
     def __init__(self, vit: VisionTransformer, memory: Memory, streams: str) -> None:
         super().__init__()
         self.vit, self.memory = vit, memory
-        self.streams = FLOAT_STREAMS
+        make: Callable[..., StreamType] = StreamType
+        self.streams = make(kind=streams) if streams else FLOAT_STREAMS
         self._units = [unit for block in vit.blocks for unit in self._units_of(block)]
         self._units[0].starts = True
 

@@ -11,16 +11,16 @@ All contenders of a network have its parameters (no trained weights) and see the
     petra-zoo, plain                       the reversible network with ordinary autograd
     petra-zoo, reversible                  no activations stored inside runs
 
-with the type of the streams behind our own, where it can be chosen: ``petra-zoo, reversible, fixed16``.
+and ``petra-zoo, reversible, float32`` with the type of the streams that is named.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, get_args
 
 import timm
 import torch
@@ -34,6 +34,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import Memory
+from petra_zoo.reversible import stream_type
 from petra_zoo.settings.merging import nearest
 
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
@@ -63,7 +64,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Way:
     """A way to do a training step.
 
     Attributes:
@@ -77,37 +78,32 @@ class Contender:
     capturable: bool = True
 
 
-def stream_types() -> tuple[str, ...]:
-    """The types that streams can be given, the default where there is no choice."""
-    chosen = "streams" in inspect.signature(PetraRevNet.__init__).parameters
-    return ("fixed16", "bfloat16", "float32") if chosen else ("",)
+def our_ways() -> list[str]:
+    """Reversible and plain, for every type of the streams; narrow ones first."""
+    kinds = get_args(getattr(stream_type, "StreamKind", Literal["auto"]))
+    chosen = [f", {kind}" for kind in reversed(kinds) if kind != "auto"] or [""]
+    return [f"petra-zoo, {memory}{kind}" for kind in chosen for memory in ("reversible", "plain")]
 
 
-def our_contenders() -> list[str]:
-    """Plain and reversible, for every type of the streams; the reversible ones first."""
-    kinds = [f", {streams}" if streams else "" for streams in stream_types()]
-    return [f"petra-zoo, {memory}{kind}" for kind in kinds for memory in ("reversible", "plain")]
-
-
-def find_contender(name: str) -> Contender:
+def find_way(name: str) -> Way:
     """By its name.
 
     Raises:
         UserError: there is none of that name.
     """
     known = {
-        PLAIN: Contender(_timm),
-        CHECKPOINTED: Contender(_checkpointed),
-        "timm, selective checkpointing": Contender(_selective),
-        "timm, saved tensors on the host": Contender(_timm, _on_the_host, capturable=False),  # it waits for copies
-        "timm, compiled": Contender(_compiled),
-        **{f"timm, compiled, budget {budget:g}": Contender(_compiled, partial(_budget, budget)) for budget in BUDGETS},
+        PLAIN: Way(_timm),
+        CHECKPOINTED: Way(_checkpointed),
+        "timm, selective checkpointing": Way(_selective),
+        "timm, saved tensors on the host": Way(_timm, _on_the_host, capturable=False),  # it waits for copies
+        "timm, compiled": Way(_compiled),
+        **{f"timm, compiled, budget {budget:g}": Way(_compiled, partial(_budget, budget)) for budget in BUDGETS},
     }
-    for ours in our_contenders():
+    for ours in ("petra-zoo, reversible", "petra-zoo, plain", *our_ways()):
         _, memory, streams = [*ours.split(", "), ""][:3]
-        known[ours] = Contender(partial(_ours, "plain" if memory == "plain" else "reversible", streams))
+        known[ours] = Way(partial(_ours, "plain" if memory == "plain" else "reversible", streams))
     if name not in known:
-        raise UserError(f"no contender is called '{name}'; did you mean '{nearest(name, known)}'?")
+        raise UserError(f"no way is called '{name}'; did you mean '{nearest(name, known)}'?")
     return known[name]
 
 
