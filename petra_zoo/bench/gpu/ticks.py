@@ -103,7 +103,7 @@ class Ticks:
         return "off" if self.case.capture == "off" else "auto"
 
     def _sgd(self, named: NamedParameters) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9, fused=self.device.type == "cuda")
+        return torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9, fused=True)
 
     def _replayed(self) -> list[torch.cuda.CUDAGraph]:
         seen: list[torch.cuda.CUDAGraph] = []
