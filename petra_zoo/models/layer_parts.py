@@ -23,10 +23,10 @@ class Opening:
 
     block: CoupledBlock
     enter: Enter
-    kind: StreamType
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Streams:
-        return (self.block.coupled_step(self.enter(*streams), streams=self.kind),)
+        return (self.block.coupled_step(self.enter(*streams), streams=self.kind()),)
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class Foreign:
 
     block: nn.Module
     enter: Enter
-    kind: StreamType
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Streams:
         h = self.enter(*streams)
         h = h.clone() if h is streams[0] else h  # it may write into its argument, not into a stream
-        return (self.kind.carry(self.block(self.kind.for_branch(h, self.block))),)
+        kind = self.kind()
+        return (kind.carry(self.block(kind.for_branch(h, self.block))),)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Leaving:
 
     layer: nn.Module
     enter: Enter
-    kind: StreamType
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Tensor:
-        return self.kind.leave(self.enter(*streams), self.layer)
+        return self.kind().leave(self.enter(*streams), self.layer)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
-from petra_zoo.petra.captured_tick import CapturedTick, Draw, Ticking, look_at, remembering
+from petra_zoo.petra.captured_tick import CapturedTick, Draw, Ticking
 from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
 from petra_zoo.petra.generator import own_generators, seed_of, seeded_by, set_generators
 from petra_zoo.petra.homes import Homes
@@ -96,11 +97,9 @@ class CapturedTicks:
 
     def run(self, fed: Up | None) -> Output:
         """The tick that the pipeline's clock shows."""
-        if self.refusal or fed is None or not self._steady():
-            return self._uncaptured(fed)
-        if self._watched.changed():
+        if not self.refusal and self._watched.changed():
             self.forget()
-        if not self._in_form(fed):
+        if self.refusal or fed is None or not self._steady() or not self._in_form(fed):
             return self._uncaptured(fed)
         kind = tuple(stage.gradients_in_window for stage in self.pipeline.stages)
         if kind in self.ticks:
@@ -112,6 +111,15 @@ class CapturedTicks:
             return self._rehearse(kind, fed)
         return self._capture(kind, fed)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, stages may update in between two ticks; outside, the graphs are still there."""
+        if self._watched.changed():
+            self.forget()
+        yield
+        self._last = None
+        self._watched.look()
+
     # -- uncaptured -----------------------------------------------------------------------------------------------
 
     def _uncaptured(self, fed: Up | None) -> Output:
@@ -119,7 +127,8 @@ class CapturedTicks:
         with own_generators(self.device):
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed)
         self._last = None
-        self._watched.look()  # its updates count as modifications of the parameters
+        if not self.refusal:
+            self._watched.look()  # its updates count as modifications of the parameters
         return output
 
     def _steady(self) -> bool:
@@ -130,8 +139,9 @@ class CapturedTicks:
         """Whether all micro-batches in flight have the size of this one, and what there is the form it had."""
         if self._last:  # all others were in form a tick ago
             return self._homes.fits(fed)
-        images = {size for ring in rings_of(self.pipeline.stages) for size in ring.images}
-        fits = images <= {len(fed.streams[0])} and self._homes.fits(fed) and self._homes.fit(self.pipeline.links)
+        images = len(fed.streams[0])
+        kept = {size for ring in rings_of(self.pipeline.stages) for size in ring.images}
+        fits = kept <= {images} and self._homes.fits(fed) and self._homes.fit(self.pipeline.links, images)
         self._odd = 0 if fits else self._odd + 1
         if self._odd > _OTHER_FORMS:
             self.forget()
@@ -158,9 +168,8 @@ class CapturedTicks:
             del reads.found[before:]
 
         pipeline = self.pipeline
-        with own_generators(self.device), seeded_by(seed), remembering(pipeline.stages) as seen, reads:
+        with own_generators(self.device), seeded_by(seed), reads:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
-        look_at(seen)
         self._draws[kind] = draws
         self._watched.look()
         if reads.found:
@@ -195,7 +204,7 @@ class CapturedTicks:
                 stage.rates.refresh()
         places = self._places = self._places or RingPlaces(rings_of(self.pipeline.stages), self.device)
         if self._last is None:  # the previous tick was no captured one
-            self._homes.settle(self.pipeline.links, self.pipeline.stages)
+            self._homes.settle(self.pipeline.links)
             places.set()
         return places
 

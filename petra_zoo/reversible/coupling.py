@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from petra_zoo.reversible.stream_type import StreamType
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
 
@@ -54,15 +54,27 @@ def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
     return step + g * a
 
 
-def uncouple(b_out: Tensor, step: Tensor, g: float) -> Tensor:
-    """The inverse of `couple`: the stream a of the block's input, for g > 0."""
-    if g == 1.0:
-        return b_out - step
-    return (b_out - step) / g
+def uncouple(
+    b_out: Tensor, step: Tensor, g: float, streams: StreamType = FLOAT_STREAMS, *, over: bool = False
+) -> Tensor:
+    """The inverse of `coupled`, with step from `step_of`: the stream a of the block's input, for g > 0.
+
+    Args:
+        b_out: the stream b'.
+        step: what the block has added to g * a.
+        g: the coupling.
+        streams: their type.
+        over: a is written over b_out.
+    """
+    a = b_out.sub_(step) if over else b_out - step
+    return a if g == 1.0 else a.div_(g)
 
 
 def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:
     """Merges the streams at the end of a run: (act(b) + g * act(a)) / (1 + g), from the two activations."""
+    if _is_number(g):
+        if g == 1.0:
+            return (h + h_before).div_(2.0)
     return (h + g * h_before) / (1.0 + g)
 
 
