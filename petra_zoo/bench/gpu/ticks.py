@@ -75,7 +75,7 @@ class Ticks:
         images = torch.randn(case.batch, 3, case.image, case.image, device=device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(0, 100, (case.batch,), device=device)
-        for _ in range(4 * case.stages + 4 if device.type == "cuda" else case.stages):
+        for _ in range(4 * case.stages + 4 if device.type == "cuda" else 2 * case.stages):
             self.tick()  # the pipeline fills; kernels are chosen; ticks are captured
         self.graphs = self._replayed() if device.type == "cuda" else []
         self.peak_bytes = peak_bytes(self.tick, device)
