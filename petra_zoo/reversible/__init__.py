@@ -11,6 +11,7 @@ from petra_zoo.reversible.coupling import (
     nearest_coupling,
     uncouple,
 )
+from petra_zoo.reversible.forked_unit import ForkedUnit
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
@@ -35,6 +36,7 @@ __all__ = [
     "CoupledUnit",
     "Coupling",
     "Evaluation",
+    "ForkedUnit",
     "FunctionUnit",
     "Gradients",
     "LiveBytes",

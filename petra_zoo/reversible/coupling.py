@@ -62,6 +62,9 @@ def uncouple(b_out: Tensor, step: Tensor, g: float, *, over: bool = False) -> Te
 
 def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:
     """Merges the streams at the end of a run: (act(b) + g * act(a)) / (1 + g), from the two activations."""
+    if _is_number(g):
+        if g == 1.0:
+            return (h + h_before).div_(2.0)
     return (h + g * h_before) / (1.0 + g)
 
 
