@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from petra_zoo.data.batch_transform import BatchTransform
+from petra_zoo.data.feed import Batch
 from petra_zoo.data.image_dataset import BadImage, DataError, ImageDataset
+from petra_zoo.data.mixing import Mixer
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.data.transforms import Transform, evaluation_transform, seeded_generators, training_transform
 from petra_zoo.errors import UserError
@@ -137,7 +139,7 @@ class _Samples(Dataset[_Sample | DataError]):
             if self._reading.leave_out and self._reading.on_bad_image == "skip":
                 found = self._source.try_load(place.index)
                 if isinstance(found, BadImage):  # batches keep their size, in every process
-                    return _Sample(torch.zeros(self._size), LEFT_OUT, [found])
+                    return _Sample(torch.zeros(self._size, dtype=torch.uint8), LEFT_OUT, [found])
                 bad: list[BadImage] = []
                 image, label = found
             else:
@@ -184,6 +186,7 @@ class ImageLoader:
     """Iterates over batches of one epoch; see `create_loader`.
 
     Attributes:
+        transform: of its batches, on the CPU.
         fingerprints: of the decoded images that the latest iteration has given, in its order, where they are asked for.
     """
 
@@ -193,22 +196,13 @@ class ImageLoader:
         samples: Dataset[_Sample | DataError],
         batches: _Batches,
         reading: Reading,
-        mixing: Augmentation | None,
+        mixer: Mixer | None,
+        transform: BatchTransform,
     ) -> None:
-        self.dataset = dataset
+        self.dataset, self.transform = dataset, transform
         self.fingerprints: list[bytes] = []
         self._batches = batches
-        self._mixing = mixing
-        self._mixup: Mixup | None = None
-        if mixing and (mixing.mixup or mixing.cutmix):
-            self._mixup = Mixup(
-                mixing.mixup,
-                mixing.cutmix,
-                prob=mixing.mixup_prob,
-                switch_prob=mixing.mixup_switch_prob,
-                label_smoothing=mixing.smoothing,
-                num_classes=dataset.num_classes,
-            )
+        self._mixer = mixer
         self._loader: DataLoader[_Sample | DataError] = DataLoader(
             samples,
             batch_sampler=batches,
@@ -242,6 +236,20 @@ class ImageLoader:
             smooths labels. `LEFT_OUT` labels a blank.
 
         Raises:
+            DataError: see `read`.
+        """
+        for images, labels in self.read(batch_index):
+            yield self.transform(*images), labels
+
+    def read(self, batch_index: int = 0) -> Iterator[Batch]:
+        """Iterates like `iter_from`, and leaves to the caller what the batch transform does.
+
+        Yields:
+            What a `BatchTransform` takes: images, uint8 [B, C, H, W] (float32 and normalised where random erasing is
+            on, whose fill no byte can hold), and the numbers by which they are to be mixed, where they are. Labels, as
+            in `iter_from`.
+
+        Raises:
             DataError: An image is bad and the policy is 'fail', none can be read, a label is out of range, or a
                 transformation fails.
         """
@@ -260,17 +268,15 @@ class ImageLoader:
             self.fingerprints += batch.fingerprints
             yield self._mix(batch.images, batch.labels, epoch, at)
 
-    def _mix(self, images: Tensor, labels: Tensor, epoch: int, batch_index: int) -> tuple[Tensor, Tensor]:
-        if self._mixing is None:
-            return images, labels
-        smoothed = mixup_target(labels, self.dataset.num_classes, 1.0, self._mixing.smoothing)
-        if self._mixup is None:
-            return images, smoothed
-        even = len(images) // 2 * 2  # timm mixes pairs and refuses odd batches: the last image of one stays as it is
+    def _mix(self, images: Tensor, labels: Tensor, epoch: int, batch_index: int) -> Batch:
+        if self._mixer is None:
+            return (images,), labels
+        if not self._mixer.mixes:
+            return (images,), self._mixer.smooth(labels)
         place = batch_index * self._batches.sharding.count + self._batches.sharding.index
         with seeded_generators(_MIX, self._batches.seed, epoch, place):
-            _, smoothed[:even] = self._mixup(images[:even], labels[:even])  # mixes the images in place
-        return images, smoothed
+            numbers, soft = self._mixer.draw(labels, *images.shape[2:])
+        return (images, numbers), soft
 
 
 def check_channels(input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -342,4 +348,5 @@ def create_loader(
         policy=drawn.aa if drawn else None,
     )
     mixes = drawn is not None and (drawn.mixup or drawn.cutmix or drawn.smoothing)
-    return ImageLoader(dataset, samples, batches, reading, mixing=drawn if mixes else None)
+    mixer = Mixer(drawn, dataset.num_classes) if drawn and mixes else None
+    return ImageLoader(dataset, samples, batches, reading, mixer, BatchTransform(preprocessing))

@@ -21,17 +21,20 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """timm's transform from an RGB image to a normalised float32 tensor [C, H, W], without anything random."""
-    return create_transform(**preprocessing.as_dict(), is_training=False)
+    """timm's transform from an RGB image to a tensor of bytes [C, H, W], without anything random."""
+    return create_transform(**preprocessing.as_dict(), is_training=False, normalize=False)
 
 
 def training_transform(settings: Augmentation, preprocessing: Preprocessing) -> Transform:
-    """timm's transform from an RGB image to a normalised float32 tensor [C, H, W], augmented.
+    """timm's transform from an RGB image to a tensor of bytes [C, H, W], augmented; see `BatchTransform` for the rest.
+
+    Random erasing comes behind the normalisation, so with it the tensor is float32 and normalised.
 
     Args:
         settings: What to do to the image.
         preprocessing: Of it only size and normalisation count.
     """
+    erases = settings.reprob > 0.0 and not settings.no_aug
     _, height, width = preprocessing.input_size
     create = partial(
         create_transform,
@@ -40,6 +43,7 @@ def training_transform(settings: Augmentation, preprocessing: Preprocessing) -> 
         interpolation=settings.interpolation,
         mean=preprocessing.mean,
         std=preprocessing.std,
+        normalize=erases,
     )
     if settings.no_aug:
         return create(no_aug=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source
 from petra_zoo.checkpoints.provenance import sha256
+from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
 from petra_zoo.data.loader import Reading, create_loader
@@ -242,13 +243,15 @@ def _measure(
 ) -> _Measured:
     """Goes through the data once, with the largest batches that fit where `retry` is asked for."""
     device = next(model.parameters()).device
+    transform = BatchTransform(preprocessing, device)
     batch_size = min(options.batch_size, len(data))
     while True:
         reading = Reading(options.workers, options.on_bad_image, leave_out=True, fingerprints=options.fingerprints)
         loader = create_loader(data, preprocessing, batch_size=batch_size, reading=reading)
-        watched = Watched(model, device, options.amp)
+        watched = Watched(model, device, options.amp, transform)
         try:
-            scores = evaluate(watched.predict, watched.labelled(loader), model.num_classes, device)
+            batches = watched.labelled((images, labels) for (images,), labels in loader.read())
+            scores = evaluate(watched.predict, batches, model.num_classes, device)
             return _Measured(scores, watched, batch_size, loader.fingerprints)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -257,7 +260,7 @@ def _measure(
                 fix = "use a smaller --batch-size, or --retry to find one" if batch_size > 1 else "use a larger device"
                 raise UserError(f"{source}: out of memory with a batch size of {batch_size}: {fix}") from error
             batch_size //= 2
-            del watched, loader  # what they hold is what is missing
+            del watched, loader, batches  # what they hold is what is missing
         torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
 
 

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.reversible import LiveBytes
 
 
@@ -18,14 +19,15 @@ class Watched:
         model: images [B, C, H, W] -> logits [B, classes].
         device: where it is.
         amp: run it under bfloat16 autocast.
+        transform: of the images as they come, bytes.
 
     Attributes:
         predictions: the best class of each image, per batch.
         labels: the labels, per batch.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, amp: bool) -> None:
-        self.model, self.device, self.amp = model, device, amp
+    def __init__(self, model: nn.Module, device: torch.device, amp: bool, transform: BatchTransform) -> None:
+        self.model, self.device, self.amp, self.transform = model, device, amp, transform
         self.predictions: list[Tensor] = []
         self.labels: list[Tensor] = []
         self._first_batch = 0
@@ -40,6 +42,7 @@ class Watched:
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B, classes]; on the CPU the first batch, the largest, is measured."""
+        images = self.transform(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             if self.predictions or self.device.type == "cuda":
                 logits = self.model(images)

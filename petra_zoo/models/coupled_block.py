@@ -9,11 +9,11 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import FLOAT_STREAMS, Coupling, StreamType, advance, couple, coupled
+from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock, Coupling, StreamType, advance, couple, coupled
 from petra_zoo.reversible.stream_type import to_carrier, to_grid
 
 
-class CoupledBlock(nn.Module):
+class CoupledBlock(BranchBlock):
     """What timm's residual blocks need to be coupled blocks: the parts of their forward, put together anew.
 
     Called with an activation alone it is timm's block. In a run with a coupling it gives the sum *before* the
@@ -39,7 +39,7 @@ class CoupledBlock(nn.Module):
         """The stream b' from the activation x: the formula, with a down-sampling block's projection as its shortcut."""
         h = streams.for_branch(x, self)
         shortcut = x if self.downsample is None else self.downsample(h)
-        return coupled(streams.carry(shortcut), self.branch(h), a, g, streams)
+        return coupled(streams.carry(shortcut), self.run_branch(h), a, g, streams)
 
     @torch.jit.unused
     def forward(
@@ -56,13 +56,15 @@ class CoupledBlock(nn.Module):
         b = self.coupled_step(x, a, g, streams)
         return self.activate(b) if is_zero(g) else b
 
-    def scripted(self, x: Tensor, a: Optional[Tensor], g: Coupling, grid: float) -> Tensor:  # noqa: UP045
+    def scripted(self, x: Tensor, a: Optional[Tensor], g: Coupling, kind: str, grid: float) -> Tensor:  # noqa: UP045
         """TorchScript's own copy of `forward`: it has no `StreamType`, no checks, and no weights behind a wrapper."""
         h = x.to(self.conv1.weight.dtype)
         shortcut = x
         if self.downsample is not None:
             shortcut = self.downsample(h)
-        b = advance(to_carrier(shortcut), self.branch(h), 0.0 if a is None else g)
+        b = advance(to_carrier(shortcut, kind), self.branch(h), 0.0 if a is None else g)
+        if kind == "bfloat16":
+            b = to_carrier(b, kind)
         if grid > 0.0:
             b = to_grid(b, grid)
         if a is not None:

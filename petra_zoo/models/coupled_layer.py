@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Optional, Self, overload
+from typing import TYPE_CHECKING, NamedTuple, Optional, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from petra_zoo.reversible import (
     CoupledUnit,
     Coupling,
     FunctionUnit,
+    StreamKind,
     StreamType,
     Unit,
     backpropagate,
@@ -26,7 +26,8 @@ from petra_zoo.reversible import (
     nearest_coupling,
     readable,
 )
-from petra_zoo.reversible.stream_type import to_carrier, to_grid
+from petra_zoo.reversible.reading import BufferReading
+from petra_zoo.reversible.stream_type import check_kind, scripted_kind, to_carrier, to_grid
 
 
 class Position(NamedTuple):
@@ -53,6 +54,7 @@ class CoupledLayer(nn.Sequential):
         coupling: g, a multiple of 1/256 in [0, 1]; None: 1, and whatever a checkpoint says.
         anchor_every: keep the streams every so many blocks of the run; 0: never.
         grid: > 0 makes the inversion exact at g = 1 (see `petra_zoo.reversible.StreamType`).
+        streams: what carries the streams (likewise).
     """
 
     if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class CoupledLayer(nn.Sequential):
         coupling: float | None = None,
         anchor_every: int = 0,
         grid: float = 0.0,
+        streams: StreamKind = "auto",
     ) -> None:
         super().__init__(*(couple_block(block) for block in blocks))
         # Whether block 0 is in the run (TorchScript: an attribute).
@@ -75,18 +78,29 @@ class CoupledLayer(nn.Sequential):
         self.anchor_every = anchor_every
         self.grid = grid
         self.memory: Memory = "reversible"
+        self.kind: str  # TorchScript knows no literals
+        self.set_streams(streams)
         self.asked_for = coupling
-        self._read = _Reading()
-        self._g = check_coupling(1.0 if coupling is None else coupling)
+        g = check_coupling(1.0 if coupling is None else coupling)
+        self._g = BufferReading(g, nearest_coupling)
         weight = next(self.parameters())
-        self.register_buffer("coupling", torch.full((), self._g, device=weight.device, dtype=weight.dtype))
+        self.register_buffer("coupling", torch.full((), g, device=weight.device, dtype=weight.dtype))
 
-    __jit_unused_properties__: ClassVar = ["streams"]
-
-    @property
+    @torch.jit.unused
     def streams(self) -> StreamType:
-        """The type of the layer's streams."""
-        return StreamType(self.grid)
+        """The type of the layer's streams: what `auto` stands for now is decided."""
+        return StreamType(self.grid, check_kind(self.kind)).now(lambda: self._g.latest(self.coupling), self)
+
+    @torch.jit.unused
+    def set_streams(self, kind: StreamKind) -> None:
+        """Chooses what carries the streams.
+
+        Raises:
+            UserError: no such kind, or one without a place for the grid of exact inversion.
+        """
+        if check_kind(kind) == "bfloat16" and self.grid > 0.0:
+            raise UserError("exact=True rounds float32 streams to a grid: leave streams out, or use exact=False")
+        self.kind = kind
 
     # -- the coupling ---------------------------------------------------------------------------------------------
 
@@ -99,15 +113,7 @@ class CoupledLayer(nn.Sequential):
         Raises:
             ValueError: the buffer's value is not between 0 and 1.
         """
-        buffer = self.coupling
-        if buffer.is_meta:
-            return self._g
-        if buffer.is_cpu or buffer.is_inference():  # reading costs nothing, or nobody counts
-            return nearest_coupling(buffer.item())
-        if not self._read.is_of(buffer):
-            self._g = nearest_coupling(buffer.item())
-            self._read = _Reading(buffer)
-        return self._g
+        return self._g.now(self.coupling)
 
     @torch.jit.unused
     def _coupling_now(self) -> Coupling:
@@ -127,6 +133,7 @@ class CoupledLayer(nn.Sequential):
         """Sets g, a multiple of 1/256 in [0, 1]."""
         with torch.no_grad():
             self.coupling.fill_(check_coupling(g))
+        self._g.value = g
 
     @torch.jit.unused
     def reset_coupling(self) -> None:
@@ -134,8 +141,7 @@ class CoupledLayer(nn.Sequential):
         self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if not self.coupling.is_meta:
-            self._g = self.g()  # on the meta device it could not be read any more
+        self.g()  # on the meta device it could not be read any more
         return super()._apply(fn, recurse)
 
     if TYPE_CHECKING:
@@ -190,11 +196,14 @@ class CoupledLayer(nn.Sequential):
     def _forward_plainly(self, h: Tensor, g: Coupling) -> Tensor:
         """The blocks one after the other, as ordinary operations; the one copy of the loop that TorchScript has."""
         dtype = h.dtype
+        kind = "float32"
         if torch.jit.is_scripting():  # it knows no `StreamType`
-            b = to_carrier(h)
+            kind = scripted_kind(self.kind, float(g), self.grid, dtype)
+            b = to_carrier(h, kind)
             if self.grid > 0.0 and self.starts:
                 b = to_grid(b, self.grid)
         else:
+            streams = self.streams()
             b = self.enter(h)
         h = b
         a: Optional[Tensor] = None  # noqa: UP045 - TorchScript; inside a run, the stream a and act(a)
@@ -207,9 +216,9 @@ class CoupledLayer(nn.Sequential):
                     a = None
                     h_before = None
                 if torch.jit.is_scripting():
-                    out = block.scripted(h, a, g, self.grid)
+                    out = block.scripted(h, a, g, kind, self.grid)
                 else:
-                    out = block(h, a, g, self.streams)
+                    out = block(h, a, g, streams)
                 if is_zero(g):
                     b = out
                     h = out
@@ -225,16 +234,16 @@ class CoupledLayer(nn.Sequential):
                     a = None
                     h_before = None
                 if torch.jit.is_scripting():
-                    b = to_carrier(block(h.to(dtype)))
+                    b = to_carrier(block(h.to(dtype)), kind)
                 else:
-                    b = self.streams.carry(block(self.streams.for_branch(h, block)))
+                    b = streams.carry(block(streams.for_branch(h, block)))
                 h = b
         if h_before is not None:
             h = merge(h, h_before, g)
         if torch.jit.is_scripting():
             return h.to(dtype)
         else:
-            return self.streams.leave(h, self)
+            return streams.leave(h, self)
 
     @torch.jit.unused
     def _forward_units(self, h: Tensor) -> Tensor:
@@ -247,7 +256,8 @@ class CoupledLayer(nn.Sequential):
     @torch.jit.unused
     def enter(self, h: Tensor) -> Tensor:
         """The stream b that an activation becomes in front of the layer."""
-        return self.streams.enter(h) if self.starts else self.streams.carry(h)
+        streams = self.streams()
+        return streams.enter(h) if self.starts else streams.carry(h)
 
     # -- units ----------------------------------------------------------------------------------------------------
 
@@ -286,7 +296,7 @@ class CoupledLayer(nn.Sequential):
                 coupled_unit = CoupledUnit(
                     unit,
                     block,
-                    branch=block.branch,
+                    branch=block.run_branch,
                     activate=before.behind if isinstance(before, Merge) and run_index > 0 else before,
                     coupling=self.g,
                     starts=run_index == 0,
@@ -332,6 +342,8 @@ class CoupledLayer(nn.Sequential):
                 f"with coupling={self.asked_for:g}: leave coupling out, or convert the checkpoint"
             )
             return
+        if g is not None:
+            self._g.value = g
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -356,20 +368,6 @@ def check_coupling(g: float) -> float:
     if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
         raise UserError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
     return float(g)
-
-
-class _Reading:
-    """Of which tensor, and of which version of it, a value was read. Copies and pickles begin without one."""
-
-    def __init__(self, buffer: Tensor | None = None) -> None:
-        self._buffer = None if buffer is None else weakref.ref(buffer)
-        self._version = -1 if buffer is None else buffer._version
-
-    def __reduce__(self) -> tuple[type[_Reading], tuple[()]]:
-        return type(self), ()
-
-    def is_of(self, buffer: Tensor) -> bool:
-        return self._buffer is not None and self._buffer() is buffer and self._version == buffer._version
 
 
 def _idempotent(activate: Callable[[Tensor], Tensor]) -> bool:

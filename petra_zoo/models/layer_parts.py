@@ -23,10 +23,10 @@ class Opening:
 
     block: CoupledBlock
     enter: Enter
-    kind: StreamType
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Streams:
-        return (self.block.coupled_step(self.enter(*streams), streams=self.kind),)
+        return (self.block.coupled_step(self.enter(*streams), streams=self.kind()),)
 
     def unit(self, name: str) -> Unit:
         """The block as a unit."""
@@ -36,11 +36,11 @@ class Opening:
         return ForkedUnit(name, self, modules, self.enter, (self._shortcut, self._branch))
 
     def _shortcut(self, h: Tensor) -> Tensor:
-        project = self.block.downsample
-        return self.kind.carry(h if project is None else project(self.kind.for_branch(h, self.block)))
+        project, kind = self.block.downsample, self.kind()
+        return kind.carry(h if project is None else project(kind.for_branch(h, self.block)))
 
     def _branch(self, h: Tensor) -> Tensor:
-        return self.block.branch(self.kind.for_branch(h, self.block))
+        return self.block.branch(self.kind().for_branch(h, self.block))
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ class Foreign:
 
     block: nn.Module
     enter: Enter
-    kind: StreamType
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Streams:
         h = self.enter(*streams)
         h = h.clone() if h is streams[0] else h  # it may write into its argument, not into a stream
-        return (self.kind.carry(self.block(self.kind.for_branch(h, self.block))),)
+        kind = self.kind()
+        return (kind.carry(self.block(kind.for_branch(h, self.block))),)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Leaving:
 
     layer: nn.Module
     enter: Enter
-    kind: StreamType
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Tensor:
-        return self.kind.leave(self.enter(*streams), self.layer)
+        return self.kind().leave(self.enter(*streams), self.layer)

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible import needs_plain_path
+from petra_zoo.reversible import CompileOptions, StreamKind, compile_branches, needs_plain_path
 
 Memory = Literal["reversible", "recompute", "plain"]
 
 
 class MemoryModes:
-    """Mixin of reversible models: `set_memory` and timm's `set_grad_checkpointing`."""
+    """Mixin of reversible models: `set_memory`, timm's `set_grad_checkpointing`, and `set_streams`."""
 
     memory = "reversible"  # no annotation: TorchScript would have to resolve it
 
@@ -33,12 +33,49 @@ class MemoryModes:
         self.memory = memory
 
     @torch.jit.ignore
+    def compile_branches(self, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compiles the blocks' branches, in training: in the forward, and where they are reversed or recomputed.
+
+        Memory stays that of the mode, which torch.compile of the whole network gives up. The first step compiles, once
+        for each structure of block. Evaluation, export and networks with module hooks run as ever. A compiled branch
+        rounds in other places than its operations, so start, resume and compare runs with the same setting.
+
+        Args:
+            backend: torch.compile's.
+            mode: torch.compile's; not one that replays CUDA graphs.
+
+        Raises:
+            UserError: the mode is one of those.
+        """
+        assert isinstance(self, nn.Module)
+        compile_branches(self, CompileOptions(backend, mode))
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """timm's switch. A reversible model already stores less; a plain one recomputes every unit."""
         if enable and self.memory == "plain":
             self.set_memory("recompute")
         elif not enable and self.memory == "recompute":
             self.set_memory("plain")
+
+    @torch.jit.unused
+    def set_streams(self, streams: StreamKind) -> None:
+        """Chooses what carries the streams, in this network and in copies that are saved.
+
+        Args:
+            streams: ``'float32'``; ``'bfloat16'``: half the memory, and rounded once per block; ``'auto'``: float32,
+                but where branches compute in bfloat16 (autocast or weights) a 16-bit kind, unless 0 < g < 1.
+
+        Raises:
+            UserError: no such kind, or one that does not go with exact inversion.
+        """
+        self._use_streams(streams)
+        arguments = {key: value for key, value in getattr(self, "_model_args", {}).items() if key != "streams"}
+        self._model_args = arguments if streams == "auto" else {**arguments, "streams": streams}  # for config.json
+
+    @torch.jit.unused
+    def _use_streams(self, streams: StreamKind) -> None:
+        raise NotImplementedError
 
     @torch.jit.unused
     def _goes_beyond_units(self, *names: str) -> bool:

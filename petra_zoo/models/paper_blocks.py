@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petra_zoo.reversible import FLOAT_STREAMS
-from petra_zoo.reversible.stream_type import to_carrier
+from petra_zoo.reversible import BranchBlock, StreamType, coupled
+from petra_zoo.reversible.stream_type import check_kind, scripted_kind, to_carrier
 
 Device = torch.device | str | None
 
@@ -24,27 +24,52 @@ class DeviceDtype(TypedDict):
 
 
 class WeightsType(nn.Module):
-    """A module whose weights have a type."""
+    """A module whose weights have a type, and which streams go through.
+
+    Attributes:
+        kind: what carries them, see `petra_zoo.reversible.StreamType`.
+    """
 
     if TYPE_CHECKING:
         conv1: nn.Conv2d
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "auto"
+
+    @torch.jit.unused
+    def streams(self) -> StreamType:
+        """The type of the streams: what `auto` stands for now is decided."""
+        return StreamType(kind=check_kind(self.kind)).now(paper_coupling, self)
 
     def in_weights_type(self, x: Tensor) -> Tensor:
         """x in the type of the module's weights."""
         if torch.jit.is_scripting():
             return x.to(self.conv1.weight.dtype)  # TorchScript has no weights behind a wrapper
         else:
-            return FLOAT_STREAMS.for_branch(x, self)
+            return self.streams().for_branch(x, self)
 
     def carried(self, x: Tensor) -> Tensor:
         """x in the type of streams."""
         if torch.jit.is_scripting():
-            return to_carrier(x)
+            return to_carrier(x, scripted_kind(self.kind, 1.0, 0.0, x.dtype))
         else:
-            return FLOAT_STREAMS.carry(x)
+            return self.streams().carry(x)
+
+    def plus(self, f: Tensor, a: Tensor) -> Tensor:
+        """The stream b' = F(b) + a, from F(b)."""
+        if torch.jit.is_scripting():
+            return self.carried(f) + a
+        else:
+            return coupled(a, f, a, 1.0, self.streams())
 
 
-class PaperBasicBlock(WeightsType):
+def paper_coupling() -> float:
+    """g of every block of the paper's networks."""
+    return 1.0
+
+
+class PaperBasicBlock(WeightsType, BranchBlock):
     """(b, a) -> (a + F(b), b) with F = conv3x3, BN, ReLU, conv3x3, BN, ReLU. Shapes [B, width, H, W]."""
 
     expansion = 1
@@ -62,7 +87,7 @@ class PaperBasicBlock(WeightsType):
         return F.relu(self.bn2(self.conv2(x)))
 
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return self.branch(b) + a, b
+        return self.plus(self.branch(b), a), b
 
 
 class PaperBasicDown(WeightsType):
@@ -88,7 +113,7 @@ class PaperBasicDown(WeightsType):
         return self.carried(out), self.carried(h)
 
 
-class _Bottleneck(WeightsType):
+class _Bottleneck(WeightsType, BranchBlock):
     """F = conv1x1, BN, ReLU, conv3x3, BN, ReLU, conv1x1, BN, ReLU, with a quarter of `width` in the middle."""
 
     expansion = 4
@@ -116,7 +141,7 @@ class PaperBottleneck(_Bottleneck):
         super().__init__(width, width, 1, {"device": device, "dtype": dtype})
 
     def forward(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return self.branch(b) + a, b
+        return self.plus(self.branch(b), a), b
 
 
 class PaperBottleneckDown(_Bottleneck):

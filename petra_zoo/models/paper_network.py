@@ -24,8 +24,10 @@ from petra_zoo.models.paper_blocks import (
     PaperBottleneckDown,
     TwoStreamLayer,
     WeightsType,
+    paper_coupling,
 )
-from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit, backpropagate
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, StreamKind, Streams, Unit, backpropagate
+from petra_zoo.reversible.stream_type import check_kind
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -51,6 +53,7 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
         global_pool: timm's pooling name.
         stem_type: ``''``: 7x7 stride 2 and 2x2 max-pooling; ``'cifar'``: 3x3 stride 1.
         drop_rate: dropout in front of the classifier.
+        streams: what carries the streams, see `set_streams`.
         device: where parameters are made.
         dtype: their type.
     """
@@ -65,6 +68,7 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
         global_pool: str = "avg",
         stem_type: str = "",
         drop_rate: float = 0.0,
+        streams: StreamKind = "auto",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,6 +107,13 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
         self.num_features = 2 * width_in
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self._use_streams(streams)
+
+    @torch.jit.unused
+    def _use_streams(self, streams: StreamKind) -> None:
+        for module in self.modules():
+            if isinstance(module, WeightsType):
+                module.kind = check_kind(streams)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -224,7 +235,16 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
         for j, block in enumerate(self.layers[i].children()):
             name = f"layers.{i}.{j}"
             if isinstance(block, PaperBasicBlock | PaperBottleneck):
-                units.append(CoupledUnit(name, block, branch=block.branch, activate=_identity, coupling=_one))
+                units.append(
+                    CoupledUnit(
+                        name,
+                        block,
+                        branch=block.run_branch,
+                        activate=_identity,
+                        coupling=paper_coupling,
+                        streams=block.streams,
+                    )
+                )
             else:
                 units.append(FunctionUnit(name, block.forward, {"block": block}))
         return units
@@ -247,7 +267,3 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _one() -> float:
-    return 1.0

@@ -26,7 +26,7 @@ from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
 from petra_zoo.models.layer_parts import Enter, first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings, resnet_cfgs
-from petra_zoo.reversible import FunctionUnit, Streams, Unit, backpropagate
+from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate
 
 __all__ = ["PetraRevNet"]
 
@@ -51,6 +51,7 @@ class PetraRevNet(MemoryModes, ResNet):
         anchor_every: keep the streams every so many blocks of a run (one number, or one per layer); 0: never.
         exact: reconstruct to the bit at g = 1, by rounding branches to multiples of 2**-exact_bits.
         exact_bits: the grid of `exact`; streams must stay below 2**(24 - exact_bits) in float32.
+        streams: what carries the streams, see `set_streams`.
         **kwargs: timm's `ResNet` arguments; unknown ones raise TypeError.
     """
 
@@ -67,6 +68,7 @@ class PetraRevNet(MemoryModes, ResNet):
         anchor_every: int | Sequence[int] = 0,
         exact: bool = False,
         exact_bits: int = 12,
+        streams: StreamKind = "auto",
         **kwargs: Argument,
     ) -> None:
         init: Argument = super().__init__  # timm's annotations ask for an instance of the block, not its class
@@ -77,7 +79,7 @@ class PetraRevNet(MemoryModes, ResNet):
             self._use_cifar_stem(width)
         else:
             init(block, layers, *args, stem_type=stem_type, **kwargs)
-        self._couple(coupling, anchor_every, 2.0**-exact_bits if exact else 0.0)
+        self._couple(coupling, anchor_every, 2.0**-exact_bits if exact else 0.0, streams)
 
     @classmethod
     def from_resnet(
@@ -93,7 +95,7 @@ class PetraRevNet(MemoryModes, ResNet):
         model = copy.deepcopy(source)
         model.__class__ = cls
         assert isinstance(model, cls)
-        model._couple(coupling, anchor_every, 0.0)
+        model._couple(coupling, anchor_every)
         return model
 
     def _use_cifar_stem(self, width: int) -> None:
@@ -106,13 +108,24 @@ class PetraRevNet(MemoryModes, ResNet):
         for i, info in enumerate(infos):
             info["reduction"] = max(1, info["reduction"] // (2 if i == 0 else 4))
 
-    def _couple(self, coupling: float | Sequence[float] | None, anchor_every: int | Sequence[int], grid: float) -> None:
+    def _couple(
+        self,
+        coupling: float | Sequence[float] | None,
+        anchor_every: int | Sequence[int],
+        grid: float = 0.0,
+        streams: StreamKind = "auto",
+    ) -> None:
         couplings = _one_per_layer(coupling, "coupling")
         anchors = _one_per_layer(anchor_every, "anchor_every")
         for i, name in enumerate(LAYERS):
             blocks = getattr(self, name)
             layer = CoupledLayer(
-                *blocks, behind_stem=i == 0, coupling=couplings[i], anchor_every=anchors[i] or 0, grid=grid
+                *blocks,
+                behind_stem=i == 0,
+                coupling=couplings[i],
+                anchor_every=anchors[i] or 0,
+                grid=grid,
+                streams=streams,
             )
             setattr(self, name, layer.train(blocks.training))
 
@@ -145,6 +158,11 @@ class PetraRevNet(MemoryModes, ResNet):
             layer.anchor_every = anchor_every
         if any(anchors):  # timm writes _model_args into config.json
             self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": list(anchors)}
+
+    @torch.jit.unused
+    def _use_streams(self, streams: StreamKind) -> None:
+        for layer in self.coupled_layers():
+            layer.set_streams(streams)
 
     def set_coupling(self, coupling: float | Sequence[float]) -> None:
         """Sets g of every layer, or one per layer."""

@@ -2,6 +2,7 @@
 
 from petra_zoo.petra.counting import count_operations
 from petra_zoo.petra.finite import NotFiniteError, first_not_finite
+from petra_zoo.petra.graphed import GraphedStep
 from petra_zoo.petra.layout import Costs, Layout, assign_stages, balance
 from petra_zoo.petra.links import LinkError, Wire
 from petra_zoo.petra.measuring import measure
@@ -16,6 +17,7 @@ from petra_zoo.petra.world import World, global_rank, join, leave, world_size
 __all__ = [
     "METHODS",
     "Costs",
+    "GraphedStep",
     "Layout",
     "LinkError",
     "Measurement",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.counting import output_shapes, required_input_size
+from petra_zoo.petra.fifo import Ring, queue
 from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.methods import Method
 from petra_zoo.petra.part import Part, Shapes, StageSettings
@@ -43,6 +44,7 @@ def make_stages(
             # Only a stage whose last unit has an inverse has a use for its output.
             sends_streams=method.streams_travel and j > 0 and units[owned.start - 1].reversible,
             shapes=shapes,
+            fifo=partial(Ring, int(ticks[j]) + 1) if settings.static and ticks[j] else queue,
         )
         stage = method.stage(part, settings)
         stage.start_optimizer(names)

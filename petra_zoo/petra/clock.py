@@ -44,6 +44,12 @@ class Clock:
         return sum(self.fed.get(first + i, False) for i in range(ticks)) if self._comes_back(stage) else 0
 
     @property
+    def steady(self) -> bool:
+        """Whether every stage does in the present tick all that it ever does in one."""
+        longest = (2 if self.backwards else 1) * (self.stages - 1) if self.delayed else 0
+        return all(self._was_fed(None, ago) for ago in range(longest + 1))
+
+    @property
     def in_flight(self) -> int:
         """Micro-batches fed whose last message has not been received."""
         if not self.delayed:

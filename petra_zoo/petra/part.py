@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from petra_zoo.petra.fifo import MakeFifo, queue
+from petra_zoo.petra.finite import FiniteCheck
 from petra_zoo.petra.optimization import Optimization
 from petra_zoo.reversible import Unit
 
@@ -24,6 +26,8 @@ class StageSettings:
         first_trainable: index of the first unit with a parameter to train; nobody wants gradients below it.
         last_keeps_graph: whether the last stage keeps its graph within the tick.
         across: process group of a stage in every replica of the pipeline; None where there is one.
+        static: whether everything lies at fixed addresses, so that ticks may be captured.
+        finite: looks at losses and gradients.
     """
 
     loss: Loss
@@ -33,6 +37,8 @@ class StageSettings:
     first_trainable: int = 0
     last_keeps_graph: bool = True
     across: ProcessGroup | None = None
+    static: bool = False
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Part:
         sends_streams: whether the stage below reconstructs, that is, wants to be sent its output back.
         shapes: gives the shapes of every unit's output for one image, for stages with modules of their own; computed
             when first asked for.
+        fifo: makes an empty FIFO, for what the stage keeps from a forward to its backward.
     """
 
     units: Sequence[Unit]
@@ -55,3 +62,4 @@ class Part:
     last: bool
     sends_streams: bool
     shapes: Callable[[], Shapes]
+    fifo: MakeFifo = queue

@@ -18,7 +18,7 @@ One process runs all stages, or each of several ranks runs some of them (`world`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +26,22 @@ from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters
+from petra_zoo.petra.capture import CapturedTicks, Graphs, graphs_for
 from petra_zoo.petra.clock import Clock
+from petra_zoo.petra.finite import FiniteCheck
 from petra_zoo.petra.gather import keep_only, whole_model
 from petra_zoo.petra.generator import own_generators
 from petra_zoo.petra.layout import Layout
-from petra_zoo.petra.messages import Down, Output, Up
+from petra_zoo.petra.messages import Output, Up
 from petra_zoo.petra.methods import Method, find_method
 from petra_zoo.petra.optimization import Optimization
 from petra_zoo.petra.part import Loss, StageSettings
 from petra_zoo.petra.pipeline_state import PipelineState, restore, state_of
 from petra_zoo.petra.prediction import Batches, predict_batches
+from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
-from petra_zoo.petra.stage import Stage
+from petra_zoo.petra.tick import run_tick
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
 
@@ -60,7 +63,12 @@ class Pipeline:
         loss: (logits, labels) -> 0-d mean loss; labels may be soft.
         autocast: run units under autocast to this type, for example torch.bfloat16; streams stay float32.
         seed: random numbers inside the model come from (seed, unit, micro-batch).
+        prepare: what is done to images in front of the first unit: a function of what is fed, without parameters, that
+            draws nothing and leaves its arguments as they are. What waits for the backward is what is fed: bytes, where
+            it normalises them. To be captured in a graph, it must read nothing back and copy nothing to the device.
         world: this process among several, and how messages travel; see `petra_zoo.petra.join`.
+        graphs: ``'auto'``: on a GPU, ticks that are all alike are replayed as CUDA graphs, see
+            `petra_zoo.petra.capture`; ``'off'``: none are; or what makes a `Graph`, in the place of CUDA's.
 
     Raises:
         UserError: a setting that does not fit the model, with what would.
@@ -83,9 +91,11 @@ class Pipeline:
         loss: Loss = F.cross_entropy,
         autocast: torch.dtype | None = None,
         seed: int = 0,
+        prepare: Prepare | None = None,
         world: World | None = None,
+        graphs: Graphs = "auto",
     ) -> None:
-        self.model, self.method = model, find_method(method)
+        self.model, self.method, self.prepare = model, find_method(method), prepare
         self.optimization = optimization or Optimization()
         self.world = world or World(device=next(model.parameters()).device)
         units = units_of(model)
@@ -93,6 +103,7 @@ class Pipeline:
         self.layout = Layout.of(model, layout, method=self.method, ranks=self.world.size)
         if self.world.size > 1:
             keep_only(units, self.layout.units_of_rank(self.world.rank), self.world.device)
+        make_graph = graphs_for(graphs, self.world, delayed=self.method.delayed, stages=len(self.layout.stages))
         self.settings = StageSettings(
             loss,
             self.optimization,
@@ -101,23 +112,27 @@ class Pipeline:
             first_trainable=first_trainable(units),
             last_keeps_graph=self.method.last_stage_keeps_graph,
             across=self.world.across,
+            static=make_graph is not None,
+            finite=FiniteCheck(deferred=make_graph is not None),
         )
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
-        self.stages = make_stages(model, units, self.layout, self.world.rank, self.method, self.settings, self.clock)
+        parts = prepared_units(units, prepare)
+        self.stages = make_stages(model, parts, self.layout, self.world.rank, self.method, self.settings, self.clock)
         self.links = make_links(self.world, self.layout.ranks[self.world.rank])
+        self.captured = CapturedTicks(self, make_graph, self.world.device) if make_graph else None
         self.fed = 0
         self._probe: Probe | None = None
 
     # -- training -------------------------------------------------------------------------------------------------
 
-    def step(self, images: Tensor | None = None, labels: Tensor | None = None) -> Output:
+    def step(self, images: Images | None = None, labels: Tensor | None = None) -> Output:
         """One tick: feeds a micro-batch and lets every stage work on what it received.
 
         Every rank calls it, the one that owns the stem with a micro-batch, the others without.
 
         Args:
-            images: [B, C, H, W]; must not be overwritten while in flight.
+            images: [B, C, H, W], or a tuple of all that `prepare` takes; must not be overwritten while in flight.
             labels: [B] class indices, or [B, classes] probabilities.
 
         Returns:
@@ -132,11 +147,12 @@ class Pipeline:
             if images is None or labels is None:
                 raise UserError("the rank that owns the stem feeds images and labels")
             # Replicas see different micro-batches: random numbers must differ as well.
-            fed = Up(self.fed * self.world.replicas + self.world.replica, (images,), labels)
+            fed = Up(self.fed * self.world.replicas + self.world.replica, fed_streams(images), labels)
             if self._probe:
                 self._probe.saw_batch(fed)
         self.fed += 1
         output = self._run_tick(fed, feeding=True)
+        self.settings.finite.look()
         updates, rest = divmod(self.fed, self.optimization.accumulation_steps)
         if rest == 0:
             for stage in self.stages:  # in one tick, though the stages' own updates come in several
@@ -152,10 +168,10 @@ class Pipeline:
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
-        with own_generators(self.world.device):
+        with own_generators(self.world.device), self.captured.aside() if self.captured else nullcontext():
             for stage in reversed(self.stages):
                 stage.update(partial=True)
-                stage.finite.settle()
+        self.settings.finite.settle()
         return [output for output in outputs if output.micro_batch is not None]
 
     @property
@@ -174,33 +190,14 @@ class Pipeline:
         return self.method.delay(len(self.layout.stages), self.optimization.accumulation_steps)
 
     def _run_tick(self, fed: Up | None, feeding: bool) -> Output:
-        """Forward of a young micro-batch and backward of an older one in every stage, then the updates.
-
-        Links are queues: what was sent in the previous tick is received before what is sent in this one, so with delay
-        the order of the stages changes nothing. Without it messages of this very tick are received: forwards must climb
-        from the first stage and backwards descend from the last. Updates come last: a tick has one theta_j per stage.
-        """
-        clock, links, output = self.clock, self.links, Output()
+        """The next tick of the clock."""
+        clock = self.clock
         clock.next_tick(feeding)
         self._expect(clock.tick + 1 if clock.delayed else clock.tick)
+        if self.captured:
+            return self.captured.run(fed)
         with own_generators(self.world.device):
-            for stage in self.stages:  # forwards; the last stage goes backward at once
-                if not clock.forward(stage.index):
-                    continue
-                up = fed if stage.index == 0 else links.receive_up(stage.index, stage.keeps_received)
-                assert up is not None
-                if stage.last:
-                    down, loss, logits = stage.forward_backward(up)
-                    output = Output(up.micro_batch, loss, logits, up.labels)
-                    self._send_down(stage, down)
-                else:
-                    links.send_up(stage.index + 1, stage.forward(up))
-            for stage in reversed(self.stages):  # backwards, with the parameters the forwards used
-                if not stage.last and clock.backward(stage.index):
-                    self._send_down(stage, stage.backward(links.receive_down(stage.index)))
-            for stage in reversed(self.stages):  # what is not finite came down: the first to find it is where it began
-                stage.update()
-        return output
+            return run_tick(self.stages, self.links, clock, fed)
 
     def _expect(self, tick: int) -> None:
         """Tells the links which messages this rank will receive in a tick."""
@@ -209,10 +206,6 @@ class Pipeline:
             [stage.index for stage in self.stages if stage.index > 0 and self.clock.forward(stage.index, tick)],
             [stage.index for stage in self.stages if not stage.last and self.clock.backward(stage.index, tick)],
         )
-
-    def _send_down(self, stage: Stage, down: Down) -> None:
-        if stage.sends_gradients:
-            self.links.send_down(stage.index - 1, down)
 
     # -- measuring and saving -------------------------------------------------------------------------------------
 
@@ -224,7 +217,7 @@ class Pipeline:
         Every rank calls it and exhausts it. Messages in flight, statistics and modes stay as they are.
 
         Args:
-            batches: images [B, C, H, W] and labels [B], wanted from the rank that owns the stem; the first is the
+            batches: images as in `step` and labels [B], wanted from the rank that owns the stem; the first is the
                 largest.
             count: how many batches there are; one process finds out by itself.
             model: the model whose stages run (a moving average of this one's); default: the pipeline's own.
@@ -233,7 +226,8 @@ class Pipeline:
             Logits [B, classes] and labels, on the rank that owns the head.
         """
         model, autocast = model or self.model, self.settings.autocast
-        return predict_batches(model, batches, count, self.layout, self.world, autocast, running=self.fed > 0)
+        running = self.fed > 0
+        return predict_batches(model, batches, count, self.layout, self.world, autocast, running, self.prepare)
 
     def whole_model(self, model: UnitModel | None = None) -> UnitModel | None:
         """The model, or a moving average of it, complete and on the CPU, on the rank that owns the head; else None.

@@ -13,12 +13,13 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.links import Wire
 from petra_zoo.petra.messages import Up
+from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.process_links import EVALUATION_TAG, make_links
 from petra_zoo.petra.stage import precision
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Images, Tensor]]
 
 
 @torch.no_grad()
@@ -30,6 +31,7 @@ def predict_batches(
     world: World,
     autocast: torch.dtype | None,
     running: bool,
+    prepare: Prepare | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs batches through a model's stages, forward only; see `Pipeline.predict`.
 
@@ -41,13 +43,14 @@ def predict_batches(
         world: this rank's place.
         autocast: of the training.
         running: whether the training's first tick is over.
+        prepare: of the training: what is done to images in front of the first unit.
 
     Raises:
         UserError: nobody says how many batches there are, or there are fewer.
     """
     if count is None and world.size > 1:
         raise UserError("predict() through several processes needs count=, the number of batches, on every rank")
-    units, stages, feed = units_of(model), layout.ranks[world.rank], iter(batches)
+    units, stages, feed = prepared_units(units_of(model), prepare), layout.ranks[world.rank], iter(batches)
     own = [units[i] for i in layout.units_of_rank(world.rank)]
     # Of their own, so that the training's messages stay where they are. Nothing is rounded on the way: the model is
     # evaluated, not the wire.
@@ -62,7 +65,7 @@ def predict_batches(
                 return
             if batch is None:
                 raise UserError(f"predict() was promised count={count} batches and got {number}")
-            up = Up(number, (batch[0],), batch[1])
+            up = Up(number, fed_streams(batch[0]), batch[1])
         else:
             up = links.receive_up(stages[0])
         streams = up.streams

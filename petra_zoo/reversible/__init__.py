@@ -1,6 +1,7 @@
 """The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
 
 from petra_zoo.reversible.backprop import backpropagate, segments
+from petra_zoo.reversible.compiled import BranchBlock, CompileOptions, compile_branches
 from petra_zoo.reversible.coupling import (
     COUPLING_STEPS,
     Coupling,
@@ -11,12 +12,13 @@ from petra_zoo.reversible.coupling import (
     nearest_coupling,
     uncouple,
 )
+from petra_zoo.reversible.dispatches import Dispatches
 from petra_zoo.reversible.forked_unit import ForkedUnit
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.state import untouched
-from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamKind, StreamType
 from petra_zoo.reversible.unit import (
     CoupledUnit,
     Evaluation,
@@ -33,8 +35,11 @@ from petra_zoo.reversible.unit_model import UnitModel, units_of
 __all__ = [
     "COUPLING_STEPS",
     "FLOAT_STREAMS",
+    "BranchBlock",
+    "CompileOptions",
     "CoupledUnit",
     "Coupling",
+    "Dispatches",
     "Evaluation",
     "ForkedUnit",
     "FunctionUnit",
@@ -42,12 +47,14 @@ __all__ = [
     "LiveBytes",
     "Residue",
     "Reversal",
+    "StreamKind",
     "StreamType",
     "Streams",
     "Unit",
     "UnitModel",
     "advance",
     "backpropagate",
+    "compile_branches",
     "couple",
     "coupled",
     "gradients_of",

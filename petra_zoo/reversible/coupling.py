@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from petra_zoo.reversible.stream_type import StreamType
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
 
@@ -54,8 +54,18 @@ def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
     return step + g * a
 
 
-def uncouple(b_out: Tensor, step: Tensor, g: float, *, over: bool = False) -> Tensor:
-    """The inverse of `couple`: the stream a of the block's input, for g > 0; `over`: it is written over b_out."""
+def uncouple(
+    b_out: Tensor, step: Tensor, g: float, streams: StreamType = FLOAT_STREAMS, *, over: bool = False
+) -> Tensor:
+    """The inverse of `coupled`, with step from `step_of`: the stream a of the block's input, for g > 0.
+
+    Args:
+        b_out: the stream b'.
+        step: what the block has added to g * a.
+        g: the coupling.
+        streams: their type.
+        over: a is written over b_out.
+    """
     a = b_out.sub_(step) if over else b_out - step
     return a if g == 1.0 else a.div_(g)
 

@@ -167,7 +167,7 @@ class CoupledUnit(Unit):
         coupling: reads g.
         starts: whether the block starts its run, that is, takes one stream.
         anchor: see `Unit`.
-        streams: their type; on a grid, the streams that enter must lie on it (exact inversion).
+        streams: their type, or what reads it; on a grid, the streams that enter must lie on it (exact inversion).
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class CoupledUnit(Unit):
         coupling: Callable[[], float],
         starts: bool = False,
         anchor: bool = False,
-        streams: StreamType = FLOAT_STREAMS,
+        streams: StreamType | Callable[[], StreamType] = FLOAT_STREAMS,
     ) -> None:
         super().__init__(name, anchor)
         self.block = block
@@ -199,11 +199,15 @@ class CoupledUnit(Unit):
         b = streams[0]
         h = self.activate(b)
         a = None if self.starts or g == 0.0 else streams[1]
-        b_out = coupled(h, self._branch_of(h), a, g, self.streams)
+        streams_type = self._streams_type()
+        b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type)
         return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
-    def _branch_of(self, h: Tensor) -> Tensor:
-        return self.branch(self.streams.for_branch(h, self.block))
+    def _streams_type(self) -> StreamType:
+        return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
+
+    def _branch_of(self, h: Tensor, streams_type: StreamType) -> Tensor:
+        return self.branch(streams_type.for_branch(h, self.block))
 
     def reverse(
         self,
@@ -224,6 +228,7 @@ class CoupledUnit(Unit):
         gradient of b over that of a', and the gradient of a is that of b'.
         """
         g = self.coupling()
+        streams_type = self._streams_type()
         b_out, a_out = outputs  # [B, ...] each; a' = b: this half of the inverse is a copy
         d_b_out, d_a_out = output_gradients
         activation = Activation(self.activate, a_out)
@@ -232,15 +237,17 @@ class CoupledUnit(Unit):
         # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
             with torch.enable_grad(), activation.forgetting():
-                f = self.branch(self.streams.for_branch(activation.give(), self.block))
+                # No name is bound to h, here or in a function between: only so it dies inside of the branch.
+                f = self.branch(streams_type.for_branch(activation.give(), self.block))
             value, graph = f.detach(), edge_of(f)
             del f
             inputs: Streams = (a_out,)  # of a block that starts its run: the one stream b
             if not self.starts:
                 h = value if g == 1.0 else activation.value()  # no part of the step at g = 1
-                step = step_of(h, value, g, self.streams)
+                step = step_of(h, value, g, streams_type)
                 del h
-                inputs = (a_out, uncouple(b_out, step, g, over=owned))  # divides by g: so do rounding errors
+                a = uncouple(b_out, step, g, streams_type, over=owned)  # divides by g, and so do rounding errors
+                inputs = (a_out, a)
                 del step
             del value
             d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])

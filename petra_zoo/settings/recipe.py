@@ -54,6 +54,7 @@ class Recipe(Augmentation):
         device_speed: Speed of each rank's device relative to each other.
         wire_up, wire_down: The type in which streams, and streams with gradients, travel between stages.
         link_timeout: Seconds that a message may take after the first tick.
+        cuda_graphs: Whether ticks that are all alike are replayed as CUDA graphs (`auto`: on a GPU, as far as it goes).
         sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
         num_classes, img_size: None to take them from the data.
         mean, std: Normalisation of images scaled to 0..1, one value per channel; None for the data set's own.
@@ -65,6 +66,12 @@ class Recipe(Augmentation):
         coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
+        deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;
+            else those that are the fastest for each shape.
+        tf32: On a GPU, products of float32 numbers are rounded to TF32's ten bits.
+        compile: Whether torch.compile compiles the blocks' branches, in training. The memory stays that of the method.
+        streams: What carries the streams of a reversible network: `float32`, `bfloat16`, or `auto`: float32, but where
+            branches compute in bfloat16 a 16-bit kind, unless 0 < g < 1.
         val_interval, log_interval: Epochs between validations; updates between log lines.
         output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
     """
@@ -106,6 +113,7 @@ class Recipe(Augmentation):
     wire_up: WireType | None = None
     wire_down: WireType | None = None
     link_timeout: Positive = 60.0
+    cuda_graphs: Literal["auto", "off"] = "auto"
     sync_bn: bool = False
 
     opt: str = "sgd"
@@ -142,7 +150,11 @@ class Recipe(Augmentation):
     device: str | None = None
     amp: bool = False
     amp_dtype: Literal["bfloat16"] = "bfloat16"
+    streams: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = False
+    deterministic: bool = False
+    tf32: bool = True
+    compile: bool = False
     model_ema: bool = False
     model_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
     seed: Count = 42
@@ -222,6 +234,8 @@ class Recipe(Augmentation):
             raise ValueError("lr and lr_base are both set; set one of them to null")
         if self.layer_decay is not None and self.sched == "none":
             raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        if self.compile and self.sync_bn:
+            raise ValueError("compile and sync_bn are both set: a synchronised norm cannot be compiled; unset one")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name}={values} has {len(values)} values; expected one per channel, {self.in_chans}")

@@ -18,6 +18,7 @@ from petra_zoo.data.loader import ImageLoader, Reading, Sharding, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, UnitClassifier
+from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.petra import World
 from petra_zoo.reversible import CoupledUnit, units_of
 from petra_zoo.settings.recipe import Recipe
@@ -67,11 +68,28 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | str 
         **kwargs,
     )
     check_architecture(recipe, model)
+    set_streams(recipe, model)
     if recipe.pretrained and train.named:
         arrange_head(model, train.class_names)
     check_image_size(model, recipe.model, image_size(recipe, train, model))
     freeze(recipe, model)
     return model.to(device).to(memory_format=memory_format(recipe))
+
+
+def set_streams(recipe: Recipe, model: nn.Module) -> None:
+    """Sets what carries the streams, where the recipe says it.
+
+    Raises:
+        UserError: the network's streams have one type only.
+    """
+    if recipe.streams == "auto":
+        return
+    if not isinstance(model, MemoryModes):
+        raise UserError(
+            f"streams={recipe.streams}: {recipe.model} has no choice of it, only the zoo's own networks have; expected "
+            "streams=auto"
+        )
+    model.set_streams(recipe.streams)
 
 
 def memory_format(recipe: Recipe) -> torch.memory_format:

@@ -13,6 +13,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import UnitClassifier
 from petra_zoo.petra import Costs, Layout, Method, Optimization, Pipeline, Profile, Wire, World, find_method, measure
 from petra_zoo.petra.part import Loss
+from petra_zoo.petra.preparing import Prepare
 from petra_zoo.reversible import units_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.optimization import optimizer_factory, scheduler_factory
@@ -56,6 +57,7 @@ def build_pipeline(
     world: World | None = None,
     profile: Profile | None = None,
     loss: Loss = F.cross_entropy,
+    prepare: Prepare | None = None,
 ) -> Pipeline:
     """The engine for a recipe.
 
@@ -80,7 +82,9 @@ def build_pipeline(
         loss=loss,
         autocast=autocast_type(recipe),
         seed=recipe.seed,
+        prepare=prepare,
         world=world,
+        graphs=recipe.cuda_graphs,
     )
 
 

@@ -11,14 +11,16 @@ from itertools import repeat
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
 
+from petra_zoo.data.batch_transform import BatchTransform
+from petra_zoo.data.feed import Batch, on_device
 from petra_zoo.data.image_dataset import ImageDataset
 from petra_zoo.data.loader import ImageLoader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import Pipeline, Profile, World
+from petra_zoo.reversible import CompileOptions, compile_branches
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
     build_loaders,
@@ -53,6 +55,7 @@ class Prepared:
         train_loader, val_loader: this replica's share of the training split, the whole validation split.
         model: the network; a rank of several keeps its own stages, and the rest on the meta device.
         preprocessing: of an image; it is saved with the model.
+        transform: of a batch, on the device.
         profile: the measured costs that balanced the stages; None where operations were counted.
         pipeline: the model cut into stages, with its optimizers.
         ema: the moving average of the model.
@@ -68,20 +71,18 @@ class Prepared:
     val_loader: ImageLoader
     model: UnitClassifier
     preprocessing: Preprocessing
+    transform: BatchTransform
     profile: Profile | None
     pipeline: Pipeline
     ema: ModelEmaV3 | None
     distillation: Distillation | None
     schedule: CouplingSchedule | None
 
-    def batches(self, loader: ImageLoader) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of a loader, on the device."""
-        device = self.world.device
-        for images, labels in loader:
-            images = images.to(device, memory_format=memory_format(self.recipe), non_blocking=True)
-            yield images, labels.to(device, non_blocking=True)
+    def batches(self, loader: ImageLoader) -> Iterator[Batch]:
+        """What a loader reads, on the device: images as bytes, which `transform` makes what the network takes."""
+        return on_device(loader.read(), self.world.device, memory_format(self.recipe))
 
-    def ticks(self, loader: ImageLoader) -> Iterable[tuple[Tensor, Tensor] | tuple[None, None]]:
+    def ticks(self, loader: ImageLoader) -> Iterable[Batch | tuple[None, None]]:
         """What each tick feeds: a batch, on the rank that owns the stem; as many times nothing on the others."""
         return self.batches(loader) if self.world.first else repeat((None, None), len(loader))
 
@@ -142,11 +143,14 @@ def _assemble(
     model, preprocessing, train_loader = parts.model, parts.preprocessing, parts.loaders[0]
     if recipe.sync_bn and world.replicas > 1:  # not before: a profile is measured by one process alone
         synchronize_statistics(model, world)
+    if recipe.compile:  # nor this: what is measured must not be the compiler's time
+        compile_branches(model, CompileOptions())
     schedule = start_schedule(recipe, model)
     teacher = teacher_from(recipe, world.device) if world.first else None
     distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data)
     loss = distillation.loss if distillation else find_loss(recipe.loss)
-    pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing, world, profile, loss)
+    transform = BatchTransform(preprocessing, world.device)
+    pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing, world, profile, loss, transform)
     return Prepared(
         recipe=recipe,
         name=name,
@@ -156,6 +160,7 @@ def _assemble(
         val_loader=parts.loaders[1],
         model=model,
         preprocessing=preprocessing,
+        transform=transform,
         profile=profile,
         pipeline=pipeline,
         ema=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema else None,

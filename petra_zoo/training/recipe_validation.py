@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from petra_zoo.data.feed import Batch
 from petra_zoo.data.generated_files import write_dataset
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
@@ -155,7 +156,7 @@ def _train(prepared: Prepared) -> None:
     _check_training(prepared, before, [float(output.loss) for output in outputs if output.loss is not None])
 
 
-def _endless(prepared: Prepared) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(prepared: Prepared) -> Iterator[Batch]:
     epoch = 0
     while True:
         prepared.train_loader.set_epoch(epoch)
@@ -186,5 +187,5 @@ def _evaluate(prepared: Prepared) -> None:
     images, labels = next(prepared.batches(prepared.val_loader))
     model.eval()
     ((logits, _),) = prepared.pipeline.predict([(images, labels)], 1, model)
-    if logits.shape != (len(images), prepared.model.num_classes) or not logits.isfinite().all():
+    if logits.shape != (len(labels), prepared.model.num_classes) or not logits.isfinite().all():
         raise UserError(f"evaluation gave {list(logits.shape)} logits that are wrong in number, or not finite")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from petra_zoo.device import computing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import check_free
 from petra_zoo.petra import NotFiniteError, Output, World, first_not_finite, leave
+from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe
 from petra_zoo.training.callbacks import Callback
@@ -80,8 +82,9 @@ def train(
     world = enter(settings)
     try:
         together(world, lambda: _check_output(settings, world))  # before data is fetched and the model is measured
-        prepared = prepare(settings, name=name, world=world)
-        return Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks).train()
+        with computing(world.device, deterministic=settings.deterministic, tf32=settings.tf32):
+            prepared = prepare(settings, name=name, world=world)
+            return Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks).train()
     finally:
         leave()
 
@@ -148,10 +151,10 @@ class Run:
             for images, labels in self.prepared.ticks(loader):
                 self.observer.saw(self.step(images, labels))
 
-    def step(self, images: Tensor | None, labels: Tensor | None) -> Output:
+    def step(self, images: Images | None, labels: Tensor | None) -> Output:
         """One tick: the pipeline's, with the teacher's word where images are fed, and the moving average behind it."""
         if self.prepared.distillation and images is not None and labels is not None:
-            labels = self.prepared.distillation.labels(images, labels)
+            labels = self.prepared.distillation.labels(self.prepared.transform(*fed_streams(images)), labels)
         output = self.pipeline.step(images, labels)
         if self.ema and self.pipeline.fed % self.recipe.accumulation_steps == 0:
             self.ema.update(self.model)

@@ -210,7 +210,7 @@ def test_a_moving_average_keeps_the_coupling() -> None:
 
 
 def test_bfloat16_weights_give_bfloat16_logits_and_float32_streams() -> None:
-    model = tiny().train()
+    model = tiny(streams="float32").train()
     model(images())
     model.to(torch.bfloat16)
     streams = (images().bfloat16(),)

@@ -362,11 +362,15 @@ def test_frozen_stages_need_no_optimizer() -> None:
     assert changed == {"fc.weight", "fc.bias"}
 
 
-def test_bfloat16_autocast_trains_with_float32_messages() -> None:
+@pytest.mark.parametrize(("streams", "dtype"), [("float32", torch.float32), ("auto", torch.bfloat16)])
+def test_bfloat16_autocast_trains_with_messages_in_the_streams_type(streams: str, dtype: torch.dtype) -> None:
     model = make_model(torch.float32)
+    model.set_streams(streams)
     pipeline = make_pipeline(model, 5, autocast=torch.bfloat16)
     outputs = run(pipeline, batches(6, dtype=torch.float32), drain=False)
-    assert all(x.dtype == torch.float32 for queue in pipeline.links.ups.values() for up in queue for x in up.streams)
+    assert all(x.dtype == dtype for queue in pipeline.links.ups.values() for up in queue for x in up.streams)
+    kept = [x for stage in pipeline.stages for fifo in stage.fifos[1:] for streams in fifo for x in streams]
+    assert all(x.dtype == dtype for x in kept)
     assert all(torch.isfinite(o.loss) for o in outputs)
 
 

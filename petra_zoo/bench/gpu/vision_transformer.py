@@ -1,0 +1,66 @@
+"""timm's vision transformer as one run of coupled units: a reversible one with its parameters, to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from petra_zoo.models.memory_modes import Memory
+from petra_zoo.reversible import FLOAT_STREAMS, CoupledUnit, Streams, StreamType, backpropagate, merge
+
+
+class ReversibleViT(nn.Module):
+    """Attention and MLP of every block are units of one run with g = 1 and act = identity.
+
+    Args:
+        vit: timm's network; its modules are used, not copied.
+        memory: ``'plain'`` or ``'reversible'``.
+        streams: their type, by name.
+    """
+
+    def __init__(self, vit: VisionTransformer, memory: Memory, streams: str) -> None:
+        super().__init__()
+        self.vit, self.memory = vit, memory
+        make: Callable[..., StreamType] = StreamType
+        self.streams = make(kind=streams) if streams else FLOAT_STREAMS
+        self._units = [unit for block in vit.blocks for unit in self._units_of(block)]
+        self._units[0].starts = True
+
+    def _units_of(self, block: nn.Module) -> list[CoupledUnit]:
+        assert isinstance(block, Block)
+
+        def attend(h: Tensor) -> Tensor:
+            return block.drop_path1(block.ls1(block.attn(block.norm1(h))))
+
+        def think(h: Tensor) -> Tensor:
+            return block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+
+        return [
+            self._unit(attend, block.norm1, block.attn, block.ls1, block.drop_path1),
+            self._unit(think, block.norm2, block.mlp, block.ls2, block.drop_path2),
+        ]
+
+    def _unit(self, branch: Callable[[Tensor], Tensor], *modules: nn.Module) -> CoupledUnit:
+        return CoupledUnit(
+            "unit",
+            nn.ModuleList(modules),
+            branch=branch,
+            activate=lambda b: b,
+            coupling=lambda: 1.0,
+            streams=self.streams,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        vit = self.vit
+        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
+        b, a = self._run((self.streams.enter(tokens),))
+        return vit.forward_head(vit.norm(merge(b, a, 1.0)))
+
+    def _run(self, streams: Streams) -> Streams:
+        if self.memory == "reversible":
+            return backpropagate(self._units, streams)
+        for unit in self._units:
+            streams = unit(*streams)
+        return streams

@@ -1,0 +1,127 @@
+"""A piece of work that is queued once and then replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+from petra_zoo.petra.generator import seeded_by
+from petra_zoo.petra.tick import InLine, Lanes
+
+
+class Graph(Protocol):
+    """Work that can be replayed: on the same memory, with other random numbers."""
+
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int]) -> None:
+        """Runs `work` once to see what it does; on a GPU it is not done before the first replay.
+
+        Args:
+            work: is given the lanes on which it may queue what does not wait for each other.
+            seeds: of the generators, in the order in which `work` seeds them.
+        """
+
+    def replay(self, seeds: Sequence[int]) -> None:
+        """Does the work."""
+
+
+class Device:
+    """What all graphs of a pipeline share on one GPU: memory, streams, generators.
+
+    Args:
+        device: the GPU.
+        lanes: how many streams work that is independent may be spread over; 1: all of it is in line.
+    """
+
+    def __init__(self, device: torch.device, lanes: int) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.lanes = [torch.cuda.Stream(device) for _ in range(lanes)] if lanes > 1 else []
+        self.generators: list[torch.Generator] = []
+
+    def generators_for(self, count: int) -> list[torch.Generator]:
+        """So many generators of their own."""
+        while len(self.generators) < count:
+            self.generators.append(torch.Generator(self.device))
+        return self.generators[:count]
+
+
+class CudaGraph:
+    """A CUDA graph.
+
+    Args:
+        shared: with the other graphs of the pipeline; never replayed at the same time as one of them.
+    """
+
+    def __init__(self, shared: Device) -> None:
+        self.shared = shared
+        self.graph = torch.cuda.CUDAGraph()
+        self.generators: list[torch.Generator] = []
+
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int]) -> None:
+        shared = self.shared
+        self.generators = shared.generators_for(len(seeds))
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
+        with (
+            torch.cuda.device(shared.device),
+            # Another thread may pin memory or prefetch meanwhile: that is no part of this.
+            torch.cuda.graph(self.graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"),
+            _no_cast_is_cached(),
+            _generators_in_turn(shared.device, self.generators),
+        ):
+            work(_Streams(shared.lanes) if shared.lanes else InLine())
+
+    def replay(self, seeds: Sequence[int]) -> None:
+        for generator, seed in zip(self.generators, seeds, strict=True):
+            generator.manual_seed(seed)
+        self.graph.replay()
+
+
+@contextmanager
+def _generators_in_turn(device: torch.device, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Inside, seeding takes the next of the generators: each keeps its own place in its own numbers."""
+    default = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    before = default.graphsafe_get_state()
+    turn = iter(generators)
+
+    def take(seed: int, unit: int, micro_batch: int) -> None:
+        if unit >= 0:  # else an optimizer's, which would not be captured if it drew
+            default.graphsafe_set_state(next(turn))
+
+    try:
+        with seeded_by(take):
+            yield
+    finally:
+        default.graphsafe_set_state(before)
+
+
+@contextmanager
+def _no_cast_is_cached() -> Iterator[None]:
+    """Inside, autocast keeps no weights that it has cast: a graph would go on with them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+class _Streams:
+    """A stream of its own for every stage, from where the present one is."""
+
+    def __init__(self, streams: Sequence[torch.cuda.Stream]) -> None:
+        self.streams = streams
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    def of(self, stage: int) -> AbstractContextManager[None]:
+        return torch.cuda.stream(self.streams[stage % len(self.streams)])
+
+    def join(self) -> None:
+        for stream in self.streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)

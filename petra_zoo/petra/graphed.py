@@ -1,0 +1,127 @@
+"""A training step of one's own loop, replayed as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
+from petra_zoo.petra.host_reads import HostReads
+from petra_zoo.petra.rates import rates_of
+from petra_zoo.petra.tick import Lanes
+
+_PLAIN = 2  # calls before the one that is watched
+
+
+class GraphedStep:
+    """A step that runs as ever for three calls, is captured in the fourth, and replayed from then on.
+
+    It must do the same with the same tensors in every call, and clear its gradients itself. Inputs of another form than
+    in the call that was captured (a smaller last batch) run as ever. On the CPU all calls do.
+
+    Args:
+        step: takes tensors and gives one, such as the loss: forward, backward and, with `optimizer`, its update.
+        optimizer: whose `step` it calls; schedules set its learning rate as ever.
+        make_graph: an empty graph in the place of CUDA's.
+
+    Raises:
+        UserError: the optimizer's update cannot be captured; when it is called: nor can the step, and why.
+
+    Example:
+        >>> def step(images, labels):
+        ...     optimizer.zero_grad()
+        ...     loss = F.cross_entropy(model(images), labels)
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     return loss
+        >>> step = GraphedStep(step, optimizer)
+        >>> for images, labels in loader:
+        ...     loss = step(images, labels)
+    """
+
+    def __init__(
+        self,
+        step: Callable[..., Tensor],
+        optimizer: Optimizer | None = None,
+        *,
+        make_graph: Callable[[], Graph] | None = None,
+    ) -> None:
+        self.step, self.optimizer, self.make_graph = step, optimizer, make_graph
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        on_gpu = make_graph is not None or any(p.is_cuda for p in self._parameters)
+        self._rates = rates_of(optimizer, self._parameters[0].device) if optimizer and on_gpu else None
+        if on_gpu and optimizer and self._rates is None:
+            raise UserError(
+                f"the update of {type(optimizer).__name__} cannot be captured: call optimizer.step() behind the step, "
+                "and leave it out here"
+            )
+        self._forget()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.make_graph is None and not inputs[0].is_cuda:
+            return self.step(*inputs)
+        if self._graph and self._addresses != self._addresses_now():
+            self._forget()
+        if self._graph is None:
+            self._calls += 1
+            if self._calls <= _PLAIN:
+                return self._run(inputs)
+            if self._calls == _PLAIN + 1:
+                return self._watch(inputs)
+            self._capture(inputs)
+        if [_form(x) for x in inputs] != self._forms:
+            return self._run(inputs)
+        return self._replay(inputs)
+
+    def _forget(self) -> None:
+        self._graph: Graph | None = None
+        self._calls = 0
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        with ExitStack() as stack:
+            if self._rates:
+                stack.enter_context(self._rates.on_device())
+            # Without its graph: what accumulates gradients would go on in the stream of an earlier call.
+            return self.step(*inputs).detach()
+
+    def _watch(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        with HostReads() as reads:
+            result = self._run(inputs)
+        if reads.found:
+            raise UserError(f"the step cannot be captured: in it, {reads.found[0]}")
+        return result
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        make_graph = self.make_graph or (lambda: CudaGraph(Device(inputs[0].device, lanes=1)))
+        self._inputs, self._forms = tuple(x.clone() for x in inputs), [_form(x) for x in inputs]
+        graph = make_graph()
+
+        def work(lanes: Lanes) -> None:
+            self._output = self._run(self._inputs)
+
+        try:
+            graph.capture(work, ())
+        except RuntimeError as error:
+            raise UserError(f"the step cannot be captured: {str(error).strip().splitlines()[0]}") from error
+        self._graph, self._addresses = graph, self._addresses_now()
+
+    def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        assert self._graph
+        for there, x in zip(self._inputs, inputs, strict=True):
+            there.copy_(x, non_blocking=True)
+        if self._rates:
+            self._rates.refresh()
+        self._graph.replay(())
+        return self._output.clone()
+
+    def _addresses_now(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._parameters))
+
+
+def _form(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:
+    return x.shape, x.stride(), x.dtype, x.device

@@ -1,0 +1,157 @@
+"""What carries the streams: every path of the forward computes the same bits, whatever it is."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.models import PetraPaperRevNet, PetraRevNet
+from tests.models.networks import images, small, small_resnet, tiny, with_trained_statistics
+
+SIXTEEN_BITS = ["bfloat16"]
+KINDS = ["auto", "float32", *SIXTEEN_BITS]
+
+
+def paper() -> PetraPaperRevNet:
+    torch.manual_seed(0)
+    return with_trained_statistics(PetraPaperRevNet((2, 2), (8, 12), num_classes=10, stem_type="cifar"))
+
+
+def under_autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def with_bfloat16_weights(model: nn.Module, x: Tensor) -> Tensor:
+    return model.to(torch.bfloat16)(x.bfloat16())
+
+
+def in_float32(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+RUNS = [under_autocast, with_bfloat16_weights, in_float32]
+
+
+def make(kind: str, g: float) -> PetraRevNet:
+    return small(coupling=g, streams=kind)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("kind", "g"), [(kind, 1.0) for kind in KINDS] + [("auto", 0.5), ("auto", 0.0)])
+def test_the_forward_has_the_same_bits_on_every_path(run: Callable, kind: str, g: float) -> None:
+    x = images(4, 16)
+    plain = make(kind, g).train()
+    plain.set_memory("plain")
+    found = {"plain": run(plain, x)}
+    found["reversible"] = run(make(kind, g).train(), x)
+    hooked = make(kind, g).train()
+    hooked.layer2[0].register_forward_hook(lambda *_: None)
+    found["hooked"] = run(hooked, x)
+    model = make(kind, g).train()
+    with torch.no_grad():
+        found["without gradients"] = run(model, x)
+    units = make(kind, g).train()
+    found["units"] = run(lambda x: _through(units, x), x) if run is not with_bfloat16_weights else found["plain"]
+    for path, logits in found.items():
+        assert torch.equal(logits, found["plain"]), path
+
+
+def _through(model: PetraRevNet, x: Tensor) -> Tensor:
+    streams: tuple[Tensor, ...] = (x,)
+    for unit in model.units():
+        streams = unit(*streams)
+    return streams[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:`isinstance:UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transform", ["exported", "traced", "scripted", "compiled", "symbolic"])
+def test_a_transformed_network_has_the_eager_bits(transform: str, kind: str) -> None:
+    model = make(kind, 1.0).to(torch.bfloat16).eval()
+    x = images(2, 16).bfloat16()
+    expected = model(x)
+    other = copy.deepcopy(model)
+    torch.compiler.reset()
+    ways: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+        "exported": lambda: torch.export.export(other, (x,)).module(),
+        "traced": lambda: torch.jit.trace(other, x),
+        "scripted": lambda: torch.jit.script(other),
+        "compiled": lambda: torch.compile(other, backend="eager", fullgraph=True),
+        "symbolic": lambda: torch.fx.symbolic_trace(other),
+    }
+    assert torch.equal(ways[transform]()(x), expected)
+
+
+def gradient(model: nn.Module, run: Callable, x: Tensor) -> Tensor:
+    F.cross_entropy(run(model, x).float(), torch.arange(len(x))).backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+@pytest.mark.parametrize("make_model", [lambda: tiny(coupling=1.0), paper])
+def test_reversible_and_plain_gradients_agree_within_the_rounding_of_16_bits(make_model: Callable, kind: str) -> None:
+    found = []
+    for memory in ("reversible", "plain"):
+        model = make_model().train()
+        model.set_memory(memory)
+        model.set_streams(kind)
+        found.append(gradient(model, under_autocast, images(8, 16)))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.1
+
+
+def test_16_bit_streams_need_no_cast() -> None:
+    """Under autocast the stem gives bfloat16, and so do branches."""
+    model = tiny(coupling=1.0).train()
+    streams: tuple[Tensor, ...] = (images(2, 16),)
+    with torch.autocast("cpu", torch.bfloat16):
+        for unit in model.units():
+            streams = unit(*streams)
+            assert all(x.dtype == torch.bfloat16 for x in streams), unit.name
+
+
+@pytest.mark.parametrize(
+    ("g", "autocast", "dtype"),
+    [
+        (1.0, torch.bfloat16, torch.bfloat16),
+        (0.0, torch.bfloat16, torch.bfloat16),
+        (0.5, torch.bfloat16, torch.float32),
+        (1.0, torch.float16, torch.float32),
+        (1.0, None, torch.float32),
+    ],
+)
+def test_auto_is_16_bits_where_branches_are_and_the_inverse_bears_it(
+    g: float, autocast: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    model = tiny(coupling=g)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        (b, *_) = model.units()[1](model.layer1.enter(images(2, 16, 16)))
+    assert b.dtype == dtype
+
+
+def test_at_coupling_0_autocast_gives_timms_bits() -> None:
+    model = small(coupling=0.0)
+    plain = small_resnet()
+    plain.load_state_dict({key: x for key, x in model.state_dict().items() if "coupling" not in key})
+    x = images(4, 16)
+    assert torch.equal(under_autocast(model.train(), x), under_autocast(plain.train(), x))
+
+
+def test_the_kind_is_saved_with_the_model_unless_it_is_auto() -> None:
+    model = timm.create_model("petra_revnet_tiny", streams="bfloat16")
+    assert model._model_args["streams"] == "bfloat16"
+    model.set_streams("auto")
+    assert "streams" not in model._model_args
+
+
+def test_an_unknown_kind_and_one_beside_exact_are_refused() -> None:
+    with pytest.raises(UserError, match=r"streams is 'auto', .* not 'half'"):
+        tiny(streams="half")
+    with pytest.raises(UserError, match="exact=True rounds float32 streams"):
+        tiny(exact=True).set_streams("bfloat16")

@@ -1,0 +1,303 @@
+"""Captured ticks, on the stand-in for a CUDA graph: the same bits, and nothing outlives a change."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.petra import Layout, Method, Optimization, Output, Pipeline, find_method
+from petra_zoo.petra.rates import rates_of
+from petra_zoo.petra.stage import Stage
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, Streams, Unit
+from tests.petra.fake_graph import FakeGraph
+
+Batch = tuple[Tensor, Tensor]
+SIZE = (2, 4, 4)
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Dropout(0.2))
+
+
+class Small(nn.Module):
+    """Two runs of blocks that draw, with a unit without an inverse in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.middle, self.head = nn.Conv2d(2, 4, 1), nn.Conv2d(8, 4, 1), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(block() for _ in range(4))
+        self.register_buffer("coupling", torch.ones(()))
+        self.g = 1.0
+
+    def units(self) -> list[Unit]:
+        def coupled(i: int) -> Unit:
+            return CoupledUnit(
+                f"block{i}",
+                self.blocks[i],
+                branch=self.blocks[i],
+                activate=F.relu,
+                coupling=lambda: self.g,
+                starts=i % 2 == 0,
+            )
+
+        return [
+            FunctionUnit("stem", lambda x: (self.stem(x),), {"stem": self.stem}),
+            coupled(0),
+            coupled(1),
+            FunctionUnit("middle", lambda *x: (self.middle(torch.cat(x, 1)),), {"middle": self.middle}),
+            coupled(2),
+            coupled(3),
+            FunctionUnit("head", lambda *x: (self.head(torch.cat(x, 1).mean((2, 3))),), {"head": self.head}),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams: Streams = (x,)
+        for unit in self.units():
+            streams = unit(*streams)
+        return streams[0]
+
+
+def sgd(named: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for _, p in named], 0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> CosineLRScheduler:
+    return CosineLRScheduler(optimizer, t_initial=12, lr_min=0.01, warmup_t=3, t_in_epochs=False)
+
+
+def batches(*sizes: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, *SIZE, generator=generator), torch.randint(0, 5, (n,), generator=generator)) for n in sizes]
+
+
+def pipeline_of(
+    method: str | Method = "petra",
+    stages: int = 3,
+    captured: bool = True,
+    *,
+    loss: Any = F.cross_entropy,
+    **kwargs: Any,
+) -> Pipeline:
+    """A pipeline whose learning rates lie on the device, as they do on a GPU whether ticks are captured or not."""
+    model, method = Small().train(), find_method(method)
+    pipeline = Pipeline(
+        model,
+        Layout.of(model, stages, method=method, input_size=SIZE),
+        method=method,
+        optimization=Optimization(**{"optimizer": sgd, "scheduler": cosine, "clip_grad": 1.0, **kwargs}),
+        loss=loss,
+        graphs=FakeGraph if captured else "off",
+    )
+    for stage in pipeline.stages:
+        if stage.optimizer and not stage.rates:
+            stage.rates = rates_of(stage.optimizer, torch.device("cpu"))
+    return pipeline
+
+
+def replayed(pipeline: Pipeline) -> int:
+    assert pipeline.captured
+    return pipeline.captured.replayed
+
+
+def trained(pipeline: Pipeline, data: Sequence[Batch]) -> list[Output]:
+    """Everything that comes out, the pipeline drained."""
+    outputs = [pipeline.step(*batch) for batch in data] + pipeline.drain()
+    return [output for output in outputs if output.loss is not None]
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Whether two trees of tensors and numbers agree to the bit."""
+    if isinstance(expected, Tensor):
+        return torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], x) for key, x in expected.items())
+    if isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return bool(found == expected)
+
+
+def assert_same(captured: Pipeline, plain: Pipeline, feeds: Sequence[Sequence[Batch]]) -> None:
+    for data in feeds:
+        ours, expected = ([vars(x) for x in trained(pipeline, data)] for pipeline in (captured, plain))
+        assert same(ours, expected)
+    assert same(captured.model.state_dict(), plain.model.state_dict())
+
+
+def check_bits(method: str, stages: int, k: int, last_stage: str = "graph") -> None:
+    """Dropout, clipping and a moving rate included, with a smaller batch in between, and behind a drain."""
+    chosen = find_method(method).with_last_stage(last_stage)
+    captured, plain = (pipeline_of(chosen, stages, on, accumulation_steps=k) for on in (True, False))
+    full = [4] * (2 * stages + 3 * k + 2)
+    assert_same(captured, plain, [batches(*full, 3, *full), batches(*full[:k])])
+    assert replayed(captured) > k
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("method", "stages"), [("petra", 3), ("reversible", 2)])
+def test_captured_ticks_compute_the_same_bits(method: str, stages: int, k: int) -> None:
+    check_bits(method, stages, k)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last_stage", ["graph", "recompute"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("method", "stages"), [("petra", 4), ("petra", 7), ("dsp", 3), ("reversible", 3), ("backprop", 2), ("local", 3)]
+)
+def test_captured_ticks_do_so_whatever_the_method(method: str, stages: int, k: int, last_stage: str) -> None:
+    check_bits(method, stages, k, last_stage)
+
+
+def adamw(named: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for _, p in named], 0.01)
+
+
+def lion(named: Any) -> torch.optim.Optimizer:
+    from timm.optim import Lion
+
+    return Lion([p for _, p in named], 0.01)
+
+
+@pytest.mark.parametrize(("optimizer", "inside"), [(sgd, True), (adamw, True), (lion, False)])
+def test_an_optimizer_that_cannot_be_captured_updates_outside(
+    optimizer: Callable[..., Any], inside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"optimizer": optimizer, "scheduler": lambda _: None, "accumulation_steps": 2}
+    captured, plain = (pipeline_of("petra", 2, on, **options) for on in (True, False))
+    assert_same(captured, plain, [batches(*[4] * 16)])
+    assert replayed(captured) > 2
+    said = [record.getMessage() for record in caplog.records if "outside" in record.getMessage()]
+    assert len(said) == (0 if inside else 1)
+
+
+def test_the_learning_rate_of_a_replayed_tick_is_the_schedules() -> None:
+    pipeline = pipeline_of("backprop", 1, scheduler=lambda _: None, clip_grad=None)
+    data = batches(*[4] * 8)
+    trained(pipeline, data)
+    (stage,) = pipeline.stages
+    assert stage.optimizer
+    stage.optimizer.param_groups[0]["lr"] = 0.0
+    before, count = copy.deepcopy(list(pipeline.model.parameters())), replayed(pipeline)
+    trained(pipeline, data[:2])
+    assert replayed(pipeline) == count + 2
+    assert same(list(pipeline.model.parameters()), before)
+    assert isinstance(stage.optimizer.param_groups[0]["lr"], float)
+
+
+def load(pipeline: Pipeline) -> None:
+    pipeline.model.load_state_dict(pipeline.model.state_dict())
+
+
+def move(pipeline: Pipeline) -> None:
+    for p in pipeline.model.parameters():
+        p.data = p.data.clone()
+
+
+def reload_optimizer(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages:
+        assert stage.optimizer
+        stage.optimizer.load_state_dict(stage.optimizer.state_dict())
+
+
+def freeze_statistics(pipeline: Pipeline) -> None:
+    pipeline.model.get_submodule("blocks.1.1").eval()
+
+
+def restore(pipeline: Pipeline) -> None:
+    pipeline.load_state_dict(copy.deepcopy(pipeline.state_dict()))
+
+
+def change_momentum(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages:
+        assert stage.optimizer
+        stage.optimizer.param_groups[0]["momentum"] = 0.5
+
+
+def change_coupling(pipeline: Pipeline) -> None:
+    pipeline.drain()
+    pipeline.model.g = 0.5  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "change", [load, move, reload_optimizer, freeze_statistics, restore, change_momentum, change_coupling]
+)
+def test_what_replaces_a_tensor_drops_the_graphs(change: Callable[[Pipeline], None]) -> None:
+    captured, plain = (pipeline_of("petra", 2, on) for on in (True, False))
+    data = batches(*[4] * 12)
+    for pipeline in (captured, plain):
+        for batch in data:
+            pipeline.step(*batch)
+        change(pipeline)
+    count = replayed(captured)
+    assert count
+    assert same(vars(captured.step(*data[0])), vars(plain.step(*data[0])))
+    assert replayed(captured) == count
+    assert_same(captured, plain, [data])
+    assert replayed(captured) > count
+
+
+def test_probes_evaluation_and_saving_leave_captured_ticks_as_they_are() -> None:
+    captured, plain = (pipeline_of("petra", 3, on, accumulation_steps=2) for on in (True, False))
+    data, seen = batches(*[4] * 20), []
+    for pipeline in (captured, plain):
+        for batch in data:
+            pipeline.step(*batch)
+        scores = [logits for logits, _ in pipeline.predict(data[:2])]
+        state = copy.deepcopy({key: x for key, x in pipeline.state_dict().items() if key != "stages"})
+        with pipeline.probe() as probe:
+            for batch in data[:8]:
+                pipeline.step(*batch)
+        seen.append((scores, state, probe.measurements))
+    assert replayed(captured)
+    assert same(*seen)
+    assert_same(captured, plain, [data])
+
+
+def test_a_host_read_keeps_ticks_uncaptured_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def looks(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels)
+        return loss if float(loss.detach()) < 100 else loss / 2
+
+    captured, plain = (pipeline_of("backprop", 1, on, loss=looks) for on in (True, False))
+    assert_same(captured, plain, [batches(*[4] * 8)])
+    assert replayed(captured) == 0
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "_local_scalar_dense" in caplog.text
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_capture_that_fails_has_done_nothing(k: int) -> None:
+    """What is queued and never done must not be counted either."""
+
+    class Failing(FakeGraph):
+        def capture(self, work: Any, seeds: Any) -> None:
+            super().capture(work, seeds)
+            raise RuntimeError("the device says no")
+
+    captured, plain = (pipeline_of("petra", 3, on, accumulation_steps=k) for on in (True, False))
+    assert captured.captured
+    captured.captured.make_graph = Failing
+    assert_same(captured, plain, [batches(*[4] * 16)])
+    assert captured.captured.refusal == "the device says no"
+
+
+def test_a_stage_of_another_kind_is_not_captured() -> None:
+    class Other(Stage):
+        pass
+
+    pipeline = pipeline_of(Method("other", "", Other, work="reverse", streams_travel=True), 2)
+    assert pipeline.captured
+    assert "Other" in str(pipeline.captured.refusal)
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(UserError, match="'auto', 'off'"):
+        Pipeline(Small(), 1, graphs="sometimes")  # type: ignore[arg-type]

@@ -1,0 +1,58 @@
+"""What is done to images in front of the first unit: once more in its recomputation, so bytes are all that waits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from petra_zoo.petra import Pipeline
+from tests.petra.chain import CLASSES, WIDTH, Chain, make_chain_pipeline
+
+GENERATOR = torch.Generator().manual_seed(5)
+BYTES = [torch.randint(256, (5, WIDTH), dtype=torch.uint8, generator=GENERATOR) for _ in range(9)]
+SCALES = [torch.rand((), dtype=torch.float64, generator=GENERATOR) for _ in BYTES]
+LABELS = [torch.randint(CLASSES, (5,), generator=GENERATOR) for _ in BYTES]
+
+
+def prepare(images: Tensor, scale: Tensor) -> Tensor:
+    return (images.double() - 128) / 64 * scale
+
+
+def make(method: str, prepared: bool) -> Pipeline:
+    optimizer = lambda named: torch.optim.SGD([p for _, p in named], 0.05)  # noqa: E731
+    pipeline = make_chain_pipeline(Chain(), method=method, optimizer=optimizer)
+    if not prepared:
+        return pipeline
+    return Pipeline(pipeline.model, pipeline.layout, method=method, optimization=pipeline.optimization, prepare=prepare)
+
+
+def losses(pipeline: Pipeline, prepared: bool) -> list[float]:
+    outputs = [
+        pipeline.step((x, scale) if prepared else prepare(x, scale), labels)
+        for x, scale, labels in zip(BYTES, SCALES, LABELS, strict=True)
+    ]
+    return [float(output.loss) for output in (*outputs, *pipeline.drain()) if output.loss is not None]
+
+
+@pytest.mark.parametrize("method", ["petra", "dsp", "delayed", "backprop", "reversible"])
+def test_bytes_train_to_the_same_bits_as_what_is_made_of_them(method: str) -> None:
+    models = [make(method, prepared) for prepared in (True, False)]
+    assert losses(models[0], True) == losses(models[1], False)
+    for p, q in zip(models[0].model.parameters(), models[1].model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_what_waits_for_the_backward_is_what_was_fed() -> None:
+    pipeline = make("petra", prepared=True)
+    for x, scale, labels in zip(BYTES, SCALES, LABELS, strict=True):
+        pipeline.step((x, scale), labels)
+    kept = list(pipeline.stages[0].fifos[0])
+    assert len(kept) == 2 * (len(pipeline.stages) - 1)
+    assert all(images.dtype == torch.uint8 for images, _ in kept)
+    assert sum(x.nbytes for streams in kept for x in streams) == len(kept) * (5 * WIDTH + 8)
+
+
+def test_an_evaluation_takes_what_training_is_fed() -> None:
+    pipeline = make("petra", prepared=True)
+    ((logits, labels),) = pipeline.predict([((BYTES[0], SCALES[0]), LABELS[0])])
+    assert torch.equal(logits, pipeline.model(prepare(BYTES[0], SCALES[0])))
+    assert labels is LABELS[0]
