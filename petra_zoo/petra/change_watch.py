@@ -41,6 +41,7 @@ class ChangeWatch:
             self._holders += [x for x in held if x]
         self._objects = list(self._objects_now())
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        self._parameters = [x for x in self._tensors if isinstance(x, nn.Parameter)]
         self._facts = self._facts_now()
 
     def changed(self) -> bool:
@@ -60,8 +61,8 @@ class ChangeWatch:
     def _facts_now(self) -> list[object]:
         return [
             list(map(Tensor.data_ptr, self._tensors)),
-            list(map(_changes, self._tensors)),
-            list(map(_trains, self._tensors)),
+            list(map(_changes, self._parameters)),
+            list(map(_trains, self._parameters)),
             list(map(_mode, self._modules)),
             [unit.coupling() if isinstance(unit, CoupledUnit) else unit.reversible for unit in self.units],
             [unit.anchor for unit in self.units],
