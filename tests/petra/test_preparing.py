@@ -1,9 +1,12 @@
 """What is done to images in front of the first unit: once more in its recomputation, so bytes are all that waits."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
+from petra_zoo.data.batch_transform import BatchTransform
+from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.petra import Pipeline
 from tests.petra.chain import CLASSES, WIDTH, Chain, make_chain_pipeline
 
@@ -56,3 +59,14 @@ def test_an_evaluation_takes_what_training_is_fed() -> None:
     ((logits, labels),) = pipeline.predict([((BYTES[0], SCALES[0]), LABELS[0])])
     assert torch.equal(logits, pipeline.model(prepare(BYTES[0], SCALES[0])))
     assert labels is LABELS[0]
+
+
+def test_in_16_bits_fifos_hold_less_than_half_of_what_float32_took() -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=CLASSES).train()
+    transform = BatchTransform(Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3))
+    pipeline = Pipeline(model, 4, autocast=torch.bfloat16, prepare=transform)
+    for _ in range(8):
+        pipeline.step(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), LABELS[0][:4])
+    kept = [x for stage in pipeline.stages for fifo in stage.fifos for streams in fifo for x in streams]
+    assert len(kept) > 6
+    assert sum(x.nbytes for x in kept) < sum(4 * x.numel() for x in kept) / 2
