@@ -306,7 +306,7 @@ class CoupledLayer(nn.Sequential):
                 units.append(coupled_unit)
                 before = Merge(block.activate, coupled_unit.activate, self.g)
             elif is_coupled(block):
-                units.append(FunctionUnit(unit, Opening(block, before, self.streams), {"block": block}))
+                units.append(Opening(block, before, self.streams).unit(unit))
                 before = block.activate
             else:
                 units.append(FunctionUnit(unit, Foreign(block, before, self.streams), {"block": block}))

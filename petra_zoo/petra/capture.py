@@ -21,9 +21,10 @@ from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
-from petra_zoo.petra.captured_tick import CapturedTick, Draw, Ticking
+from petra_zoo.petra.captured_tick import CapturedTick, Ticking
+from petra_zoo.petra.change_watch import ChangeWatch
 from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
-from petra_zoo.petra.generator import own_generators, seed_of, seeded_by, set_generators
+from petra_zoo.petra.generator import Draw, Draws, own_generators, seeded_by
 from petra_zoo.petra.homes import Homes
 from petra_zoo.petra.host_reads import HostReads
 from petra_zoo.petra.host_side import rings_of
@@ -33,7 +34,6 @@ from petra_zoo.petra.rates import numbers_of
 from petra_zoo.petra.ring_places import RingPlaces
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.tick import run_tick
-from petra_zoo.petra.watched import Watched
 from petra_zoo.petra.world import World
 
 _log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class CapturedTicks:
         self.pipeline, self.make_graph, self.device = pipeline, make_graph, device
         self.replayed = 0
         self.outside = {stage.index for stage in pipeline.stages if not _may_update_inside(stage)}
-        self._watched = Watched(pipeline.stages)
+        self._watched = ChangeWatch(pipeline.stages)
         self._said = False
         self.forget()
         self.refusal: str | None = None
@@ -91,7 +91,7 @@ class CapturedTicks:
         self._homes = Homes()
         self._places: RingPlaces | None = None
         self._before: Counter[_Windows] = Counter()  # how many ticks of a kind have run uncaptured
-        self._draws: dict[_Windows, list[Draw]] = {}
+        self._draws: dict[_Windows, list[Draw | None]] = {}
         self._last: CapturedTick | None = None  # where the previous tick was captured
         self._odd = 0
 
@@ -149,13 +149,7 @@ class CapturedTicks:
 
     def _rehearse(self, kind: _Windows, fed: Up) -> Output:
         """A tick as ever, watched: what does it draw, and what would be lost if it were replayed?"""
-        draws: list[Draw] = []
-        reads = HostReads(couplings(self.pipeline.stages))
-
-        def seed(seed: int, unit: int, micro_batch: int) -> None:
-            if unit >= 0:  # else it is an optimizer's
-                draws.append((seed, unit, fed.micro_batch - micro_batch))
-            set_generators(seed_of(seed, unit, micro_batch), self.device)
+        draws, reads = Draws(self.device, fed.micro_batch), HostReads(couplings(self.pipeline.stages))
 
         def update(stage: Stage) -> None:
             before, numbers = len(reads.found), numbers_of(stage.optimizer)
@@ -168,9 +162,10 @@ class CapturedTicks:
             del reads.found[before:]
 
         pipeline = self.pipeline
-        with own_generators(self.device), seeded_by(seed), reads:
+        with own_generators(self.device), seeded_by(draws), reads:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
-        self._draws[kind] = draws
+            draws.look()
+        self._draws[kind] = draws.found
         self._watched.look()
         if reads.found:
             self._refuse(f"in the network or the loss, {reads.found[0]}")

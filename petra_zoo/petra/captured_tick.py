@@ -7,7 +7,7 @@ from typing import Protocol
 
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.cuda_graph import Graph
-from petra_zoo.petra.generator import seed_of
+from petra_zoo.petra.generator import Draw, seed_of
 from petra_zoo.petra.homes import Homes
 from petra_zoo.petra.host_side import HostSide
 from petra_zoo.petra.links import Links
@@ -15,8 +15,6 @@ from petra_zoo.petra.messages import Output, Up
 from petra_zoo.petra.ring_places import RingPlaces
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.tick import Lanes, run_tick
-
-Draw = tuple[int, int, int]  # seed, unit, age: how many micro-batches have been fed since
 
 
 class Ticking(Protocol):
@@ -35,7 +33,7 @@ class CapturedTick:
         graph: an empty one.
         homes: where everything lies between two ticks.
         places: where the rings are.
-        draws: every seeding in the tick, in order.
+        draws: of every seeding in the tick, in order, whether something is drawn; see `Draws`.
         outside: stages whose update is no part of it.
     """
 
@@ -45,7 +43,7 @@ class CapturedTick:
         graph: Graph,
         homes: Homes,
         places: RingPlaces,
-        draws: Sequence[Draw],
+        draws: Sequence[Draw | None],
         outside: set[int],
     ) -> None:
         self.pipeline, self.graph, self.homes, self.places = pipeline, graph, homes, places
@@ -107,5 +105,5 @@ class CapturedTick:
         number = None if output.micro_batch is None else output.micro_batch + fed.micro_batch - self.fed
         return Output(number, *(x if x is None else x.clone() for x in (output.loss, output.logits, output.labels)))
 
-    def _seeds(self, fed: Up) -> list[int]:
-        return [seed_of(seed, unit, fed.micro_batch - age) for seed, unit, age in self.draws]
+    def _seeds(self, fed: Up) -> list[int | None]:
+        return [None if draw is None else seed_of(*draw[:2], fed.micro_batch - draw[2]) for draw in self.draws]

@@ -13,6 +13,7 @@ from petra_zoo.reversible.coupling import (
     uncouple,
 )
 from petra_zoo.reversible.dispatches import Dispatches
+from petra_zoo.reversible.forked_unit import ForkedUnit
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
@@ -40,6 +41,7 @@ __all__ = [
     "Coupling",
     "Dispatches",
     "Evaluation",
+    "ForkedUnit",
     "FunctionUnit",
     "Gradients",
     "LiveBytes",

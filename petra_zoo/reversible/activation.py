@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
-# Nodes of functions that give the same whenever they are asked: of torch's activations those that draw nothing.
+# Nodes of functions that give the same whenever they are asked: torch's activations that draw nothing, and the merge.
 _PURE = frozenset(
     f"{name}Backward0"
     for name in (
         *("Relu", "Hardtanh", "LeakyRelu", "Elu", "Silu", "Gelu", "Mish", "Sigmoid", "Tanh"),
-        *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy"),
+        *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy", "Add", "Div"),
     )
 )
+_LEAF = "torch::autograd::AccumulateGrad"
 
 
 class Activation:
@@ -47,7 +48,7 @@ class Activation:
     def give(self) -> Tensor:
         """h, for the branch. Whoever binds no name to it lets it die as soon as the branch is through with it."""
         h = self._activate(self._b)
-        if _is_pure(h):
+        if is_pure(h):
             h = _Unheld.apply(self._b, h.detach())
             self._forgotten = h.grad_fn
         else:
@@ -85,12 +86,21 @@ class Activation:
         return self._h
 
 
-def _is_pure(h: Tensor) -> bool:
-    """Whether h comes from a leaf through functions that another evaluation would give the same."""
-    node = h.grad_fn
-    while node is not None and node.name() in _PURE:
-        node = node.next_functions[0][0]
-    return node is not h.grad_fn
+def is_pure(h: Tensor) -> bool:
+    """Whether h comes from leaves through functions that another evaluation would give the same, and is no leaf."""
+    nodes = [h.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or not (node.name() in _PURE or _scales(node)):
+            return False
+        nodes += [below for below, _ in node.next_functions if below is not None and below.name() != _LEAF]
+    return True
+
+
+def _scales(node: Node) -> bool:
+    """Whether it multiplies by a number: by a tensor is how dropout draws."""
+    factor = getattr(node, "_saved_other", None) if node.name() == "MulBackward0" else None
+    return isinstance(factor, Tensor) and factor.dim() == 0
 
 
 class _Context(Protocol):

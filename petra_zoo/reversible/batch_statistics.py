@@ -52,6 +52,7 @@ class UseStatistics(TorchFunctionMode):
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
         self._remaining = iter(statistics)
+        self._task = torch._C._current_graph_task_id()  # what is evaluated in a backward within is a checkpoint's part
 
     def __torch_function__(
         self,
@@ -60,7 +61,8 @@ class UseStatistics(TorchFunctionMode):
         args: tuple[Operand, ...] = (),
         kwargs: dict[str, Operand] | None = None,
     ) -> _Result | Tensor:
-        if func is F.batch_norm and (call := _eligible(*args, **(kwargs or {}))):
+        own = func is F.batch_norm and torch._C._current_graph_task_id() == self._task
+        if own and (call := _eligible(*args, **(kwargs or {}))):
             statistics = next(self._remaining)
             # Running ones: somebody's own norm, which may read what it updates here.
             if call.mean is None and call.var is None and not _somebody_saves():

@@ -76,7 +76,9 @@ class BranchBlock(nn.Module):
         """F(h) in a unit: compiled where that is asked for, and nobody has to see its operations."""
         options: CompileOptions | None = self.compiled
         if options is None or not self.training or _needs_operations(h):
-            return self.branch(h)
+            handed = [h]  # a name for h here would keep it alive until the branch is through
+            del h
+            return self.branch(handed.pop())
         return _CompiledBranch.of(self, options)(self, h)
 
 

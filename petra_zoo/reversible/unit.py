@@ -237,7 +237,8 @@ class CoupledUnit(Unit):
         # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
             with torch.enable_grad(), activation.forgetting():
-                f = self._branch_of(activation.give(), streams_type)
+                # No name is bound to h, here or in a function between: only so it dies inside of the branch.
+                f = self.branch(streams_type.for_branch(activation.give(), self.block))
             value, graph = f.detach(), edge_of(f)
             del f
             inputs: Streams = (a_out,)  # of a block that starts its run: the one stream b
@@ -245,10 +246,8 @@ class CoupledUnit(Unit):
                 h = value if g == 1.0 else activation.value()  # no part of the step at g = 1
                 step = step_of(h, value, g, streams_type)
                 del h
-                inputs = (
-                    a_out,
-                    uncouple(b_out, step, g, streams_type, over=owned),
-                )  # divides by g: so do rounding errors
+                a = uncouple(b_out, step, g, streams_type, over=owned)  # divides by g, and so do rounding errors
+                inputs = (a_out, a)
                 del step
             del value
             d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])

@@ -71,16 +71,19 @@ def test_a_tick_is_measured() -> None:
     assert {"tick_ms", "host_ms", "peak_mib"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_petra_is_measured_beside_backpropagation() -> None:
     found = measure_side_by_side("petra_revnet_tiny", 8, 2, 1, CPU)
     assert {"backprop_tick_ms", "side_by_side_tick_over_backprop", "one_stream_peak_mib"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_operations_of_a_tick_are_counted() -> None:
     found = operations_of_a_tick("petra_revnet_tiny", ["reversible", "backprop"], image=8)
     assert found["reversible"] > found["backprop"] > 100  # what is not kept is computed again
 
 
+@pytest.mark.slow
 def test_live_bytes_of_a_step_are_counted_in_every_way() -> None:
     found = live_mib(RESNET.network)
     images = 3 * 32 * 32 * 4 / 2**20

@@ -28,15 +28,15 @@ class FakeGraph:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
-        self.seeds: Sequence[int] = ()
+        self.seeds: Sequence[int | None] = ()
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int]) -> None:
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
         numbers = iter(range(len(seeds)))
 
         def seed(_seed: int, unit: int, _micro_batch: int) -> None:
             if unit >= 0:
                 n = next(numbers)
-                self.steps.append(lambda: set_generators(self.seeds[n], CPU))
+                self.steps.append(lambda: self.seed(self.seeds[n]))
 
         recording = Recording(self.steps)
         try:
@@ -45,7 +45,11 @@ class FakeGraph:
         finally:
             recording.undo()
 
-    def replay(self, seeds: Sequence[int]) -> None:
+    def seed(self, number: int | None) -> None:
+        if number is not None:
+            set_generators(number, CPU)
+
+    def replay(self, seeds: Sequence[int | None]) -> None:
         self.seeds = seeds
         with torch.no_grad(), torch.random.fork_rng([]):
             for step in self.steps:

@@ -227,11 +227,18 @@ def change_coupling(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [load, move, reload_optimizer, freeze_statistics, restore, change_momentum, change_coupling]
+    "change",
+    [
+        load,
+        restore,
+        change_coupling,
+        *(pytest.param(change, marks=pytest.mark.slow) for change in (reload_optimizer, freeze_statistics)),
+        *(pytest.param(change, marks=pytest.mark.slow) for change in (move, change_momentum)),
+    ],
 )
 def test_what_replaces_a_tensor_drops_the_graphs(change: Callable[[Pipeline], None]) -> None:
     captured, plain = (pipeline_of("petra", 2, on) for on in (True, False))
-    data = batches(*[4] * 12)
+    data = batches(*[4] * 8)
     for pipeline in (captured, plain):
         for batch in data:
             pipeline.step(*batch)
@@ -245,15 +252,15 @@ def test_what_replaces_a_tensor_drops_the_graphs(change: Callable[[Pipeline], No
 
 
 def test_probes_evaluation_and_saving_leave_captured_ticks_as_they_are() -> None:
-    captured, plain = (pipeline_of("petra", 3, on, accumulation_steps=2) for on in (True, False))
-    data, seen = batches(*[4] * 20), []
+    captured, plain = (pipeline_of("petra", 2, on) for on in (True, False))
+    data, seen = batches(*[4] * 8), []
     for pipeline in (captured, plain):
         for batch in data:
             pipeline.step(*batch)
         scores = [logits for logits, _ in pipeline.predict(data[:2])]
         state = copy.deepcopy({key: x for key, x in pipeline.state_dict().items() if key != "stages"})
         with pipeline.probe() as probe:
-            for batch in data[:8]:
+            for batch in data[:3]:
                 pipeline.step(*batch)
         seen.append((scores, state, probe.measurements))
     assert replayed(captured)

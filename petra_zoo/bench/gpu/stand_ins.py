@@ -2,57 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from petra_zoo.bench.gpu.device import MIB, seconds_of
 from petra_zoo.bench.gpu.ticks import TickCase, Ticks
 from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, find_way
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.models.training_memory import step_bytes
-from petra_zoo.reversible.operands import Operand
+from petra_zoo.reversible import Dispatches
 from petra_zoo.strict_json import JsonObject
 
-_Result = TypeVar("_Result")
 _CPU = torch.device("cpu")
 
 
 def operations_of_a_tick(network: str, methods: Sequence[str], image: int = 32) -> JsonObject:
-    """Operations that are more than another look at a tensor, in a tick of four stages under bf16 autocast.
+    """Operations dispatched in a tick of four stages under bf16 autocast, whatever the size of the images."""
 
-    Each is a kernel on a GPU, or a few; their number does not depend on the size of the images.
-    """
     found: JsonObject = {}
     for method in methods:
         ticks = Ticks(TickCase(network, image, 2, method, capture="off"), _CPU)
-        with _Operations() as operations:
+        with Dispatches() as dispatches:
             ticks.tick()
-        found[method] = operations.count
+        found[method] = dispatches.total
     return found
-
-
-class _Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., _Result],
-        types: Sequence[type],
-        args: tuple[Operand, ...] = (),
-        kwargs: dict[str, Operand] | None = None,
-    ) -> _Result:
-        if not (isinstance(func, OpOverload) and func.is_view):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def host_time(network: Network, rounds: int) -> JsonObject:

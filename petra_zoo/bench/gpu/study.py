@@ -26,6 +26,7 @@ METHODS = ("petra", "backprop", "reversible", "dsp", "delayed")
 STAND_INS = "cpu"  # the section that needs no GPU, and comes only when it is asked for
 _SLOW = (
     "timm, saved tensors on the host",
+    f"{our_ways()[0]}, compiled",
     "timm, compiled",
     *(f"timm, compiled, budget {budget:g}" for budget in BUDGETS),
 )

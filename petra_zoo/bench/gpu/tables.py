@@ -69,8 +69,8 @@ def _side_by_side(runs: Sequence[Record]) -> str:
 
 
 def _facts(runs: Sequence[Record]) -> str:
-    names = ("device", "memory_mib", "driver", "cuda", "cudnn")
-    return markdown_table(names, ([str(run.result.get(name, "-")) for name in names] for run in runs))
+    names = {"device": "GPU", "memory_mib": "memory, MiB", "driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN"}
+    return markdown_table([*names.values()], ([str(run.result.get(name, "-")) for name in names] for run in runs))
 
 
 def _live(runs: Sequence[Record]) -> str:

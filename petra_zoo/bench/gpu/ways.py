@@ -11,7 +11,8 @@ All contenders of a network have its parameters (no trained weights) and see the
     petra-zoo, plain                       the reversible network with ordinary autograd
     petra-zoo, reversible                  no activations stored inside runs
 
-and ``petra-zoo, reversible, float32`` with the type of the streams that is named.
+Behind our own stands the type of the streams, if it is not the one that they choose: ``petra-zoo, plain, float32``; and
+``compiled``, where `compile_branches` was called.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from itertools import product
+from typing import get_args
 
 import timm
 import torch
@@ -34,11 +36,12 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import Memory
-from petra_zoo.reversible import stream_type
+from petra_zoo.reversible import StreamKind
 from petra_zoo.settings.merging import nearest
 
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
 BUDGETS = (0.8, 0.5, 0.2)
+STREAMS: tuple[StreamKind, ...] = get_args(StreamKind)
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,8 @@ class Way:
 
 def our_ways() -> list[str]:
     """Reversible and plain, for every type of the streams; narrow ones first."""
-    kinds = get_args(getattr(stream_type, "StreamKind", Literal["auto"]))
-    chosen = [f", {kind}" for kind in reversed(kinds) if kind != "auto"] or [""]
-    return [f"petra-zoo, {memory}{kind}" for kind in chosen for memory in ("reversible", "plain")]
+    kinds = sorted((kind for kind in STREAMS if kind != "auto"), key=lambda kind: kind == "float32")
+    return [f"petra-zoo, {memory}, {kind}" for kind in kinds for memory in ("reversible", "plain")]
 
 
 def find_way(name: str) -> Way:
@@ -99,9 +101,11 @@ def find_way(name: str) -> Way:
         "timm, compiled": Way(_compiled),
         **{f"timm, compiled, budget {budget:g}": Way(_compiled, partial(_budget, budget)) for budget in BUDGETS},
     }
-    for ours in ("petra-zoo, reversible", "petra-zoo, plain", *our_ways()):
-        _, memory, streams = [*ours.split(", "), ""][:3]
-        known[ours] = Way(partial(_ours, "plain" if memory == "plain" else "reversible", streams))
+    memories: tuple[Memory, ...] = ("plain", "reversible")
+    for memory, kind in product(memories, STREAMS):
+        ours = f"petra-zoo, {memory}" + (f", {kind}" if kind != "auto" else "")
+        known[ours] = Way(partial(_ours, memory, kind, False))
+        known[f"{ours}, compiled"] = Way(partial(_ours, memory, kind, True))
     if name not in known:
         raise UserError(f"no way is called '{name}'; did you mean '{nearest(name, known)}'?")
     return known[name]
@@ -136,20 +140,26 @@ def _selective(network: Network, device: torch.device) -> nn.Module:
 def _compiled(network: Network, device: torch.device) -> nn.Module:
     torch.compiler.reset()  # what others have compiled counts against the limit of recompilations
     model = _timm(network, device)
-    # Inductor is what a user gets; on the CPU the same partition of forward and backward, without a compiler's minutes.
-    model.compile(backend="inductor" if device.type == "cuda" else "aot_eager_decomp_partition", dynamic=False)
+    model.compile(backend=_backend(device), dynamic=False)
     return model
 
 
-def _ours(memory: Memory, streams: str, network: Network, device: torch.device) -> nn.Module:
+def _backend(device: torch.device) -> str:
+    # Inductor is what a user gets; on the CPU the same partition of forward and backward, without a compiler's minutes.
+    return "inductor" if device.type == "cuda" else "aot_eager_decomp_partition"
+
+
+def _ours(memory: Memory, streams: StreamKind, compiled: bool, network: Network, device: torch.device) -> nn.Module:
     if network.is_transformer:
         vit = _timm(network, device)
         assert isinstance(vit, VisionTransformer)
         return ReversibleViT(vit, memory, streams)
-    settings = {"streams": streams} if streams else {}
-    model = _create(network.name.replace("resnet", "petra_revnet"), network, **settings)
+    model = _create(network.name.replace("resnet", "petra_revnet"), network, streams=streams)
     assert isinstance(model, PetraRevNet)
     model.set_memory(memory)
+    if compiled:
+        torch.compiler.reset()
+        model.compile_branches(_backend(device))
     return model.to(device).to(memory_format=torch.channels_last).train()
 
 

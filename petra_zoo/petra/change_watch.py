@@ -16,7 +16,7 @@ from petra_zoo.reversible import CoupledUnit
 _changes, _trains, _mode = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
 
 
-class Watched:
+class ChangeWatch:
     """Notices what replaces a tensor, or fills it anew, between two ticks: loading, moving, freezing, surgery.
 
     A replayed tick changes parameters and buffers without counting it as a modification, so that what it did itself
