@@ -7,12 +7,13 @@ from torch import Tensor
 
 from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.data.preprocessing import Preprocessing
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Optimization, Pipeline
 from tests.petra.chain import CLASSES, WIDTH, Chain, make_chain_pipeline
+from tests.petra.fake_graph import FakeGraph
 
 GENERATOR = torch.Generator().manual_seed(5)
 BYTES = [torch.randint(256, (5, WIDTH), dtype=torch.uint8, generator=GENERATOR) for _ in range(9)]
-SCALES = [torch.rand((), dtype=torch.float64, generator=GENERATOR) for _ in BYTES]
+SCALES = [torch.rand(1, dtype=torch.float64, generator=GENERATOR) for _ in BYTES]
 LABELS = [torch.randint(CLASSES, (5,), generator=GENERATOR) for _ in BYTES]
 
 
@@ -42,6 +43,18 @@ def test_bytes_train_to_the_same_bits_as_what_is_made_of_them(method: str) -> No
     assert losses(models[0], True) == losses(models[1], False)
     for p, q in zip(models[0].model.parameters(), models[1].model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_captured_ticks_prepare_what_each_of_them_is_fed() -> None:
+    found = []
+    for graphs in (FakeGraph, "off"):
+        model = Chain()
+        sgd = Optimization(lambda named: torch.optim.SGD([p for _, p in named], 1 / 16, fused=True))
+        layout = make_chain_pipeline(model, (2, 3)).layout
+        pipeline = Pipeline(model, layout, optimization=sgd, prepare=prepare, graphs=graphs)  # type: ignore[arg-type]
+        found.append(losses(pipeline, True))
+        assert (pipeline.captured is not None and pipeline.captured.replayed > 2) == (graphs == FakeGraph)
+    assert found[0] == found[1]
 
 
 def test_what_waits_for_the_backward_is_what_was_fed() -> None:
