@@ -17,6 +17,10 @@ def first_stream(*streams: Tensor) -> Tensor:
     return streams[0]
 
 
+def unchanged(b: Tensor) -> Tensor:
+    return b
+
+
 @dataclass(frozen=True)
 class Opening:
     """A down-sampling block, and any other coupled block that is not in a run: its output is the stream b."""
@@ -41,7 +45,23 @@ class Foreign:
         h = self.enter(*streams)
         h = h.clone() if h is streams[0] else h  # it may write into its argument, not into a stream
         kind = self.kind()
-        return (kind.carry(self.block(kind.for_branch(h, self.block))),)
+        return (kind.enter(self.block(kind.for_branch(h, self.block))),)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Behind a block without an inverse, or a module that knows no streams: from its stream b to the activation h.
+
+    Attributes:
+        activate: the activation behind it.
+        kind: reads the type of its stream.
+    """
+
+    activate: Callable[[Tensor], Tensor]
+    kind: Callable[[], StreamType]
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        return self.kind().activated(streams[0], self.activate)
 
 
 @dataclass(frozen=True)
@@ -49,18 +69,47 @@ class Merge:
     """The end of a run: from the streams behind a block of it to the activation h.
 
     Attributes:
-        behind: the activation behind the block.
+        activate: the activation behind the block.
         in_front: the one in front of it, which made h of the stream that is now a.
         coupling: reads g.
+        kind: reads the streams' type.
     """
 
-    behind: Callable[[Tensor], Tensor]
-    in_front: Enter
+    activate: Callable[[Tensor], Tensor]
+    in_front: Callable[[Tensor], Tensor]
     coupling: Callable[[], float]
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Tensor:
-        h = self.behind(streams[0])
-        return h if len(streams) == 1 else merge(h, self.in_front(streams[1]), self.coupling())
+        kind = self.kind()
+        h = kind.activated(streams[0], self.activate)
+        return h if len(streams) == 1 else merge(h, kind.activated(streams[1], self.in_front), self.coupling())
+
+
+@dataclass(frozen=True)
+class LastActivation:
+    """The activation behind a block, found when it is called: the block may have been given another one."""
+
+    block: CoupledBlock
+
+    def __call__(self, b: Tensor) -> Tensor:
+        return self.block.activate(b)
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether it is relu and nothing else."""
+        return self.block.rectifies()
+
+
+@dataclass(frozen=True)
+class InFront:
+    """The first unit of a layer: from what the layer before hands on to the activation h, as this layer carries it."""
+
+    enter: Enter
+    kind: Callable[[], StreamType]
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        return self.kind().carry(self.enter(*streams))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class LocalStage(Stage):
             return super().forward(up)
         outputs = self._run(up)
         with torch.enable_grad(), self.surroundings(len(self.units), up.micro_batch, outputs[0].device):
-            logits = self.auxiliary(*outputs)
+            logits = self.auxiliary(*self.units[-1].values(outputs))
         self._learn(up, logits)
         return Up(up.micro_batch, tuple(x.detach() for x in outputs), up.labels)
 

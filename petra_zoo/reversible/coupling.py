@@ -57,7 +57,7 @@ def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
 def uncouple(b_out: Tensor, step: Tensor, g: float, streams: StreamType = FLOAT_STREAMS) -> Tensor:
     """The inverse of `coupled`, with step from `step_of`: the stream a of the block's input, for g > 0."""
     if g == 1.0:
-        return b_out - step
+        return streams.difference_at_1(b_out, step)
     return (b_out - step) / g
 
 
@@ -78,7 +78,9 @@ def step_of(h: Tensor, f: Tensor, g: Coupling, streams: StreamType) -> Tensor:
         g: the coupling.
         streams: their type.
     """
-    return streams.snap(advance(h, f, g))
+    if _is_number(g) and g == 1.0:
+        return streams.snap(f)
+    return streams.snap(advance(streams.summand(h), f, g))
 
 
 def coupled(h: Tensor, f: Tensor, a: Tensor | None, g: Coupling, streams: StreamType) -> Tensor:
@@ -94,9 +96,9 @@ def coupled(h: Tensor, f: Tensor, a: Tensor | None, g: Coupling, streams: Stream
     """
     if a is None:
         return step_of(h, f, 0.0, streams)
-    b_out = couple(step_of(h, f, g, streams), a, g)
-    streams.check(b_out)  # two values on the grid may have a sum that the carrier cannot hold
-    return b_out
+    if _is_number(g) and g == 1.0:
+        return streams.sum_at_1(f, a)
+    return streams.in_range(couple(step_of(h, f, g, streams), a, g))
 
 
 def _is_number(g: Coupling) -> bool:

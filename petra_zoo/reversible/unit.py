@@ -80,6 +80,10 @@ class Unit(nn.Module):
         """The forward of a training step: streams, and what `reverse` needs beside them (by default nothing)."""
         return Evaluation(self(*streams))
 
+    def values(self, streams: Streams) -> Streams:
+        """The streams that the unit gave as numbers, for whoever looks at them (see `StreamType.read`)."""
+        return streams
+
     def reverse(
         self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
     ) -> Reversal:
@@ -127,16 +131,27 @@ class FunctionUnit(Unit):
         name: the unit's place in its model.
         function: streams -> streams; calls the modules below and nothing else that has parameters.
         modules: the modules whose parameters and statistics belong to this unit, by their name in the model.
+        streams: reads the type of the streams that it gives; None: they are numbers.
     """
 
-    def __init__(self, name: str, function: Callable[..., Streams], modules: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Streams],
+        modules: dict[str, nn.Module],
+        streams: Callable[[], StreamType] | None = None,
+    ) -> None:
         super().__init__(name)
         self.function = function
+        self.streams = streams
         for path, module in modules.items():
             self.add_module(path.replace(".", "_"), module)
 
     def forward(self, *streams: Tensor) -> Streams:
         return self.function(*streams)
+
+    def values(self, streams: Streams) -> Streams:
+        return streams if self.streams is None else tuple(map(self.streams().read, streams))
 
 
 class CoupledUnit(Unit):
@@ -183,14 +198,21 @@ class CoupledUnit(Unit):
     def forward(self, *streams: Tensor) -> Streams:
         g = self.coupling()
         b = streams[0]
-        h = self.activate(b)
         a = None if self.starts or g == 0.0 else streams[1]
         streams_type = self._streams_type()
+        h = self._activated(b, g, streams_type)
         b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type)
         return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
+    def values(self, streams: Streams) -> Streams:
+        return tuple(map(self._streams_type().read, streams))
+
     def _streams_type(self) -> StreamType:
         return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
+
+    def _activated(self, b: Tensor, g: float, streams_type: StreamType) -> Tensor:
+        for_branch_alone = g == 1.0 and not self.starts
+        return streams_type.activated(b, self.activate, self.block if for_branch_alone else None)
 
     def _branch_of(self, h: Tensor, streams_type: StreamType) -> Tensor:
         return self.branch(streams_type.for_branch(h, self.block))
@@ -213,7 +235,7 @@ class CoupledUnit(Unit):
         # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
             with torch.enable_grad():
-                h = self.activate(b)
+                h = self._activated(b, g, streams_type)
                 step = step_of(h, self._branch_of(h, streams_type), 0.0 if self.starts else g, streams_type)
             d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
         if d_a_out is not None:  # b went two ways: through F and the shortcut, and, as it is, into a'

@@ -66,8 +66,9 @@ class Recipe(Augmentation):
         coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
-        streams: What carries the streams of a reversible network: `float32`, `bfloat16`, or `auto`: float32, but where
-            branches compute in bfloat16 a 16-bit kind, unless 0 < g < 1.
+        streams: What carries the streams of a reversible network: `float32`, `bfloat16`, `fixed16` (a grid in 16 bits,
+            whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
+            unless 0 < g < 1.
         val_interval, log_interval: Epochs between validations; updates between log lines.
         output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
     """
@@ -146,7 +147,7 @@ class Recipe(Augmentation):
     device: str | None = None
     amp: bool = False
     amp_dtype: Literal["bfloat16"] = "bfloat16"
-    streams: Literal["auto", "float32", "bfloat16"] = "auto"
+    streams: Literal["auto", "float32", "bfloat16", "fixed16"] = "auto"
     channels_last: bool = False
     model_ema: bool = False
     model_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
