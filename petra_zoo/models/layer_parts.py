@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.reversible import Streams, StreamType, merge
+from petra_zoo.reversible.stream_type import rectifies
 
 Enter = Callable[..., Tensor]  # what a unit makes of the streams it gets: the activation h [B, C, H, W]
 
@@ -65,28 +66,6 @@ class Behind:
 
 
 @dataclass(frozen=True)
-class Merge:
-    """The end of a run: from the streams behind a block of it to the activation h.
-
-    Attributes:
-        activate: the activation behind the block.
-        in_front: the one in front of it, which made h of the stream that is now a.
-        coupling: reads g.
-        kind: reads the streams' type.
-    """
-
-    activate: Callable[[Tensor], Tensor]
-    in_front: Callable[[Tensor], Tensor]
-    coupling: Callable[[], float]
-    kind: Callable[[], StreamType]
-
-    def __call__(self, *streams: Tensor) -> Tensor:
-        kind = self.kind()
-        h = kind.activated(streams[0], self.activate)
-        return h if len(streams) == 1 else merge(h, kind.activated(streams[1], self.in_front), self.coupling())
-
-
-@dataclass(frozen=True)
 class LastActivation:
     """The activation behind a block, found when it is called: the block may have been given another one."""
 
@@ -99,6 +78,33 @@ class LastActivation:
     def rectifies(self) -> bool:
         """Whether it is relu and nothing else."""
         return self.block.rectifies()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The end of a run: from the streams behind a block of it to the activation h.
+
+    Attributes:
+        activate: the activation behind the block.
+        in_front: the one in front of it, which made h of the stream that is now a.
+        coupling: reads g.
+        kind: reads the streams' type.
+    """
+
+    activate: LastActivation
+    in_front: Callable[[Tensor], Tensor]
+    coupling: Callable[[], float]
+    kind: Callable[[], StreamType]
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        kind = self.kind()
+        if len(streams) == 1:
+            return kind.activated(streams[0], self.activate)
+        b, a = streams
+        if rectifies(self.activate) and rectifies(self.in_front):
+            if (mean := kind.mean_rectified(b, a, self.activate.block)) is not None:  # g is 1
+                return mean
+        return merge(kind.activated(b, self.activate), kind.activated(a, self.in_front), self.coupling())
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,12 @@ def step_of(h: Tensor, f: Tensor, g: Coupling, streams: StreamType) -> Tensor:
         g: the coupling.
         streams: their type.
     """
-    if _is_number(g) and g == 1.0:
-        return streams.snap(f)
-    return streams.snap(advance(streams.summand(h), f, g))
+    if _is_number(g):
+        if g == 1.0:
+            return streams.snap(f)
+        if g == 0.0:
+            return streams.sum_at_0(h, f)
+    return streams.snap(advance(h, f, g))
 
 
 def coupled(h: Tensor, f: Tensor, a: Tensor | None, g: Coupling, streams: StreamType) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible.reading import readable
 
 
 class Saturation:
@@ -23,28 +22,27 @@ class Saturation:
     def __reduce__(self) -> tuple[type[Saturation], tuple[()]]:
         return type(self), ()
 
-    def see(self, steps: Tensor, grid: float, most: float) -> None:
+    def note(self, peak: Tensor, grid: float, most: float) -> None:
         """Takes note of values before they are clamped.
 
         Args:
-            steps: in steps of the grid.
+            peak: the largest absolute value, 0-d, in steps of the grid.
             grid: the step.
             most: how many there may be.
 
         Raises:
-            UserError: one is beyond the range, or not a number, and they are on the CPU.
+            UserError: it is beyond the range, or not a number, and on the CPU.
         """
-        if not readable(steps) or not steps.numel():
+        if peak.is_meta:
             return
-        low, high = torch.aminmax(steps.detach())
-        part = torch.maximum(high, -low).float() / most  # nan where a value is
+        part = peak.detach().float() / most
         self._range = grid * most
-        if steps.is_cpu:
+        if part.is_cpu:
             self._judge(part.item())
             return
-        seen = self._seen.get(steps.device)
+        seen = self._seen.get(part.device)
         if seen is None:
-            self._seen[steps.device] = part
+            self._seen[part.device] = part
         else:
             torch.maximum(seen, part, out=seen)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import fixed_point
+from petra_zoo.reversible import fixed_point, packed
 from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.saturation import Saturation
 
@@ -115,7 +115,7 @@ class StreamType:
 
     def read(self, b: Tensor) -> Tensor:
         """A stream as a number."""
-        return fixed_point.unpack(b, self.fixed) if self._bits else b
+        return packed.unpack(b, self.fixed) if self._bits else b
 
     def activated(self, b: Tensor, activate: Callable[[Tensor], Tensor], branch: nn.Module | None = None) -> Tensor:
         """The activation act(b) of a stream.
@@ -125,8 +125,13 @@ class StreamType:
             activate: act; one that says that it `rectifies` is relu.
             branch: whose input alone it is: in the type that this takes.
         """
-        dtype = compute_type(branch) if branch is not None and self._bits and rectifies(activate) else None
-        return fixed_point.rectify(b, self.fixed, dtype) if dtype is not None else activate(self.read(b))
+        if not (self._bits and rectifies(activate)):
+            return activate(self.read(b))
+        return packed.rectify(b, self.fixed, self._type_of(branch))
+
+    def mean_rectified(self, b: Tensor, a: Tensor, module: nn.Module) -> Tensor | None:
+        """(relu(b) + relu(a)) / 2 of two streams in the type that a module takes; None: they are no bits."""
+        return packed.mean_rectified(b, a, self.fixed, self._type_of(module)) if self._bits else None
 
     def for_branch(self, h: Tensor, module: nn.Module) -> Tensor:
         """The activation of a stream in the type that a module takes; as it is for one without weights."""
@@ -149,27 +154,29 @@ class StreamType:
             UserError: see `Saturation`.
         """
         if self._bits:
-            return fixed_point.pack(x, self.fixed, self._witness(x))
+            return packed.pack(x, self.fixed, self._witness(x))
         if self.kind == "fixed16":
             x = widened(x)
-            return fixed_point.to_grid(x, self.fixed, fixed_point.LARGEST_PACKED, self._witness(x))
+            return fixed_point.to_grid(x, self.fixed, packed.MOST, self._witness(x))
         if self.kind == "bfloat16":
             return to_carrier(x, self.kind)
         return fixed_point.to_grid(x, self.grid, fixed_point.largest(x), self._witness(x)) if self.grid > 0.0 else x
 
-    def summand(self, h: Tensor) -> Tensor:
-        """An activation as it is added to a branch's output, before both are rounded."""
-        return widened(h) if self.kind == "fixed16" else h
+    def sum_at_0(self, h: Tensor, f: Tensor) -> Tensor:
+        """h + F(h), rounded: where there is no second stream."""
+        if self._bits:
+            return packed.pack_sum(h, f, self.fixed, self._witness(f))
+        return self.snap((widened(h) if self.kind == "fixed16" else h) + f)
 
     def sum_at_1(self, f: Tensor, a: Tensor) -> Tensor:
         """F(h) + a, the step rounded and the sum in range: the formula at g = 1."""
         if self._bits:
-            return fixed_point.packed_sum(f, a, self.fixed, self._witness(f))
+            return packed.add(f, a, self.fixed, self._witness(f))
         return self.in_range(self.snap(f) + a)
 
     def difference_at_1(self, b_out: Tensor, step: Tensor) -> Tensor:
         """The inverse of `sum_at_1`: a, from b' and the rounded step."""
-        return fixed_point.packed_difference(b_out, step) if self._bits else b_out - step
+        return packed.subtract(b_out, step) if self._bits else b_out - step
 
     def in_range(self, b: Tensor) -> Tensor:
         """A sum of two values on the grid, which may be one that streams cannot hold: saturated, and noted.
@@ -180,10 +187,13 @@ class StreamType:
             UserError: see `Saturation`.
         """
         if self.kind == "fixed16":
-            return fixed_point.saturated(b, self.fixed, fixed_point.LARGEST_PACKED, self._witness(b))
+            return fixed_point.saturated(b, self.fixed, packed.MOST, self._witness(b))
         if self.kind == "float32" and self.grid > 0.0:
             return fixed_point.saturated(b, self.grid, fixed_point.largest(b), self._witness(b))
         return b
+
+    def _type_of(self, module: nn.Module | None) -> torch.dtype:
+        return (None if module is None else compute_type(module)) or torch.float32
 
     @property
     def _bits(self) -> bool:
