@@ -1,6 +1,9 @@
-"""Where tensors are computed."""
+"""Where tensors are computed, and how a GPU does it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,3 +31,27 @@ def choose_device(name: str | None) -> torch.device:
     if device.index is not None and device.index >= count:
         raise UserError(f"device={name}: there are {count} such devices here, from {device.type}:0 on")
     return device
+
+
+@contextmanager
+def computing(device: torch.device, *, deterministic: bool = False, tf32: bool = True) -> Iterator[None]:
+    """Inside, a GPU computes as fast as it may; outside, torch's settings are as they were. A CPU is left alone.
+
+    Args:
+        device: where networks run.
+        deterministic: cuDNN takes an algorithm that gives the same bits every time. Else it tries for each new shape
+            which is the fastest, and may take another one in another run, or in another process.
+        tf32: products of float32 numbers, in convolutions and matrices, round these to ten bits.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = not deterministic, deterministic, tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(precision)

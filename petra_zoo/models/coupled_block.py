@@ -9,11 +9,11 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import FLOAT_STREAMS, Coupling, StreamType, advance, couple, coupled
+from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock, Coupling, StreamType, advance, couple, coupled
 from petra_zoo.reversible.stream_type import scripted_snap, scripted_sum, to_carrier, widened
 
 
-class CoupledBlock(nn.Module):
+class CoupledBlock(BranchBlock):
     """What timm's residual blocks need to be coupled blocks: the parts of their forward, put together anew.
 
     Called with an activation alone it is timm's block. In a run with a coupling it gives the sum *before* the
@@ -24,8 +24,8 @@ class CoupledBlock(nn.Module):
         conv1: nn.Conv2d
         downsample: nn.Module | None
 
-    def branch(self, h: Tensor) -> Tensor:
-        """F(h): everything before the addition."""
+    def branch(self, x: Tensor) -> Tensor:
+        """F(h): everything before the addition. Holds its argument no longer than its first layer reads it."""
         raise NotImplementedError
 
     def activate(self, b: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class CoupledBlock(nn.Module):
         """The stream b' from the activation x: the formula, with a down-sampling block's projection as its shortcut."""
         h = streams.for_branch(x, self)
         shortcut = x if self.downsample is None else self.downsample(h)
-        return coupled(streams.carry(shortcut), self.branch(h), a, g, streams)
+        return coupled(streams.carry(shortcut), self.run_branch(h), a, g, streams)
 
     @torch.jit.unused
     def forward(
@@ -85,8 +85,8 @@ class CoupledBlock(nn.Module):
 class CoupledBasicBlock(CoupledBlock, BasicBlock):
     """timm's BasicBlock as a coupled block."""
 
-    def branch(self, h: Tensor) -> Tensor:
-        x = self.act1(self.drop_block(self.bn1(self.conv1(h))))
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.act1(self.drop_block(self.bn1(self.conv1(x))))
         if self.aa is not None:
             x = self.aa(x)
         x = self.bn2(self.conv2(x))
@@ -107,8 +107,8 @@ class CoupledBasicBlock(CoupledBlock, BasicBlock):
 class CoupledBottleneck(CoupledBlock, Bottleneck):
     """timm's Bottleneck as a coupled block."""
 
-    def branch(self, h: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv1(h)))
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.drop_block(self.bn2(self.conv2(x))))
         if self.aa is not None:
             x = self.aa(x)

@@ -256,7 +256,7 @@ class CoupledLayer(RunBuffers):
                 coupled_unit = CoupledUnit(
                     unit,
                     block,
-                    branch=block.branch,
+                    branch=block.run_branch,
                     activate=before.activate if isinstance(before, Behind | Merge) else before,
                     coupling=self.g,
                     starts=run_index == 0,
@@ -266,7 +266,7 @@ class CoupledLayer(RunBuffers):
                 units.append(coupled_unit)
                 before = Merge(LastActivation(block), coupled_unit.activate, self.g, self.streams)
             elif is_coupled(block):
-                units.append(FunctionUnit(unit, Opening(block, before, self.streams), {"block": block}, self.streams))
+                units.append(Opening(block, before, self.streams).unit(unit))
                 before = Behind(LastActivation(block), self.streams)
             else:
                 units.append(FunctionUnit(unit, Foreign(block, before, self.streams), {"block": block}, self.streams))

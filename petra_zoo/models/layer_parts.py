@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from petra_zoo.models.coupled_block import CoupledBlock
-from petra_zoo.reversible import Streams, StreamType, merge
+from petra_zoo.reversible import ForkedUnit, FunctionUnit, Streams, StreamType, Unit, merge
 from petra_zoo.reversible.stream_type import rectifies
 
 Enter = Callable[..., Tensor]  # what a unit makes of the streams it gets: the activation h [B, C, H, W]
@@ -32,6 +32,20 @@ class Opening:
 
     def __call__(self, *streams: Tensor) -> Streams:
         return (self.block.coupled_step(self.enter(*streams), streams=self.kind()),)
+
+    def unit(self, name: str) -> Unit:
+        """The block as a unit."""
+        modules: dict[str, nn.Module] = {"block": self.block}
+        if getattr(type(self.block), "coupled_step", None) is not CoupledBlock.coupled_step:
+            return FunctionUnit(name, self, modules, self.kind)  # somebody's own sum
+        return ForkedUnit(name, self, modules, self.enter, (self._shortcut, self._branch), self.kind)
+
+    def _shortcut(self, h: Tensor) -> Tensor:
+        project, kind = self.block.downsample, self.kind()
+        return kind.carry(h if project is None else project(kind.for_branch(h, self.block)))
+
+    def _branch(self, h: Tensor) -> Tensor:
+        return self.block.branch(self.kind().for_branch(h, self.block))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible import StreamKind, needs_plain_path
+from petra_zoo.reversible import CompileOptions, StreamKind, compile_branches, needs_plain_path
 
 Memory = Literal["reversible", "recompute", "plain"]
 
@@ -31,6 +31,24 @@ class MemoryModes:
         if memory not in ("reversible", "recompute", "plain"):
             raise ValueError(f"memory is 'reversible', 'recompute' or 'plain', not {memory!r}")
         self.memory = memory
+
+    @torch.jit.ignore
+    def compile_branches(self, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compiles the blocks' branches, in training: in the forward, and where they are reversed or recomputed.
+
+        Memory stays that of the mode, which torch.compile of the whole network gives up. The first step compiles, once
+        for each structure of block. Evaluation, export and networks with module hooks run as ever. A compiled branch
+        rounds in other places than its operations, so start, resume and compare runs with the same setting.
+
+        Args:
+            backend: torch.compile's.
+            mode: torch.compile's; not one that replays CUDA graphs.
+
+        Raises:
+            UserError: the mode is one of those.
+        """
+        assert isinstance(self, nn.Module)
+        compile_branches(self, CompileOptions(backend, mode))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petra_zoo.reversible import StreamType, coupled
+from petra_zoo.reversible import BranchBlock, StreamType, coupled
 from petra_zoo.reversible.stream_type import check_kind, compute_type, scripted_kind, to_carrier
 
 Device = torch.device | str | None
@@ -72,7 +72,7 @@ def paper_coupling() -> float:
     return 1.0
 
 
-class PaperBasicBlock(WeightsType):
+class PaperBasicBlock(WeightsType, BranchBlock):
     """(b, a) -> (a + F(b), b) with F = conv3x3, BN, ReLU, conv3x3, BN, ReLU. Shapes [B, width, H, W]."""
 
     expansion = 1
@@ -116,7 +116,7 @@ class PaperBasicDown(WeightsType):
         return self.carried(out), self.carried(h)
 
 
-class _Bottleneck(WeightsType):
+class _Bottleneck(WeightsType, BranchBlock):
     """F = conv1x1, BN, ReLU, conv3x3, BN, ReLU, conv1x1, BN, ReLU, with a quarter of `width` in the middle."""
 
     expansion = 4

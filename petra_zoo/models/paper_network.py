@@ -242,7 +242,7 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
                     CoupledUnit(
                         name,
                         block,
-                        branch=block.branch,
+                        branch=block.run_branch,
                         activate=_identity,
                         coupling=paper_coupling,
                         streams=block.streams,

@@ -8,21 +8,15 @@ included. Not counted: parameters, their gradients, and the workspace that a con
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from petra_zoo.models.memory_modes import Memory, MemoryModes
-from petra_zoo.reversible import Streams, UnitModel, backpropagate, units_of
-from petra_zoo.reversible.operands import Operand
+from petra_zoo.reversible import LiveBytes, Streams, UnitModel, backpropagate, units_of
 
-_Result = TypeVar("_Result")
 BATCH = 2**20  # so many that what belongs to no image, such as a weight's gradient, has no part in the quotient
 
 
@@ -106,47 +100,8 @@ def step_bytes(network: nn.Module | UnitModel, input_size: tuple[int, int, int])
     for p in meta.parameters():
         p.grad = torch.zeros_like(p)
     images = torch.empty(BATCH, *input_size, device="meta")
-    with _MetaBytes() as memory:
+    with LiveBytes([*meta.parameters(), *meta.buffers()]) as memory:
         logits = meta(images)
         stored = memory.now
         logits.sum().backward()
     return StepBytes(stored // BATCH, memory.peak // BATCH)
-
-
-class _MetaBytes(TorchDispatchMode):
-    """Bytes of the storages made inside: `LiveBytes` for the meta device, where nothing changes a storage's size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., _Result],
-        types: Sequence[type],
-        args: tuple[Operand, ...] = (),
-        kwargs: dict[str, Operand] | None = None,
-    ) -> _Result:
-        for x in tree_iter((args, kwargs)):  # what comes from outside does not count, in-place results included
-            self._watch(x, 0)
-        out = func(*args, **(kwargs or {}))
-        for x in tree_iter(out):
-            self._watch(x, 1)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _watch(self, x: Operand, counts: int) -> None:
-        if not isinstance(x, Tensor):
-            return
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
-            size = counts * storage.nbytes()
-            self._known.add(key)
-            self.now += size
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size

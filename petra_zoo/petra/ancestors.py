@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import State
@@ -80,6 +81,8 @@ class GraphStage(Stage):
     def __init__(self, part: Part, settings: StageSettings, stash: bool = False) -> None:
         super().__init__(part, settings)
         self.stash = stash and not self.last
+        if self.stash:  # the version that a graph was built of is what autocast has to cast
+            self.casts = CastWeights(self.units, None)
         self.graphs: deque[_Graph] = deque()
         self._version: list[Tensor] | None = None
         self._updates_ahead = 0  # of that version
@@ -99,7 +102,8 @@ class GraphStage(Stage):
 
     def backward(self, down: Down) -> Down:
         graph = self.graphs.popleft()
-        gradients, found = self._vector_jacobian(graph.outputs, down.gradients, graph.inputs, graph.parameters)
+        parameters = graph.parameters if self.stash else None
+        gradients, found = self._vector_jacobian(graph.outputs, down.gradients, graph.inputs, parameters)
         return self._finish_backward(down.micro_batch, (), gradients, found)
 
     def update(self, partial: bool = False) -> bool:
@@ -119,14 +123,23 @@ class GraphStage(Stage):
         return self._version
 
     def _build(self, micro_batch: int, streams: Streams, parameters: list[Tensor]) -> _Graph:
-        copied = {id(p): copy for p, copy in zip(self.own_parameters(), parameters, strict=True)}
         inputs = streams = leaves(streams, needs_gradient=self.sends_gradients)
         with torch.enable_grad():
+            streams = (
+                self._run_with(parameters, streams, micro_batch) if self.stash else self.run_units(streams, micro_batch)
+            )
+        return _Graph(micro_batch, inputs, streams, parameters)
+
+    def _run_with(self, parameters: list[Tensor], streams: Streams, micro_batch: int) -> Streams:
+        """Runs the units with other parameters than their own."""
+        copied = {id(p): copy for p, copy in zip(self.own_parameters(), parameters, strict=True)}
+        device = streams[0].device
+        with self.precision(device):
             for i, unit in enumerate(self.units):
                 named = {name: copied[id(p)] for name, p in unit.named_parameters() if id(p) in copied}
-                with self.surroundings(i, micro_batch, streams[0].device):
-                    streams = functional_call(unit, named, streams) if self.stash else unit(*streams)
-        return _Graph(micro_batch, inputs, streams, parameters)
+                with self.surroundings(i, micro_batch, device):
+                    streams = functional_call(unit, named, streams)
+        return streams
 
     def in_flight_state(self) -> State:
         """Graphs cannot be saved: their inputs and parameters can, once per version."""

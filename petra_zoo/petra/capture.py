@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
-from petra_zoo.petra.captured_tick import CapturedTick, Draw, Ticking, look_at, remembering
+from petra_zoo.petra.captured_tick import CapturedTick, Ticking
+from petra_zoo.petra.change_watch import ChangeWatch
 from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
-from petra_zoo.petra.generator import own_generators, seed_of, seeded_by, set_generators
+from petra_zoo.petra.generator import Draw, Draws, own_generators, seeded_by
 from petra_zoo.petra.homes import Homes
 from petra_zoo.petra.host_reads import HostReads
 from petra_zoo.petra.host_side import rings_of
@@ -32,7 +34,6 @@ from petra_zoo.petra.rates import numbers_of
 from petra_zoo.petra.ring_places import RingPlaces
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.tick import run_tick
-from petra_zoo.petra.watched import Watched
 from petra_zoo.petra.world import World
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class CapturedTicks:
         self.pipeline, self.make_graph, self.device = pipeline, make_graph, device
         self.replayed = 0
         self.outside = {stage.index for stage in pipeline.stages if not _may_update_inside(stage)}
-        self._watched = Watched(pipeline.stages)
+        self._watched = ChangeWatch(pipeline.stages)
         self._said = False
         self.forget()
         self.refusal: str | None = None
@@ -90,17 +91,15 @@ class CapturedTicks:
         self._homes = Homes()
         self._places: RingPlaces | None = None
         self._before: Counter[_Windows] = Counter()  # how many ticks of a kind have run uncaptured
-        self._draws: dict[_Windows, list[Draw]] = {}
+        self._draws: dict[_Windows, list[Draw | None]] = {}
         self._last: CapturedTick | None = None  # where the previous tick was captured
         self._odd = 0
 
     def run(self, fed: Up | None) -> Output:
         """The tick that the pipeline's clock shows."""
-        if self.refusal or fed is None or not self._steady():
-            return self._uncaptured(fed)
-        if self._watched.changed():
+        if not self.refusal and self._watched.changed():
             self.forget()
-        if not self._in_form(fed):
+        if self.refusal or fed is None or not self._steady() or not self._in_form(fed):
             return self._uncaptured(fed)
         kind = tuple(stage.gradients_in_window for stage in self.pipeline.stages)
         if kind in self.ticks:
@@ -112,6 +111,15 @@ class CapturedTicks:
             return self._rehearse(kind, fed)
         return self._capture(kind, fed)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, stages may update in between two ticks; outside, the graphs are still there."""
+        if self._watched.changed():
+            self.forget()
+        yield
+        self._last = None
+        self._watched.look()
+
     # -- uncaptured -----------------------------------------------------------------------------------------------
 
     def _uncaptured(self, fed: Up | None) -> Output:
@@ -119,7 +127,8 @@ class CapturedTicks:
         with own_generators(self.device):
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed)
         self._last = None
-        self._watched.look()  # its updates count as modifications of the parameters
+        if not self.refusal:
+            self._watched.look()  # its updates count as modifications of the parameters
         return output
 
     def _steady(self) -> bool:
@@ -130,8 +139,9 @@ class CapturedTicks:
         """Whether all micro-batches in flight have the size of this one, and what there is the form it had."""
         if self._last:  # all others were in form a tick ago
             return self._homes.fits(fed)
-        images = {size for ring in rings_of(self.pipeline.stages) for size in ring.images}
-        fits = images <= {len(fed.streams[0])} and self._homes.fits(fed) and self._homes.fit(self.pipeline.links)
+        images = len(fed.streams[0])
+        kept = {size for ring in rings_of(self.pipeline.stages) for size in ring.images}
+        fits = kept <= {images} and self._homes.fits(fed) and self._homes.fit(self.pipeline.links, images)
         self._odd = 0 if fits else self._odd + 1
         if self._odd > _OTHER_FORMS:
             self.forget()
@@ -139,13 +149,7 @@ class CapturedTicks:
 
     def _rehearse(self, kind: _Windows, fed: Up) -> Output:
         """A tick as ever, watched: what does it draw, and what would be lost if it were replayed?"""
-        draws: list[Draw] = []
-        reads = HostReads(couplings(self.pipeline.stages))
-
-        def seed(seed: int, unit: int, micro_batch: int) -> None:
-            if unit >= 0:  # else it is an optimizer's
-                draws.append((seed, unit, fed.micro_batch - micro_batch))
-            set_generators(seed_of(seed, unit, micro_batch), self.device)
+        draws, reads = Draws(self.device, fed.micro_batch), HostReads(couplings(self.pipeline.stages))
 
         def update(stage: Stage) -> None:
             before, numbers = len(reads.found), numbers_of(stage.optimizer)
@@ -158,10 +162,10 @@ class CapturedTicks:
             del reads.found[before:]
 
         pipeline = self.pipeline
-        with own_generators(self.device), seeded_by(seed), remembering(pipeline.stages) as seen, reads:
+        with own_generators(self.device), seeded_by(draws), reads:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
-        look_at(seen)
-        self._draws[kind] = draws
+            draws.look()
+        self._draws[kind] = draws.found
         self._watched.look()
         if reads.found:
             self._refuse(f"in the network or the loss, {reads.found[0]}")
@@ -195,7 +199,7 @@ class CapturedTicks:
                 stage.rates.refresh()
         places = self._places = self._places or RingPlaces(rings_of(self.pipeline.stages), self.device)
         if self._last is None:  # the previous tick was no captured one
-            self._homes.settle(self.pipeline.links, self.pipeline.stages)
+            self._homes.settle(self.pipeline.links)
             places.set()
         return places
 

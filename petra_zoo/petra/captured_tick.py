@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
-
-from torch import Tensor
 
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.cuda_graph import Graph
-from petra_zoo.petra.finite import FiniteCheck
-from petra_zoo.petra.generator import seed_of
+from petra_zoo.petra.generator import Draw, seed_of
 from petra_zoo.petra.homes import Homes
 from petra_zoo.petra.host_side import HostSide
 from petra_zoo.petra.links import Links
@@ -19,9 +15,6 @@ from petra_zoo.petra.messages import Output, Up
 from petra_zoo.petra.ring_places import RingPlaces
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.tick import Lanes, run_tick
-
-Draw = tuple[int, int, int]  # seed, unit, age: how many micro-batches have been fed since
-Sight = tuple[FiniteCheck, Tensor, str]  # what has to be finite
 
 
 class Ticking(Protocol):
@@ -40,7 +33,7 @@ class CapturedTick:
         graph: an empty one.
         homes: where everything lies between two ticks.
         places: where the rings are.
-        draws: every seeding in the tick, in order.
+        draws: of every seeding in the tick, in order, whether something is drawn; see `Draws`.
         outside: stages whose update is no part of it.
     """
 
@@ -50,14 +43,13 @@ class CapturedTick:
         graph: Graph,
         homes: Homes,
         places: RingPlaces,
-        draws: Sequence[Draw],
+        draws: Sequence[Draw | None],
         outside: set[int],
     ) -> None:
         self.pipeline, self.graph, self.homes, self.places = pipeline, graph, homes, places
         self.draws, self.outside = draws, outside
         self.before = HostSide.of(pipeline.stages, pipeline.links)
         self.output = Output()
-        self.seen: list[Sight] = []
 
     def capture(self, fed: Up) -> Output:
         """Captures the tick and does it.
@@ -100,54 +92,18 @@ class CapturedTick:
             if stage.index not in self.outside:
                 stage.update()
 
-        with remembering(pipeline.stages) as self.seen, self.places.used():
+        with self.places.used():
             self.output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, inputs, lanes, update)
             if self.output.labels is not None:
                 self.output.labels = self.output.labels.clone()  # they lie where the next ones move in
-            self.homes.settle(pipeline.links, pipeline.stages)
+            self.homes.settle(pipeline.links)
 
     def _do(self, fed: Up) -> Output:
         """Does on the device what has happened on the host."""
         self.graph.replay(self._seeds(fed))
-        look_at(self.seen)
         output = self.output
         number = None if output.micro_batch is None else output.micro_batch + fed.micro_batch - self.fed
         return Output(number, *(x if x is None else x.clone() for x in (output.loss, output.logits, output.labels)))
 
-    def _seeds(self, fed: Up) -> list[int]:
-        return [seed_of(seed, unit, fed.micro_batch - age) for seed, unit, age in self.draws]
-
-
-class _Remembering(FiniteCheck):
-    """Stands in for a stage's check: the host does not look at a number while the tick is queued."""
-
-    def __init__(self, own: FiniteCheck, seen: list[Sight]) -> None:
-        super().__init__()
-        self.own, self.seen = own, seen
-
-    def see(self, value: Tensor, what: str) -> None:
-        self.seen.append((self.own, value.detach(), what))
-
-
-@contextmanager
-def remembering(stages: Sequence[Stage]) -> Iterator[list[Sight]]:
-    """Inside, numbers that have to be finite are remembered; see `look_at`."""
-    seen: list[Sight] = []
-    own = [stage.finite for stage in stages]
-    for stage in stages:
-        stage.finite = _Remembering(stage.finite, seen)
-    try:
-        yield seen
-    finally:
-        for stage, finite in zip(stages, own, strict=True):
-            stage.finite = finite
-
-
-def look_at(seen: Sequence[Sight]) -> None:
-    """Has the stages look at what was remembered.
-
-    Raises:
-        NotFiniteError: see `FiniteCheck`.
-    """
-    for finite, value, what in seen:
-        finite.see(value, what)
+    def _seeds(self, fed: Up) -> list[int | None]:
+        return [None if draw is None else seed_of(*draw[:2], fed.micro_batch - draw[2]) for draw in self.draws]

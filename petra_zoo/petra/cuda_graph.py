@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -15,15 +16,15 @@ from petra_zoo.petra.tick import InLine, Lanes
 class Graph(Protocol):
     """Work that can be replayed: on the same memory, with other random numbers."""
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int]) -> None:
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
         """Runs `work` once to see what it does; on a GPU it is not done before the first replay.
 
         Args:
             work: is given the lanes on which it may queue what does not wait for each other.
-            seeds: of the generators, in the order in which `work` seeds them.
+            seeds: of the generators, in the order in which `work` seeds them; None where nothing is drawn then.
         """
 
-    def replay(self, seeds: Sequence[int]) -> None:
+    def replay(self, seeds: Sequence[int | None]) -> None:
         """Does the work."""
 
 
@@ -37,10 +38,17 @@ class Device:
 
     def __init__(self, device: torch.device, lanes: int) -> None:
         self.device = device
+        self.graphs: WeakSet[CudaGraph] = WeakSet()
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.lanes = [torch.cuda.Stream(device) for _ in range(lanes)] if lanes > 1 else []
         self.generators: list[torch.Generator] = []
+
+    def take_in(self, graph: CudaGraph) -> None:
+        """Lets a graph share; a pool does not outlive its graphs, so the first one gets a new one."""
+        if not self.graphs:
+            self.pool = torch.cuda.graph_pool_handle()
+        self.graphs.add(graph)
 
     def generators_for(self, count: int) -> list[torch.Generator]:
         """So many generators of their own."""
@@ -61,9 +69,10 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         self.generators: list[torch.Generator] = []
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int]) -> None:
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
         shared = self.shared
-        self.generators = shared.generators_for(len(seeds))
+        shared.take_in(self)
+        self.generators = shared.generators_for(sum(seed is not None for seed in seeds))
         for generator in self.generators:
             self.graph.register_generator_state(generator)
         with (
@@ -71,25 +80,29 @@ class CudaGraph:
             # Another thread may pin memory or prefetch meanwhile: that is no part of this.
             torch.cuda.graph(self.graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"),
             _no_cast_is_cached(),
-            _generators_in_turn(shared.device, self.generators),
+            _generators_in_turn(shared.device, self.generators, seeds),
         ):
             work(_Streams(shared.lanes) if shared.lanes else InLine())
 
-    def replay(self, seeds: Sequence[int]) -> None:
-        for generator, seed in zip(self.generators, seeds, strict=True):
+    def replay(self, seeds: Sequence[int | None]) -> None:
+        drawn = [seed for seed in seeds if seed is not None]
+        for generator, seed in zip(self.generators, drawn, strict=True):
             generator.manual_seed(seed)
         self.graph.replay()
 
 
 @contextmanager
-def _generators_in_turn(device: torch.device, generators: Sequence[torch.Generator]) -> Iterator[None]:
+def _generators_in_turn(
+    device: torch.device, generators: Sequence[torch.Generator], seeds: Sequence[int | None]
+) -> Iterator[None]:
     """Inside, seeding takes the next of the generators: each keeps its own place in its own numbers."""
     default = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     before = default.graphsafe_get_state()
-    turn = iter(generators)
+    turn, draws = iter(generators), iter(seeds)
 
     def take(seed: int, unit: int, micro_batch: int) -> None:
-        if unit >= 0:  # else an optimizer's, which would not be captured if it drew
+        # One of an optimizer is not taken: its update would not be captured if it drew.
+        if unit >= 0 and next(draws) is not None:
             default.graphsafe_set_state(next(turn))
 
     try:

@@ -9,7 +9,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from petra_zoo.errors import Failure
 from petra_zoo.reversible import UnitModel
@@ -20,30 +19,56 @@ class NotFiniteError(Failure):
 
 
 class FiniteCheck:
-    """Reads losses and gradients: at once, but on a GPU a tick later, so that nobody waits for the device."""
+    """Looks at losses and gradients: at once, but on a GPU when they have arrived, so that nobody waits for the device.
 
-    def __init__(self) -> None:
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event, str]] = deque()
+    There a number is left in a place of its own on the device, as a captured tick can do it too, and `look` sends all
+    of them to the host, once per tick.
 
-    def see(self, value: Tensor, what: str) -> None:
+    Args:
+        deferred: as on a GPU, wherever numbers are.
+    """
+
+    def __init__(self, deferred: bool = False) -> None:
+        self.deferred = deferred
+        self._places: dict[str, Tensor] = {}  # by what is seen, in the order in which it was first
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, list[str]]] = deque()
+
+    def see(self, value: Tensor, what: str, of: Sequence[Tensor] = ()) -> None:
         """Takes note of a number.
 
         Args:
             value: 0-d, finite where `what` is.
-            what: the words that the error begins with.
+            what: the words that the error begins with; looked at once per tick.
+            of: what it was made of, for the error to say what is in there.
 
         Raises:
-            NotFiniteError: it is not finite, or one that was seen before.
+            NotFiniteError: it is not finite; on a GPU `look` and `settle` raise it.
         """
         value = value.detach()
-        if value.device.type != "cuda":
-            _judge(value, what)
+        if value.device.type != "cuda" and not self.deferred:
+            _judge(value, what, of)
+        elif (place := self._places.get(what)) is not None:
+            place.copy_(value)
+        else:
+            self._places[what] = value.to(torch.float64, copy=True)
+
+    def look(self) -> None:
+        """Sends for the numbers of a tick and judges those of earlier ones that have arrived; waits for none.
+
+        Raises:
+            NotFiniteError: a number is not finite; the earliest is named.
+        """
+        while self._under_way and _arrived(self._under_way[0][1]):
+            self._judge_oldest()
+        if not self._places:
             return
-        self.settle()
-        copy = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._under_way.append((copy, event, what))
+        values = torch.stack(list(self._places.values()))
+        event = None
+        if values.is_cuda:
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((values, event, list(self._places)))
 
     def settle(self) -> None:
         """Waits for what has been seen.
@@ -51,21 +76,29 @@ class FiniteCheck:
         Raises:
             NotFiniteError: a number is not finite; the earliest is named.
         """
+        self.look()
         while self._under_way:
-            copy, event, what = self._under_way.popleft()
-            event.synchronize()
-            _judge(copy, what)
+            event = self._under_way[0][1]
+            if event is not None:
+                event.synchronize()
+            self._judge_oldest()
+
+    def _judge_oldest(self) -> None:
+        values, _, words = self._under_way.popleft()
+        for value, what in zip(values, words, strict=True):
+            _judge(value, what)
 
 
 def pooled(gradients: Sequence[Tensor]) -> Tensor:
-    """A number, 0-d, that is finite where all gradients are, and only there; the cheapest there is."""
+    """A number, 0-d, that is finite where all gradients are, and only there; one pass over all of them."""
     present = [x for x in gradients if x.numel()]
-    if present and present[0].is_cuda:
-        return get_total_norm(present, math.inf)  # two kernels for all of them
-    total = torch.zeros(())
-    for x in present:
-        total = total + x.sum(dtype=torch.float32 if x.element_size() < 4 else None)
-    return total
+    if not present:
+        return torch.zeros(())
+    # A gradient scaler's own look: 1 where something is not finite. It scales, by 1 here.
+    device = present[0].device
+    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+    torch._amp_foreach_non_finite_check_and_unscale_(present, found, one)
+    return found.atanh_()  # 0 of 0, infinity of 1
 
 
 def first_not_finite(model: nn.Module | UnitModel) -> str | None:
@@ -78,6 +111,12 @@ def first_not_finite(model: nn.Module | UnitModel) -> str | None:
     return next((name for name in model.state_dict() if name in found), min(found, default=None))
 
 
-def _judge(value: Tensor, what: str) -> None:
+def _judge(value: Tensor, what: str, of: Sequence[Tensor] = ()) -> None:
     if not math.isfinite(number := float(value)):
+        if of:
+            number = float(sum(x.sum(dtype=torch.float64) for x in of))
         raise NotFiniteError(f"{what} is {number}")
+
+
+def _arrived(event: torch.cuda.Event | None) -> bool:
+    return event is None or event.query()

@@ -37,6 +37,11 @@ class HostReads(TorchDispatchMode):
         self.constants = {x.data_ptr() for x in constants if x.is_cpu}
         self.found: list[str] = []
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It only looks: torch.compile need not make way, and what is compiled computes the bits that it ever does."""
+        return True
+
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,

@@ -92,7 +92,8 @@ class LocalStage(Stage):
         if self.auxiliary is None:
             return super().forward(up)
         outputs = self._run(up)
-        with torch.enable_grad(), self.surroundings(len(self.units), up.micro_batch, outputs[0].device):
+        device = outputs[0].device
+        with torch.enable_grad(), self.precision(device), self.surroundings(len(self.units), up.micro_batch, device):
             logits = self.auxiliary(*self.units[-1].values(outputs))
         self._learn(up, logits)
         return Up(up.micro_batch, tuple(x.detach() for x in outputs), up.labels)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from petra_zoo.petra.fifo import MakeFifo, queue
+from petra_zoo.petra.finite import FiniteCheck
 from petra_zoo.petra.optimization import Optimization
 from petra_zoo.reversible import Unit
 
@@ -26,6 +27,7 @@ class StageSettings:
         last_keeps_graph: whether the last stage keeps its graph within the tick.
         across: process group of a stage in every replica of the pipeline; None where there is one.
         static: whether everything lies at fixed addresses, so that ticks may be captured.
+        finite: looks at losses and gradients.
     """
 
     loss: Loss
@@ -36,6 +38,7 @@ class StageSettings:
     last_keeps_graph: bool = True
     across: ProcessGroup | None = None
     static: bool = False
+    finite: FiniteCheck = field(default_factory=FiniteCheck)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ One process runs all stages, or each of several ranks runs some of them (`world`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters
 from petra_zoo.petra.capture import CapturedTicks, Graphs, graphs_for
 from petra_zoo.petra.clock import Clock
+from petra_zoo.petra.finite import FiniteCheck
 from petra_zoo.petra.gather import keep_only, whole_model
 from petra_zoo.petra.generator import own_generators
 from petra_zoo.petra.layout import Layout
@@ -112,6 +113,7 @@ class Pipeline:
             last_keeps_graph=self.method.last_stage_keeps_graph,
             across=self.world.across,
             static=make_graph is not None,
+            finite=FiniteCheck(deferred=make_graph is not None),
         )
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
@@ -150,6 +152,7 @@ class Pipeline:
                 self._probe.saw_batch(fed)
         self.fed += 1
         output = self._run_tick(fed, feeding=True)
+        self.settings.finite.look()
         updates, rest = divmod(self.fed, self.optimization.accumulation_steps)
         if rest == 0:
             for stage in self.stages:  # in one tick, though the stages' own updates come in several
@@ -165,10 +168,10 @@ class Pipeline:
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
-        with own_generators(self.world.device):
+        with own_generators(self.world.device), self.captured.aside() if self.captured else nullcontext():
             for stage in reversed(self.stages):
                 stage.update(partial=True)
-                stage.finite.settle()
+        self.settings.finite.settle()
         return [output for output in outputs if output.micro_batch is not None]
 
     @property

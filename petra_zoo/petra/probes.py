@@ -101,7 +101,7 @@ class Probe:
             for unit in self.units:
                 stack.enter_context(unit.untouched())
             for stage in self.stages:
-                streams = stage.run_units(streams, batch.micro_batch)
+                streams = stage.run_units(streams, batch.micro_batch, own_weights=True)
         logits = streams[0]
         with torch.enable_grad():
             loss = self.stages[-1].settings.loss(

@@ -10,24 +10,24 @@ to them; j is this stage, theta_j its parameters. Streams have any shape whose f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NotRequired, Protocol, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grad_norm_
 
+from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
-from petra_zoo.petra.finite import FiniteCheck, pooled
+from petra_zoo.petra.finite import pooled
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
 from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.rates import Rates, rates_of
 from petra_zoo.petra.weight_prediction import Prediction
+from petra_zoo.petra.window import Window, average
 from petra_zoo.reversible import Gradients, Residue, Reversal, Streams, gradients_of
 
 
@@ -68,6 +68,7 @@ class Stage:
         self.sends_gradients = self.first_unit > settings.first_trainable
         self.sends_streams = part.sends_streams and self.sends_gradients
         self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in self.units]
+        self.casts = CastWeights(self.units, settings.autocast)
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: LearningRateSchedule | None = None
         self.rates: Rates | None = None  # where updates can be captured
@@ -76,11 +77,11 @@ class Stage:
         self.make_fifo = part.fifo
         self.fifos: list[Fifo] = [self.make_fifo() for _ in self.units]
         self.residues: list[dict[int, Residue]] = [{} for _ in self.units]
-        self.gradients_in_window = 0
+        self.window, self.gradients_in_window = Window(), 0
         self.updates = 0
         self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
-        self.finite = FiniteCheck()
+        self.finite = settings.finite
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -88,13 +89,13 @@ class Stage:
         """x_j = F_j(x_{j-1}, theta_j) for a young micro-batch (Eq. 5)."""
         if self.watcher:
             self.watcher.saw_forward(self, up)
-        streams = up.streams
+        streams, device = up.streams, up.streams[0].device
         # PETRA keeps no graph: the backward, 2 (J - 1 - j) ticks from now, builds a new one.
-        with torch.no_grad(), self.predicted_weights():
+        with torch.no_grad(), self.predicted_weights(), self.precision(device):
             for i, unit in enumerate(self.units):
                 if self._keeps_input(i):
                     self.fifos[i].append(streams)  # x_{j-1}; line 8 of Alg. 1 prints x_j, which would be of no use
-                with self.surroundings(i, up.micro_batch, streams[0].device):
+                with self.surroundings(i, up.micro_batch, device):
                     streams, residue = unit.evaluate(*streams)
                 if residue and self._reconstructs(i):
                     self.residues[i][up.micro_batch] = residue
@@ -107,17 +108,18 @@ class Stage:
         F_j, not the one that made x_j. This is PETRA's approximation, and why no older parameters are kept. The
         update of this tick must not come first: forward and backward of a tick share theta_j.
         """
-        streams, gradients = down.streams, down.gradients  # x~_j and delta_{j+1}
+        streams, gradients, device = down.streams, down.gradients, _device(down.gradients)  # x~_j and delta_{j+1}
         found: dict[int, Tensor] = {}
-        for i in reversed(range(self._lowest(), len(self.units))):
-            # FIFO: micro-batches come back in the order in which they went up.
-            kept = self.fifos[i].popleft() if self._keeps_input(i) else None
-            residue = self.residues[i].pop(down.micro_batch, ())
-            with self.surroundings(i, down.micro_batch, _device(gradients)):
-                reversal = self._backward_unit(i, kept, streams, gradients, residue)
-            # What was kept is exact: it re-anchors the reconstruction of everything below.
-            streams, gradients = kept or reversal.inputs, reversal.input_gradients
-            _collect(found, self.parameters[i], reversal.parameter_gradients)
+        with self.precision(device):
+            for i in reversed(range(self._lowest(), len(self.units))):
+                # FIFO: micro-batches come back in the order in which they went up.
+                kept = self.fifos[i].popleft() if self._keeps_input(i) else None
+                residue = self.residues[i].pop(down.micro_batch, ())
+                with self.surroundings(i, down.micro_batch, device):
+                    reversal = self._backward_unit(i, kept, streams, gradients, residue)
+                # What was kept is exact: it re-anchors the reconstruction of everything below.
+                streams, gradients = kept or reversal.inputs, reversal.input_gradients
+                _collect(found, self._wanted_of(i)[0], reversal.parameter_gradients)
         inputs = streams if self._lowest() == 0 else ()
         return self._finish_backward(down.micro_batch, inputs, gradients, found)
 
@@ -162,9 +164,9 @@ class Stage:
         if count > 1:
             torch._foreach_div_(gradients, float(count))
         if self.settings.across is not None:
-            _average(gradients, self.settings.across)
+            average(gradients, self.settings.across)
         # Before clipping, which would spread one infinite value over all gradients as nan.
-        self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters")
+        self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
         if self.settings.optimization.clip_grad is not None:
             clip_grad_norm_(self.own_parameters(), self.settings.optimization.clip_grad)
         self._step(self.optimizer)
@@ -173,8 +175,8 @@ class Stage:
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """What the stage trains."""
-        return [p for group in self.parameters for p in group]
+        """What the stage trains, each parameter once."""
+        return list({id(p): p for group in self.parameters for p in group}.values())
 
     def start_optimizer(self, names: Mapping[int, str]) -> None:
         """Makes optimizer and schedule, where there is something to train.
@@ -205,19 +207,33 @@ class Stage:
         """Inside, the weights that a forward uses: today's, unless they are predicted."""
         return self.prediction.ahead(self.gradients_in_window) if self.prediction else nullcontext()
 
-    def run_units(self, streams: Streams, micro_batch: int) -> Streams:
-        """Runs the units for a micro-batch; the caller says whether with a graph."""
-        for i, unit in enumerate(self.units):
-            with self.surroundings(i, micro_batch, streams[0].device):
-                streams = unit(*streams)
+    def run_units(self, streams: Streams, micro_batch: int, *, own_weights: bool = False) -> Streams:
+        """Runs the units for a micro-batch.
+
+        Args:
+            streams: what comes in.
+            micro_batch: whose they are.
+            own_weights: autocast casts them; with a graph, which the caller decides, gradients arrive at the parameters
+                and not at copies of them.
+        """
+        device = streams[0].device
+        with self.precision(device):
+            for i, unit in enumerate(self.units):
+                with self.surroundings(i, micro_batch, device, own_weights):
+                    streams = unit(*streams)
         return streams
 
-    @contextmanager
-    def surroundings(self, i: int, micro_batch: int, device: torch.device) -> Iterator[None]:
-        """What every evaluation of unit i for a micro-batch shares: random numbers and autocast."""
+    def precision(self, device: torch.device) -> AbstractContextManager[torch.autocast | None]:
+        """Inside, units compute in autocast's type, with weights that are cast to it already."""
+        self.casts.refresh(self.updates, lasting=self.prediction is None)
+        return precision(device, self.settings.autocast)
+
+    def surroundings(
+        self, i: int, micro_batch: int, device: torch.device, own_weights: bool = False
+    ) -> AbstractContextManager[None]:
+        """What every evaluation of unit i for a micro-batch shares: random numbers and weights; see `run_units`."""
         seed_generators(self.settings.seed, self.first_unit + i, micro_batch, device)
-        with precision(device, self.settings.autocast):
-            yield
+        return nullcontext() if own_weights else self.casts.standing_in(i)
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.prediction:
@@ -252,19 +268,29 @@ class Stage:
     def _backward_unit(
         self, i: int, kept: Streams | None, streams: Streams, gradients: Gradients, residue: Residue
     ) -> Reversal:
-        unit, parameters = self.units[i], self.parameters[i]
+        unit, (_, parameters) = self.units[i], self._wanted_of(i)
         if unit.reversible:
             return unit.reverse(streams, gradients, parameters, residue)
         assert kept is not None
         return unit.recompute(kept, gradients, parameters, self.first_unit + i > self.settings.first_trainable)
+
+    def _wanted_of(self, i: int) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The parameters of unit i, and the tensors at which their gradients are found; one may have two."""
+        weights, copies = self.casts.stand_ins(i)
+        return [*self.parameters[i], *weights], [*self.parameters[i], *copies]
 
     def _vector_jacobian(
         self, outputs: Streams, gradients: Gradients, inputs: Streams, parameters: list[Tensor] | None = None
     ) -> tuple[Gradients, dict[int, Tensor]]:
         """Gradients of the inputs, and of the parameters by id; `parameters` replaces the stage's own."""
         own = self.own_parameters()
+        at = list(own if parameters is None else parameters)
+        if parameters is None:
+            for i in range(len(self.units)):
+                weights, copies = self.casts.stand_ins(i)
+                own, at = own + weights, at + copies
         wanted = [x for x in inputs if x.requires_grad]
-        found = gradients_of(outputs, gradients, [*wanted, *(own if parameters is None else parameters)])
+        found = gradients_of(outputs, gradients, [*wanted, *at])
         of_inputs = iter(found[: len(wanted)])
         by_parameter: dict[int, Tensor] = {}
         _collect(by_parameter, own, found[len(wanted) :])
@@ -287,10 +313,7 @@ class Stage:
         """
         if self.watcher:
             self.watcher.saw_backward(self, micro_batch, inputs, found)
-        for p in self.own_parameters():
-            gradient = found.get(id(p))
-            if gradient is not None:
-                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        self.window.add(self.own_parameters(), found)
         self.gradients_in_window += 1
         return Down(micro_batch, inputs if self.sends_streams else (), gradients if self.sends_gradients else ())
 
@@ -315,7 +338,7 @@ class Stage:
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         for p, gradient in zip(self.own_parameters(), state["gradients"], strict=True):
-            p.grad = None if gradient is None else gradient.clone()
+            self.window.restore(p, gradient)
         self.gradients_in_window = state["gradients_in_window"]
         self.updates = state.get("updates", 0)
         if self.prediction:
@@ -344,24 +367,15 @@ def copies(tensors: Streams) -> Streams:
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[torch.autocast | None]:
     """Inside, branches compute under autocast to a type; None: as it was outside."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
-def _average(gradients: list[Tensor], group: ProcessGroup) -> None:
-    """Averages gradients over the replicas of a stage, in one message."""
-    if gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    # Without its cache, which would outlive the weights that it has cast.
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def _collect(found: dict[int, Tensor], parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
     """Adds gradients to those found so far: a parameter may stand in several units of a stage."""
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            found[id(p)] = found[id(p)] + gradient if id(p) in found else gradient
+            found[id(p)] = found[id(p)].to(p.dtype) + gradient.to(p.dtype) if id(p) in found else gradient
 
 
 def _device(gradients: Gradients) -> torch.device:

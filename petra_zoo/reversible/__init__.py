@@ -1,6 +1,7 @@
 """The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
 
 from petra_zoo.reversible.backprop import backpropagate, segments
+from petra_zoo.reversible.compiled import BranchBlock, CompileOptions, compile_branches
 from petra_zoo.reversible.coupling import (
     COUPLING_STEPS,
     Coupling,
@@ -11,6 +12,8 @@ from petra_zoo.reversible.coupling import (
     nearest_coupling,
     uncouple,
 )
+from petra_zoo.reversible.dispatches import Dispatches
+from petra_zoo.reversible.forked_unit import ForkedUnit
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
@@ -32,9 +35,13 @@ from petra_zoo.reversible.unit_model import UnitModel, units_of
 __all__ = [
     "COUPLING_STEPS",
     "FLOAT_STREAMS",
+    "BranchBlock",
+    "CompileOptions",
     "CoupledUnit",
     "Coupling",
+    "Dispatches",
     "Evaluation",
+    "ForkedUnit",
     "FunctionUnit",
     "Gradients",
     "LiveBytes",
@@ -47,6 +54,7 @@ __all__ = [
     "UnitModel",
     "advance",
     "backpropagate",
+    "compile_branches",
     "couple",
     "coupled",
     "gradients_of",

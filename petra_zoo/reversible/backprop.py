@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from petra_zoo.reversible.ownership import Lent, storage_of
 from petra_zoo.reversible.replay import Replay
 from petra_zoo.reversible.state import Held, version_of
 from petra_zoo.reversible.unit import Evaluation, Gradients, Streams, Unit
@@ -48,15 +49,34 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
     Returns:
         The last unit's output.
     """
-    for segment in segments(units, reconstruct):
+    lent = [storage_of(x) for x in streams]
+    parts = list(segments(units, reconstruct))
+    for segment in parts:
         held = [Held(unit.state) for unit in segment]
         parameters = [h.trainable() for h in held]
         flat = [p for group in parameters for p in group]
         reverse = reconstruct and segment[0].reversible
-        streams = _Segment.apply(
-            segment, held, [len(group) for group in parameters], reverse, len(streams), *streams, *flat
-        )
+        place = _Place([len(group) for group in parameters], reverse, len(streams), segment is parts[-1], lent)
+        streams = _Segment.apply(segment, held, place, *streams, *flat)
     return streams
+
+
+class _Place(NamedTuple):
+    """What a segment is in its call of `backpropagate`.
+
+    Attributes:
+        counts: how many of the parameters are each unit's.
+        reverse: whether they are reconstructed from their outputs; else the one unit is recomputed from its input.
+        width: how many streams the segment takes.
+        last: whether its outputs are the caller's.
+        lent: the memory of the streams that the caller gave.
+    """
+
+    counts: list[int]
+    reverse: bool
+    width: int
+    last: bool
+    lent: list[int]
 
 
 class _Context(Protocol):
@@ -64,25 +84,23 @@ class _Context(Protocol):
 
     Attributes:
         units: of the segment.
+        place: of the segment.
         replays: what each one's second evaluation has to see.
-        counts: how many of the parameters are each one's.
         parameters: of all of them, in their order.
-        reverse: whether they are reconstructed from their outputs; else the one unit is recomputed from its input.
-        width: how many streams the segment takes.
         anchors: index of a unit -> where its input stands among the saved tensors.
         residues: index of a unit -> where its residue stands among them.
         outputs: where the segment's outputs stand among them.
+        hooked: whether somebody's hooks have seen what is saved, and may have kept it.
     """
 
     units: list[Unit]
+    place: _Place
     replays: list[Replay]
-    counts: list[int]
     parameters: tuple[Tensor, ...]
-    reverse: bool
-    width: int
     anchors: dict[int, slice]
     residues: dict[int, slice]
     outputs: slice
+    hooked: bool
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
 
@@ -95,16 +113,9 @@ class _Segment(torch.autograd.Function):
     """One segment. Its tensor inputs are the streams, then what wants gradients of the units, in their order."""
 
     @staticmethod
-    def forward(
-        ctx: _Context,
-        units: list[Unit],
-        held: list[Held],
-        counts: list[int],
-        reverse: bool,
-        width: int,
-        *tensors: Tensor,
-    ) -> Streams:
-        streams, parameters = tensors[:width], tensors[width:]
+    def forward(ctx: _Context, units: list[Unit], held: list[Held], place: _Place, *tensors: Tensor) -> Streams:
+        streams, parameters = tensors[: place.width], tensors[place.width :]
+        reverse = place.reverse
         device = streams[0].device
         kept: list[Tensor] = []
         ctx.anchors, ctx.residues = {}, {}
@@ -129,7 +140,8 @@ class _Segment(torch.autograd.Function):
         if reverse:  # all that a run stores: its end, from which it is walked back
             ctx.outputs = slice(len(kept), len(kept) + len(streams))
             kept.extend(streams)
-        ctx.units, ctx.counts, ctx.reverse, ctx.width = units, counts, reverse, width
+        ctx.units, ctx.place = units, place
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         # Not through save_for_backward: the primitives need the very objects, not what a hook unpacks.
         ctx.parameters = parameters
         ctx.save_for_backward(*kept)
@@ -151,24 +163,39 @@ class _Segment(torch.autograd.Function):
                     "optimizer.step()"
                 )
         # RevNet's backward: streams hold the outputs of unit i, gradients their gradients, and both move down together.
-        kept, parameters = ctx.saved_tensors, list(ctx.parameters)
-        streams: Streams = kept[ctx.outputs] if ctx.reverse else ()
+        place, kept, parameters = ctx.place, ctx.saved_tensors, list(ctx.parameters)
+        streams: Streams = kept[ctx.outputs] if place.reverse else ()
+        lent = _lent(ctx, kept, gradients)
         parameter_gradients: list[Tensor | None] = []
         for i in reversed(range(len(ctx.units))):
             unit = ctx.units[i]
-            count = ctx.counts[i]
+            count = place.counts[i]
             own = parameters[len(parameters) - count :]
             del parameters[len(parameters) - count :]
+            owned = lent.none_of([*streams, *gradients])
             with ctx.replays[i]():
-                if ctx.reverse:
+                if place.reverse:
                     residue = kept[ctx.residues[i]] if i in ctx.residues else ()
-                    reversal = unit.reverse(streams, gradients, own, residue)
+                    reversal = unit.reverse(streams, gradients, own, residue, owned=owned)
                 else:
                     inputs = kept[ctx.anchors[i]]
-                    needs_input = any(ctx.needs_input_grad[5 : 5 + ctx.width])
-                    reversal = unit.recompute(inputs, gradients, own, needs_input)
+                    needs_input = any(ctx.needs_input_grad[3 : 3 + place.width])
+                    reversal = unit.recompute(inputs, gradients, own, needs_input, owned=owned)
             streams, gradients = reversal.inputs, reversal.input_gradients
             if i in ctx.anchors:  # exact again: the errors of the units above do not reach those below
                 streams = kept[ctx.anchors[i]]
             parameter_gradients[:0] = reversal.parameter_gradients
-        return None, None, None, None, None, *gradients, *parameter_gradients
+        return None, None, None, *lent.returned(gradients), *parameter_gradients
+
+
+def _lent(ctx: _Context, kept: Streams, gradients: Gradients) -> Lent:
+    """What of a segment's memory somebody else will read.
+
+    Between two segments streams and gradients are our own. In front of the first and behind the last they are the
+    caller's, and so is all that is saved while the graph stays for another backward pass.
+    """
+    inner = not ctx.place.last
+    outputs = kept[ctx.outputs] if ctx.place.reverse else ()
+    free = inner and not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
+    others = [x for x in kept if not any(x is y for y in outputs)] if free else kept
+    return Lent([*others, *(() if inner else gradients)], ctx.place.lent)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from petra_zoo.reversible.activation import Activation
 from petra_zoo.reversible.operands import Operand
 
 _Result = TypeVar("_Result")
@@ -51,6 +52,7 @@ class UseStatistics(TorchFunctionMode):
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
         self._remaining = iter(statistics)
+        self._task = torch._C._current_graph_task_id()  # what is evaluated in a backward within is a checkpoint's part
 
     def __torch_function__(
         self,
@@ -59,14 +61,22 @@ class UseStatistics(TorchFunctionMode):
         args: tuple[Operand, ...] = (),
         kwargs: dict[str, Operand] | None = None,
     ) -> _Result | Tensor:
-        if func is F.batch_norm and (call := _eligible(*args, **(kwargs or {}))):
+        own = func is F.batch_norm and torch._C._current_graph_task_id() == self._task
+        if own and (call := _eligible(*args, **(kwargs or {}))):
             statistics = next(self._remaining)
-            # Running ones: somebody's own norm, which may read what it updates here. Hooks: a checkpoint inside the
-            # unit, which finds what is saved here by its order in another evaluation, outside of this mode.
-            hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-            if call.mean is None and call.var is None and hooks is None:
+            # Running ones: somebody's own norm, which may read what it updates here.
+            if call.mean is None and call.var is None and not _somebody_saves():
                 return _KnownBatchNorm.apply(call.x, call.weight, call.bias, *statistics, call.eps)
         return func(*args, **(kwargs or {}))
+
+
+def _somebody_saves() -> bool:
+    """Whether what is saved here goes to hooks that are not our own.
+
+    A checkpoint inside the unit finds it by its order in another evaluation, outside of `UseStatistics`.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and not isinstance(getattr(hooks[0], "__self__", None), Activation)
 
 
 class _Call(NamedTuple):

@@ -54,11 +54,20 @@ def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
     return step + g * a
 
 
-def uncouple(b_out: Tensor, step: Tensor, g: float, streams: StreamType = FLOAT_STREAMS) -> Tensor:
-    """The inverse of `coupled`, with step from `step_of`: the stream a of the block's input, for g > 0."""
-    if g == 1.0:
-        return streams.difference_at_1(b_out, step)
-    return (b_out - step) / g
+def uncouple(
+    b_out: Tensor, step: Tensor, g: float, streams: StreamType = FLOAT_STREAMS, *, over: bool = False
+) -> Tensor:
+    """The inverse of `coupled`, with step from `step_of`: the stream a of the block's input, for g > 0.
+
+    Args:
+        b_out: the stream b'.
+        step: what the block has added to g * a.
+        g: the coupling.
+        streams: their type.
+        over: a is written over b_out.
+    """
+    a = streams.difference(b_out, step, over)
+    return a if g == 1.0 else a.div_(g)
 
 
 def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:

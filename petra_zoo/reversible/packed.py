@@ -33,9 +33,10 @@ def add(f: Tensor, a: Tensor, grid: float, saturation: Saturation | None = None)
     return _Add.apply(f, a, grid, saturation)
 
 
-def subtract(b_out: Tensor, step: Tensor) -> Tensor:
-    """The packed stream a of b_out = step + a, all of them packed; it has no gradient."""
-    return _subtract(b_out, step)[0]
+def subtract(b_out: Tensor, step: Tensor, over: bool = False) -> Tensor:
+    """The packed stream a of b_out = step + a, all of them packed; it has no gradient. `over`: written over b_out."""
+    (a,) = _subtract(b_out, step)
+    return b_out.copy_(a) if over else a
 
 
 def unpack(b: Tensor, grid: float, dtype: torch.dtype = torch.float32) -> Tensor:

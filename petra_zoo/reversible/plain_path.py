@@ -15,7 +15,10 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-COMPILE_STORES = "torch.compile stores activations: a compiled model trains without reversible memory saving"
+COMPILE_STORES = (
+    "torch.compile stores activations: a compiled model trains without reversible memory saving; "
+    "model.compile_branches() compiles it and keeps the saving"
+)
 _NO_TENSORS = frozenset((bool, int, float, str, tuple, list, dict, OrderedDict, set, type(None)))  # quick to rule out
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
@@ -50,7 +53,7 @@ def _has_hooks_or_loose_weights(module: nn.Module) -> bool:
     buffers alone. Both may come and go between two calls, so every training forward looks, in this one pass.
     """
     for m in module.modules():
-        if m is not module and _carries_hook(m):
+        if m is not module and carries_hook(m):
             return True
         values = vars(m).values()
         if not _NO_TENSORS.issuperset(map(type, values)):  # else done without a look at each
@@ -59,7 +62,8 @@ def _has_hooks_or_loose_weights(module: nn.Module) -> bool:
     return False
 
 
-def _carries_hook(m: nn.Module) -> bool:
+def carries_hook(m: nn.Module) -> bool:
+    """Whether a module has a hook of its own that a call would run."""
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 

@@ -174,9 +174,11 @@ class StreamType:
             return packed.add(f, a, self.fixed, self._witness(f))
         return self.in_range(self.snap(f) + a)
 
-    def difference_at_1(self, b_out: Tensor, step: Tensor) -> Tensor:
-        """The inverse of `sum_at_1`: a, from b' and the rounded step."""
-        return packed.subtract(b_out, step) if self._bits else b_out - step
+    def difference(self, b_out: Tensor, step: Tensor, over: bool = False) -> Tensor:
+        """b' less the rounded step: at g = 1 the stream a; `over`: it is written over b'."""
+        if self._bits:
+            return packed.subtract(b_out, step, over)
+        return b_out.sub_(step) if over else b_out - step
 
     def in_range(self, b: Tensor) -> Tensor:
         """A sum of two values on the grid, which may be one that streams cannot hold: saturated, and noted.

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from petra_zoo.reversible.activation import Activation
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
+from petra_zoo.reversible.ownership import apart
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
@@ -85,7 +89,13 @@ class Unit(nn.Module):
         return streams
 
     def reverse(
-        self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
+        self,
+        outputs: Streams,
+        output_gradients: Gradients,
+        parameters: Sequence[Tensor],
+        residue: Residue = (),
+        *,
+        owned: bool = False,
     ) -> Reversal:
         """Backwards through the unit from its *output*; a unit that is ever `reversible` has it.
 
@@ -94,6 +104,8 @@ class Unit(nn.Module):
             output_gradients: their gradients; None counts as zero.
             parameters: the parameters whose gradients are wanted.
             residue: what `evaluate` gave beside the outputs.
+            owned: the caller has no further use for outputs and gradients, which share no memory: the unit may write
+                over them. Gradients of parameters never share memory with those of streams.
         """
         raise NotImplementedError(f"{type(self).__name__} {self.name} has no inverse")
 
@@ -103,20 +115,23 @@ class Unit(nn.Module):
         output_gradients: Gradients,
         parameters: Sequence[Tensor],
         needs_input_gradient: bool = True,
+        *,
+        owned: bool = False,
     ) -> Reversal:
         """Backwards through the unit from its *input*: one more evaluation, statistics untouched.
 
         Args:
-            inputs: the streams the unit received.
+            inputs: the streams the unit received; they are given back as they are.
             output_gradients: gradients of the streams it gave; None counts as zero.
             parameters: the parameters whose gradients are wanted.
             needs_input_gradient: False for the stem, whose input is data.
+            owned: the caller has no further use for the output gradients: the unit may write over them.
         """
         leaves = tuple(x.detach().requires_grad_(needs_input_gradient and x.is_floating_point()) for x in inputs)
         wanted = [x for x in leaves if x.requires_grad]
         with self.untouched():  # the gradients too: a checkpoint inside the unit evaluates its part once more
             with torch.enable_grad():
-                outputs = self(*leaves)
+                outputs = [edge_of(y) for y in self(*leaves)]  # nobody needs their values
             gradients = gradients_of(outputs, output_gradients, [*wanted, *parameters])
         of_inputs = iter(gradients[: len(wanted)])
         return Reversal(
@@ -218,40 +233,93 @@ class CoupledUnit(Unit):
         return self.branch(streams_type.for_branch(h, self.block))
 
     def reverse(
-        self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
+        self,
+        outputs: Streams,
+        output_gradients: Gradients,
+        parameters: Sequence[Tensor],
+        residue: Residue = (),
+        *,
+        owned: bool = False,
     ) -> Reversal:
         """Backwards through the block from its *output* (b', a'), with a single evaluation of F.
 
         The primitive of reversible backpropagation and of PETRA: F's graph is built once, its value inverts the
         block and its vector-Jacobian product gives the gradients. One forward and one backward of F in all.
+
+        What stands at the peak is F's last layer, its input and output, beside two streams and their gradients: h is
+        let go of meanwhile, F's value as soon as a is known, and where all are `owned` a is written over b', the
+        gradient of b over that of a', and the gradient of a is that of b'.
         """
         g = self.coupling()
         streams_type = self._streams_type()
-        b_out, a_out = outputs  # [B, ...] each
+        b_out, a_out = outputs  # [B, ...] each; a' = b: this half of the inverse is a copy
         d_b_out, d_a_out = output_gradients
-        b = a_out.detach().requires_grad_()  # a' = b: this half of the inverse is a copy
+        activation = Activation(partial(self._activated, g=g, streams_type=streams_type), a_out)
         # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
         # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
         # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
-            with torch.enable_grad():
-                h = self._activated(b, g, streams_type)
-                step = step_of(h, self._branch_of(h, streams_type), 0.0 if self.starts else g, streams_type)
-            d_b, *d_parameters = gradients_of((step,), (d_b_out,), [b, *parameters])
-        if d_a_out is not None:  # b went two ways: through F and the shortcut, and, as it is, into a'
-            d_b = d_a_out if d_b is None else d_b + d_a_out
-        if self.starts:  # its input is the one stream b, which a' holds
-            return Reversal((a_out,), (d_b,), tuple(d_parameters))
-        a = uncouple(b_out, step.detach(), g, streams_type)  # divides by g, and so multiplies rounding errors by 1/g
-        # b' depends on a by g * a alone, so its gradient needs no graph. (1 - g) * h is part of the step.
-        d_a = None if d_b_out is None else (d_b_out if g == 1.0 else g * d_b_out)
-        return Reversal((a_out, a), (d_b, d_a), tuple(d_parameters))
+            with torch.enable_grad(), activation.forgetting():
+                # No name is bound to h, here or in a function between: only so it dies inside of the branch.
+                f = self.branch(streams_type.for_branch(activation.give(), self.block))
+            value, graph = f.detach(), edge_of(f)
+            del f
+            inputs: Streams = (a_out,)  # of a block that starts its run: the one stream b
+            if not self.starts:
+                h = value if g == 1.0 else activation.value()  # no part of the step at g = 1
+                step = step_of(h, value, g, streams_type)
+                del h
+                a = uncouple(b_out, step, g, streams_type, over=owned)  # divides by g, and so do rounding errors
+                inputs = (a_out, a)
+                del step
+            del value
+            d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])
+            # (1 - g) * h, or h where a = h, is the part of b' beside F(h) and g * a.
+            d_h = _sum(d_h, _times(1.0 if self.starts else 1.0 - g, d_b_out))
+            d_b = None if d_h is None else activation.gradient(d_h)
+        # b went two ways: through h, and, as it is, into a'.
+        d_b = d_a_out.add_(d_b) if owned and d_a_out is not None and d_b is not None else _sum(d_a_out, d_b)
+        if self.starts:
+            return Reversal(inputs, (d_b,), tuple(d_parameters))
+        return Reversal(inputs, (d_b, _times(g, d_b_out)), tuple(d_parameters))
 
 
-def gradients_of(outputs: Streams, output_gradients: Gradients, wanted: Sequence[Tensor]) -> Gradients:
-    """The vector-Jacobian product of outputs with respect to the wanted tensors; None counts as zero, both ways."""
-    pairs = [(y, d) for y, d in zip(outputs, output_gradients, strict=True) if d is not None and y.requires_grad]
+def _times(factor: float, d: Tensor | None) -> Tensor | None:
+    """None stands for zero."""
+    if d is None or factor == 0.0:
+        return None
+    return d if factor == 1.0 else factor * d
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """None stands for zero."""
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y
+
+
+Differentiable = Tensor | GradientEdge | None  # a value, or the place in the graph where its gradient enters
+
+
+def edge_of(y: Tensor) -> GradientEdge | None:
+    """The place where y's gradient enters the graph: it can be kept without y. None: y has no graph."""
+    return get_gradient_edge(y) if y.requires_grad else None
+
+
+def gradients_of(
+    outputs: Sequence[Differentiable], output_gradients: Gradients, wanted: Sequence[Tensor | GradientEdge]
+) -> Gradients:
+    """The vector-Jacobian product of outputs with respect to what is wanted; None counts as zero, both ways.
+
+    No two of the gradients share memory, and none does with those given.
+    """
+    pairs = [(y, d) for y, d in zip(outputs, output_gradients, strict=True) if d is not None and _has_graph(y)]
     if not pairs or not wanted:
         return (None,) * len(wanted)
     ys, ds = zip(*pairs, strict=True)
-    return torch.autograd.grad(ys, wanted, ds, allow_unused=True)
+    edges = [x if isinstance(x, GradientEdge) else get_gradient_edge(x) for x in wanted]
+    return apart(torch.autograd.grad(ys, edges, ds, allow_unused=True), ds)
+
+
+def _has_graph(y: Differentiable) -> bool:
+    return y.requires_grad if isinstance(y, Tensor) else y is not None

@@ -66,6 +66,10 @@ class Recipe(Augmentation):
         coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
         epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
         amp_dtype: The type autocast uses where `amp` is set.
+        deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;
+            else those that are the fastest for each shape.
+        tf32: On a GPU, products of float32 numbers are rounded to TF32's ten bits.
+        compile: Whether torch.compile compiles the blocks' branches, in training. The memory stays that of the method.
         streams: What carries the streams of a reversible network: `float32`, `bfloat16`, `fixed16` (a grid in 16 bits,
             whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
             unless 0 < g < 1.
@@ -149,6 +153,9 @@ class Recipe(Augmentation):
     amp_dtype: Literal["bfloat16"] = "bfloat16"
     streams: Literal["auto", "float32", "bfloat16", "fixed16"] = "auto"
     channels_last: bool = False
+    deterministic: bool = False
+    tf32: bool = True
+    compile: bool = False
     model_ema: bool = False
     model_ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9998
     seed: Count = 42
@@ -228,6 +235,8 @@ class Recipe(Augmentation):
             raise ValueError("lr and lr_base are both set; set one of them to null")
         if self.layer_decay is not None and self.sched == "none":
             raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        if self.compile and self.sync_bn:
+            raise ValueError("compile and sync_bn are both set: a synchronised norm cannot be compiled; unset one")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name}={values} has {len(values)} values; expected one per channel, {self.in_chans}")

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import time
 
+import torch
+from torch import Tensor
+
 
 class Meter:
-    """Loss and accuracy of what came out of the pipeline."""
+    """Loss and accuracy of what came out of the pipeline.
+
+    Numbers stay where they are until somebody asks for one: a GPU is not waited for in every tick.
+    """
 
     WINDOW = 50
 
     def __init__(self) -> None:
-        self.rows: list[tuple[float, int, int]] = []
+        self._read: list[tuple[float, int, int]] = []
+        self._unread: list[tuple[Tensor, Tensor, int]] = []
 
-    def add(self, loss: float, correct: int, images: int) -> None:
-        """A micro-batch: its mean loss, how many of its images were told right, and how many there are."""
-        self.rows.append((loss, correct, images))
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """A micro-batch: its mean loss and how many of its images were told right, 0-d each; how many there are."""
+        self._unread.append((loss, correct, images))
 
     def recent(self) -> tuple[float | None, float]:
         """Mean loss and accuracy in percent over the last micro-batches; no loss before the first came out."""
-        rows = self.rows[-self.WINDOW :]
+        rows = self._rows()[-self.WINDOW :]
         images = sum(row[2] for row in rows)
         if not images:
             return None, 0.0
@@ -27,8 +34,17 @@ class Meter:
 
     def mean_loss(self) -> float | None:
         """Over everything; None where nothing came out: the pipeline was filling."""
-        images = sum(row[2] for row in self.rows)
-        return sum(row[0] * row[2] for row in self.rows) / images if images else None
+        rows = self._rows()
+        images = sum(row[2] for row in rows)
+        return sum(row[0] * row[2] for row in rows) / images if images else None
+
+    def _rows(self) -> list[tuple[float, int, int]]:
+        """All of them as numbers, fetched at once."""
+        if self._unread:
+            losses, correct, images = zip(*self._unread, strict=True)
+            self._read += zip(torch.stack(losses).tolist(), torch.stack(correct).tolist(), images, strict=True)
+            self._unread.clear()
+        return self._read
 
 
 class Speed:

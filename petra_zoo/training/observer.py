@@ -21,6 +21,7 @@ from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run_directory import RunDirectory, record_run
 
+SHOWN_EVERY = 1.0  # seconds between two readings for a person to see: each waits for the device
 ADVICE = "lower the learning rate, set clip_grad, or look for bad images"
 
 
@@ -44,6 +45,8 @@ class Observer:
         self.epochs = run.recipe.total_epochs
         self.epoch, self.batches_done = 0, 0
         self.meter, self.speed = Meter(), Speed()
+        self._recent: tuple[float | None, float] = (None, 0.0)  # loss and accuracy as they were last read
+        self._read_at = 0.0
         self.directory: RunDirectory | None = None
         self._rate = learning_rates(run.recipe, len(run.train_loader))
 
@@ -87,6 +90,7 @@ class Observer:
     def begin_epoch(self, epoch: int) -> None:
         """From now on, losses and speed are this epoch's."""
         self.epoch, self.meter, self.speed = epoch, Meter(), Speed()
+        self._recent, self._read_at = (None, 0.0), 0.0
         self.batches_done = epoch * len(self.run.train_loader)
 
     def saw(self, output: Output) -> None:
@@ -98,11 +102,14 @@ class Observer:
         self.count(output)
         images_fed = recipe.batch_size * recipe.data_parallel
         speed = self.speed.add(images_fed)
-        loss, top1 = self.meter.recent()
+        logged = pipeline.fed % (recipe.log_interval * recipe.accumulation_steps) == 0
+        if logged or (self.reporter.live and time.perf_counter() - self._read_at > SHOWN_EVERY):
+            self._recent, self._read_at = self.meter.recent(), time.perf_counter()
+        loss, top1 = self._recent
         fill = f"{pipeline.in_flight}/{2 * len(pipeline.layout.stages) - 1}"
         total = self.epochs * len(self.run.train_loader)
         self.reporter.batch(self.epoch, self.batches_done, total, images_fed, loss, top1, speed, fill)
-        if loss is not None and pipeline.fed % (recipe.log_interval * recipe.accumulation_steps) == 0:
+        if loss is not None and logged:
             updates = pipeline.fed // recipe.accumulation_steps
             event = LogEvent(self.epoch, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
             self.directory.log(event="train", **asdict(event))
@@ -116,7 +123,7 @@ class Observer:
         distillation = self.run.distillation
         labels = output.labels if distillation is None else distillation.own(output.labels)
         hard = labels.argmax(1) if labels.ndim == 2 else labels
-        self.meter.add(float(output.loss), int((output.logits.argmax(1) == hard).sum()), len(hard))
+        self.meter.add(output.loss, (output.logits.argmax(1) == hard).sum(), len(hard))
 
     def validated(self, scores: Scores, whole: Classifier, seconds: float, ended: bool = True) -> None:
         """Saves a model that was validated.

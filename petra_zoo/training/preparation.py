@@ -20,6 +20,7 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import Pipeline, Profile, World
+from petra_zoo.reversible import CompileOptions, compile_branches
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
     build_loaders,
@@ -142,6 +143,8 @@ def _assemble(
     model, preprocessing, train_loader = parts.model, parts.preprocessing, parts.loaders[0]
     if recipe.sync_bn and world.replicas > 1:  # not before: a profile is measured by one process alone
         synchronize_statistics(model, world)
+    if recipe.compile:  # nor this: what is measured must not be the compiler's time
+        compile_branches(model, CompileOptions())
     schedule = start_schedule(recipe, model)
     teacher = teacher_from(recipe, world.device) if world.first else None
     distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data)

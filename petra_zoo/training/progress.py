@@ -37,6 +37,11 @@ class Reporter:
         self._task = TaskID(0)
         self._plain_interval = 0
 
+    @property
+    def live(self) -> bool:
+        """Whether somebody watches a bar, between the lines of the log."""
+        return self._bar is not None
+
     def start(self, recipe: Recipe, pipeline: Pipeline, batches: int, epochs: int) -> None:
         """Says what is about to run: stages, how evenly several ranks share the work, and how late an update comes."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps

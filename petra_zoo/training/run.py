@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from petra_zoo.device import computing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import check_free
@@ -81,8 +82,9 @@ def train(
     world = enter(settings)
     try:
         together(world, lambda: _check_output(settings, world))  # before data is fetched and the model is measured
-        prepared = prepare(settings, name=name, world=world)
-        return Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks).train()
+        with computing(world.device, deterministic=settings.deterministic, tf32=settings.tf32):
+            prepared = prepare(settings, name=name, world=world)
+            return Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks).train()
     finally:
         leave()
 

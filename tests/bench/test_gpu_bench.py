@@ -2,18 +2,21 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from petra_zoo.bench.gpu import study
-from petra_zoo.bench.gpu.contenders import CHECKPOINTED, PLAIN, find_contender, our_contenders
 from petra_zoo.bench.gpu.device import peak_bytes
+from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
 from petra_zoo.bench.gpu.steps import StepCase, TrainingStep
 from petra_zoo.bench.gpu.study import GpuStudy
-from petra_zoo.bench.gpu.ticks import TickCase, covered, measure_tick
-from petra_zoo.bench.results import Results
+from petra_zoo.bench.gpu.tables import gpu_tables
+from petra_zoo.bench.gpu.ticks import TickCase, covered, measure_side_by_side, measure_tick
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, find_way, our_ways
+from petra_zoo.bench.results import Record, Results
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 CPU = torch.device("cpu")
@@ -26,7 +29,7 @@ def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def step(name: str, case: StepCase, batch: int = 2) -> TrainingStep:
-    found = TrainingStep(find_contender(name), case, CPU, None)
+    found = TrainingStep(find_way(name), case, CPU, None)
     found.feed(batch)
     return found
 
@@ -35,11 +38,11 @@ def step(name: str, case: StepCase, batch: int = 2) -> TrainingStep:
 def test_ways_to_save_memory_compute_the_loss_of_the_network_that_they_save(case: StepCase) -> None:
     timms = [PLAIN, CHECKPOINTED, "timm, selective checkpointing", "timm, saved tensors on the host"]
     assert len({float(step(name, case)()) for name in timms}) == 1
-    assert len({float(step(name, case)()) for name in our_contenders()[:2]}) == 1
+    assert len({float(step(name, case)()) for name in our_ways()[:2]}) == 1
 
 
 def test_checkpointing_and_reversibility_hold_less() -> None:
-    names = [PLAIN, CHECKPOINTED, "timm, selective checkpointing", our_contenders()[0]]
+    names = [PLAIN, CHECKPOINTED, "timm, selective checkpointing", our_ways()[0]]
     plain, *savers = [peak_bytes(step(name, VIT, batch=32), CPU) for name in names]
     assert all(peak < plain for peak in savers)
 
@@ -63,10 +66,46 @@ def test_the_script_does_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     assert [run.contender for run in Results.read(path).runs] == ["facts"]
 
 
-@pytest.mark.parametrize("method", ["petra", "backprop"])
-def test_ticks_are_measured(method: str) -> None:
-    found = measure_tick(TickCase("petra_revnet_tiny", 8, 2, method, rounds=1), CPU)
+def test_a_tick_is_measured() -> None:
+    found = measure_tick(TickCase("petra_revnet_tiny", 8, 2, "petra", rounds=1), CPU)
     assert {"tick_ms", "host_ms", "peak_mib"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_petra_is_measured_beside_backpropagation() -> None:
+    found = measure_side_by_side("petra_revnet_tiny", 8, 2, 1, CPU)
+    assert {"backprop_tick_ms", "side_by_side_tick_over_backprop", "one_stream_peak_mib"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_operations_of_a_tick_are_counted() -> None:
+    found = operations_of_a_tick("petra_revnet_tiny", ["reversible", "backprop"], image=8)
+    assert found["reversible"] > found["backprop"] > 100  # what is not kept is computed again
+
+
+@pytest.mark.slow
+def test_live_bytes_of_a_step_are_counted_in_every_way() -> None:
+    found = live_mib(RESNET.network)
+    images = 3 * 32 * 32 * 4 / 2**20
+    assert all(found[way] > images for way in ("timm", "checkpointed", "plain", "reversible"))
+
+
+def test_host_time_is_told_over_timms() -> None:
+    assert host_time(RESNET.network, rounds=1).keys() == {
+        "plain_over_timm",
+        "reversible_over_timm",
+        "checkpointed_over_timm",
+    }
+
+
+def test_tables_compare_with_timm_and_with_checkpointing() -> None:
+    results = Results("gpu", "gpu")
+    for name, ms, mib in ((PLAIN, 10.0, 40.0), (CHECKPOINTED, 20.0, 16.0), ("petra-zoo, reversible", 15.0, 12.0)):
+        result = {"captured_ms": ms, "captured_over_plain": ms / 10, "captured_over_checkpointed": ms / 20,
+                  "mib_per_image": mib, "largest_batch": 4}  # fmt: skip
+        results.add(Record(name, 0, {"section": "step", "network": "resnet50"}, "", result))
+    row = gpu_tables(results)["step"].splitlines()[-1]
+    assert row == "| resnet50 | petra-zoo, reversible | 15.0 | 1.50 | 0.75 | 12.0 | 0.30 | 0.75 | - | - | 4 |"
 
 
 def test_time_in_which_something_runs_counts_once() -> None:
@@ -77,7 +116,8 @@ def test_time_in_which_something_runs_counts_once() -> None:
 @pytest.mark.slow
 def test_all_sections_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
-    run_script(monkeypatch, "facts", "step", "tick", "--json", str(path))
+    sections = ("facts", "step", "tick", "side_by_side", "cpu")
+    run_script(monkeypatch, *sections, "--json", str(path))
     results = Results.read(path)
     assert not [(run.trial, run.failed) for run in results.runs if run.failed]
-    assert len(results.runs) == sum(t.settings["section"] != "tests" for t in GpuStudy.small().trials(results))
+    assert len(results.runs) == len(replace(GpuStudy.small(), sections=sections).trials(results))

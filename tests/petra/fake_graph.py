@@ -1,7 +1,7 @@
 """A stand-in for a CUDA graph on the CPU: what is captured is a list of operations on fixed memory.
 
 As on a GPU, a replay runs no Python: numbers are what they were at the capture, every operation reads and writes the
-addresses it did then. Unlike there, what is captured is done at once.
+addresses it did then, and what is captured has not been done before the first replay.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,28 +28,28 @@ class FakeGraph:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
-        self.seeds: Sequence[int] = ()
-        self.done = False
+        self.seeds: Sequence[int | None] = ()
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int]) -> None:
-        self.seeds = seeds
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
         numbers = iter(range(len(seeds)))
 
         def seed(_seed: int, unit: int, _micro_batch: int) -> None:
             if unit >= 0:
                 n = next(numbers)
-                self.steps.append(lambda: set_generators(self.seeds[n], CPU))
-                self.steps[-1]()
+                self.steps.append(lambda: self.seed(self.seeds[n]))
 
-        with seeded_by(seed), Recording(self.steps), torch.random.fork_rng([]):
-            work(InLine())
-        self.done = True
+        recording = Recording(self.steps)
+        try:
+            with seeded_by(seed), torch.random.fork_rng([]), recording:
+                work(InLine())
+        finally:
+            recording.undo()
 
-    def replay(self, seeds: Sequence[int]) -> None:
-        if self.done:  # at the capture
-            self.done = False
-            return
-        assert len(seeds) == len(self.seeds)
+    def seed(self, number: int | None) -> None:
+        if number is not None:
+            set_generators(number, CPU)
+
+    def replay(self, seeds: Sequence[int | None]) -> None:
         self.seeds = seeds
         with torch.no_grad(), torch.random.fork_rng([]):
             for step in self.steps:
@@ -57,21 +57,32 @@ class FakeGraph:
 
 
 class Recording(TorchDispatchMode):
-    """Inside, operations are done and noted; one that tells the host a value is refused."""
+    """Inside, operations are noted, and done so that there are results; one that tells the host a value is refused."""
 
     def __init__(self, steps: list[Callable[[], None]]) -> None:
         super().__init__()
         self.steps = steps
         self.made: set[int] = set()  # addresses of what is no constant
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}  # what was there before, by address, and its contents
+
+    def undo(self) -> None:
+        """Whatever was there before gets its contents back."""
+        for there, contents in self.found.values():
+            there.copy_(contents)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         operands = [*args, *kwargs.values()]
+        for x in tensors_in(operands):
+            whole = x.untyped_storage()
+            if whole.data_ptr() not in self.made and whole.data_ptr() not in self.found:
+                there = torch.empty(0, dtype=torch.uint8).set_(whole)
+                self.found[whole.data_ptr()] = (there, there.clone())
+        result = func(*args, **kwargs)
         given = {x.untyped_storage().data_ptr() for x in tensors_in(operands)}
         if (what := host_read(func, operands, result)) and given & self.made:
             raise HostReadError(what)
-        self.made |= {x.untyped_storage().data_ptr() for x in tensors_in([result])}
+        self.made |= {x.untyped_storage().data_ptr() for x in tensors_in([result])} - given
         # Without their version counters: a replay on a GPU does not count as a modification either.
         made = [x.data for x in tensors_in([result]) if x.untyped_storage().data_ptr() not in given]
         is_view = not made and not func._schema.is_mutable

@@ -80,12 +80,26 @@ def test_what_is_not_finite_in_a_model_is_found_by_name() -> None:
     assert first_not_finite(model.to("meta")) is None
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_a_number_is_read_with_the_next_one() -> None:
-    check = FiniteCheck()
-    check.see(torch.tensor(float("nan"), device="cuda"), "the first")
+def test_what_is_deferred_is_judged_a_look_later_and_in_order() -> None:
+    check = FiniteCheck(deferred=True)
+    check.see(torch.tensor(1.0), "the first")
+    check.see(torch.tensor(1.0), "the second")
+    check.look()
+    check.see(torch.tensor(float("inf")), "the second")
+    check.see(torch.tensor(float("nan")), "the first")
+    check.look()
     with pytest.raises(NotFiniteError, match="the first is nan"):
-        check.see(torch.tensor(1.0, device="cuda"), "the second")
-    check.see(torch.tensor(float("inf"), device="cuda"), "the third")
-    with pytest.raises(NotFiniteError, match="the third is inf"):
+        check.look()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nobody_waits_for_a_number() -> None:
+    check = FiniteCheck()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        check.see(torch.full((), float("nan"), device="cuda"), "the first")
+        check.look()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(NotFiniteError, match="the first is nan"):
         check.settle()

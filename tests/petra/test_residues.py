@@ -39,7 +39,13 @@ class HalvingUnit(Unit):
         return Evaluation((half + rounded(self.weight * b), b), ((a - 2 * half).detach().to(torch.bool),))
 
     def reverse(
-        self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
+        self,
+        outputs: Streams,
+        output_gradients: Gradients,
+        parameters: Sequence[Tensor],
+        residue: Residue = (),
+        *,
+        owned: bool = False,
     ) -> Reversal:
         (b_out, a_out), (d_b_out, d_a_out), (bit,) = outputs, output_gradients, residue
         assert d_b_out is not None

@@ -37,7 +37,13 @@ class HalvingUnit(Unit):
         return Evaluation((a / 2 + (half - a / 2).detach(), b.clone()), ((a - 2 * half).to(torch.bool),))
 
     def reverse(
-        self, outputs: Streams, output_gradients: Gradients, parameters: Sequence[Tensor], residue: Residue = ()
+        self,
+        outputs: Streams,
+        output_gradients: Gradients,
+        parameters: Sequence[Tensor],
+        residue: Residue = (),
+        *,
+        owned: bool = False,
     ) -> Reversal:
         half, b = outputs
         (bit,) = residue

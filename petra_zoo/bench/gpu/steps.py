@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from petra_zoo.bench.gpu.contenders import CHECKPOINTED, PLAIN, Contender, Network, find_contender
 from petra_zoo.bench.gpu.device import MIB, busy_seconds_of, captured, peak_bytes, release, seconds_of, synchronize
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, Way, find_way
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.reversible import replay
 from petra_zoo.strict_json import JsonObject
@@ -41,18 +41,16 @@ class TrainingStep:
     """Forward, loss and backward under bf16 autocast; no optimizer.
 
     Args:
-        contender: what does it.
+        way: of doing it.
         case: on what.
         device: where.
         stream: of a GPU, on which all of its work is done, as a capture needs it.
     """
 
-    def __init__(
-        self, contender: Contender, case: StepCase, device: torch.device, stream: torch.cuda.Stream | None
-    ) -> None:
+    def __init__(self, way: Way, case: StepCase, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         torch.manual_seed(0)
-        self.contender, self.case, self.device, self.stream = contender, case, device, stream
-        self.model: nn.Module = contender.build(case.network, device)
+        self.way, self.case, self.device, self.stream = way, case, device, stream
+        self.model: nn.Module = way.build(case.network, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss = torch.zeros((), device=device)
 
@@ -68,7 +66,7 @@ class TrainingStep:
         # Autocast's cache of cast weights would outlive a capture.
         autocast = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         with torch.cuda.stream(self.stream):
-            with self.contender.around(), autocast:
+            with self.way.around(), autocast:
                 loss = F.cross_entropy(self.model(self.images), self.labels)
             loss.backward()
             self.model.zero_grad(set_to_none=True)
@@ -120,17 +118,17 @@ class StepBench:
         step.warm_up(2)
         peaks[small] = peak_bytes(step, self.device)
         found: JsonObject = {**self._memory(peaks), **self._times("eager", name, step)}
-        if step.contender.capturable and self.device.type == "cuda":
+        if step.way.capturable and self.device.type == "cuda":
             try:
                 step.capture()
             except Exception as error:  # a result like any other: the step has to be run eagerly
-                found["not_captured"] = first_line(error)
+                found["not_captured"] = reason(error)
             else:
                 found |= self._times("captured", name, step)
         return {**found, "loss": float(step.loss)}
 
     def _begun(self, name: str) -> TrainingStep:
-        return TrainingStep(find_contender(name), self.case, self.device, self.stream)
+        return TrainingStep(find_way(name), self.case, self.device, self.stream)
 
     def _ready(self, name: str) -> TrainingStep:
         step = self._begun(name)
@@ -159,7 +157,7 @@ class StepBench:
         }
 
 
-def first_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong, in a line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 

@@ -11,18 +11,25 @@ from typing import ClassVar, Self
 import torch
 
 from petra_zoo.bench.built_in import BuiltInStudy
-from petra_zoo.bench.gpu.contenders import BUDGETS, CHECKPOINTED, PLAIN, Network, our_contenders
 from petra_zoo.bench.gpu.device import release
-from petra_zoo.bench.gpu.steps import StepBench, StepCase, first_line, generators_unread
-from petra_zoo.bench.gpu.ticks import TickCase, graphs_can_be_chosen, measure_tick
+from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
+from petra_zoo.bench.gpu.steps import StepBench, StepCase, generators_unread, reason
+from petra_zoo.bench.gpu.ticks import Capture, TickCase, measure_side_by_side, measure_tick
+from petra_zoo.bench.gpu.ways import BUDGETS, CHECKPOINTED, PLAIN, Network, our_ways
 from petra_zoo.bench.results import Results, Trial
+from petra_zoo.bench.steps import number_of
 from petra_zoo.errors import Failure
 from petra_zoo.strict_json import JsonObject
 
-SECTIONS = ("facts", "step", "tick", "tests")
+SECTIONS = ("facts", "step", "tick", "side_by_side", "tests")
 METHODS = ("petra", "backprop", "reversible", "dsp", "delayed")
-_SAVERS = ("timm, selective checkpointing", "timm, saved tensors on the host")
-_COMPILED = ("timm, compiled", *(f"timm, compiled, budget {budget:g}" for budget in BUDGETS))
+STAND_INS = "cpu"  # the section that needs no GPU, and comes only when it is asked for
+_SLOW = (
+    "timm, saved tensors on the host",
+    f"{our_ways()[0]}, compiled",
+    "timm, compiled",
+    *(f"timm, compiled, budget {budget:g}" for budget in BUDGETS),
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,9 @@ class GpuStudy(BuiltInStudy):
 
     Attributes:
         sections: which parts of it.
-        steps: networks, in order of worth; of the first one all contenders, compiled ones included, are measured.
+        steps: networks, in order of worth; of the first one also contenders that take minutes.
         ticks: network, height of images, images of a micro-batch.
+        side_by_side: network, height of images, and several such batches.
     """
 
     kind: ClassVar[str] = "gpu"
@@ -43,6 +51,7 @@ class GpuStudy(BuiltInStudy):
         StepCase(Network("vit_large_patch16_224")),
     )
     ticks: tuple[tuple[str, int, int], ...] = (("petra_revnet50", 224, 64), ("petra_revnet18_cifar", 32, 128))
+    side_by_side: tuple[str, int, tuple[int, ...]] = ("petra_revnet18_cifar", 32, (16, 32, 64, 128, 256))
     _bench: list[StepBench] = field(default_factory=list, compare=False)
 
     @classmethod
@@ -50,7 +59,8 @@ class GpuStudy(BuiltInStudy):
         resnet = Network("resnet18", 32, 10, {"channels": (4, 4, 8, 8), "stem_width": 4})
         vit = Network("vit_tiny_patch16_224", 32, 10, {"embed_dim": 16, "num_heads": 2, "depth": 3})
         steps = tuple(StepCase(network, (2, 4), rounds=1) for network in (resnet, vit))
-        return cls(steps=steps, ticks=(("petra_revnet_tiny", 8, 2),), quick=True)
+        ticks, beside = (("petra_revnet_tiny", 8, 2),), ("petra_revnet_tiny", 8, (2,))
+        return cls(steps=steps, ticks=ticks, side_by_side=beside, quick=True)
 
     def command(self, trial: Trial) -> str:
         return f"python benchmarks/gpu.py {trial.settings['section']}{' --quick' if self.quick else ''}"
@@ -63,25 +73,32 @@ class GpuStudy(BuiltInStudy):
 
     def _all(self) -> Iterator[Trial]:
         networks = [case.network for case in self.steps]
-        transformers = [network for network in networks if network.is_transformer]
-        resnets = [network for network in networks if not network.is_transformer]
+        transformers = [each for each in networks if each.is_transformer]
+        resnets = [each for each in networks if not each.is_transformer]
         yield Trial("facts", 0, {"section": "facts"})
-        core = (PLAIN, CHECKPOINTED, *our_contenders())
-        yield from (_step(network, name) for network in resnets for name in core)
+        wide = [name for name in our_ways() if name.endswith("float32")]
+        core = (PLAIN, CHECKPOINTED, *(name for name in our_ways() if name not in wide))
+        yield from (_step(each, name) for each in resnets for name in core)
         yield from self._ticks(METHODS[:2])
-        yield from (_step(network, name) for network in transformers for name in core)
+        network, _, batches = self.side_by_side
+        for batch in batches:
+            beside: JsonObject = {"section": "side_by_side", "network": network, "batch": batch}
+            yield Trial(f"batches of {batch}", 0, beside)
+        yield from (_step(each, name) for each in transformers for name in core)
         yield from self._ticks(METHODS[2:])
-        yield from (_step(network, name) for network in networks for name in _SAVERS)
-        yield from (_step(networks[0], name) for name in _COMPILED)
+        yield from (_step(each, name) for each in networks for name in (*wide, "timm, selective checkpointing"))
+        yield from (_step(networks[0], name) for name in _SLOW)
         yield Trial("pytest -m gpu", 0, {"section": "tests"})
+        for resnet in resnets:
+            yield Trial("live bytes", 0, {"section": STAND_INS, "network": resnet.name})
+        yield Trial("operations of a tick", 0, {"section": STAND_INS, "network": self.ticks[0][0]})
+        yield Trial("host time", 0, {"section": STAND_INS, "network": networks[0].name})
 
     def _ticks(self, methods: Sequence[str]) -> Iterator[Trial]:
         for network, image, batch in self.ticks:
             for method in methods:
-                for graphs in (True, False) if graphs_can_be_chosen() else (False,):
-                    settings: JsonObject = {"network": network, "image": image, "batch": batch, "graphs": graphs}
-                    name = f"{method}, captured" if graphs else method
-                    yield Trial(name, 0, {"section": "tick", **settings})
+                for name in (f"{method}, captured", method):
+                    yield Trial(name, 0, {"section": "tick", "network": network, "image": image, "batch": batch})
 
     def run(self, trial: Trial) -> JsonObject:
         """Raises: Failure: the case broke down, whatever it was: the others go on without it."""
@@ -89,16 +106,17 @@ class GpuStudy(BuiltInStudy):
             "facts": lambda _: facts(),
             "step": self._measure_step,
             "tick": self._measure_tick,
+            "side_by_side": self._measure_side_by_side,
             "tests": lambda _: gpu_tests(),
+            STAND_INS: self._stand_in,
         }
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True
         try:
             return sections[str(trial.settings["section"])](trial)
         except Exception as error:
-            raise Failure(first_line(error)) from error
+            raise Failure(reason(error)) from error
         finally:
-            release(device)
+            release(_device())
 
     def _measure_step(self, trial: Trial) -> JsonObject:
         case = next(case for case in self.steps if case.network.name == trial.settings["network"])
@@ -110,12 +128,26 @@ class GpuStudy(BuiltInStudy):
 
     def _measure_tick(self, trial: Trial) -> JsonObject:
         self._bench.clear()
-        settings = trial.settings
-        network, image, batch = next(t for t in self.ticks if t[0] == settings["network"])
-        rounds = 1 if self.quick else 10
-        method = trial.contender.partition(",")[0]
-        case = TickCase(network, image, batch, method, graphs=bool(settings["graphs"]), rounds=rounds)
-        return measure_tick(case, _device())
+        network, image, batch = next(case for case in self.ticks if case[0] == trial.settings["network"])
+        method, _, captured = trial.contender.partition(", ")
+        capture: Capture = "side by side" if captured else "off"
+        return measure_tick(TickCase(network, image, batch, method, capture=capture, rounds=self._rounds), _device())
+
+    def _measure_side_by_side(self, trial: Trial) -> JsonObject:
+        self._bench.clear()
+        network, image, _ = self.side_by_side
+        return measure_side_by_side(network, image, number_of(trial, "batch"), self._rounds, _device())
+
+    def _stand_in(self, trial: Trial) -> JsonObject:
+        name = trial.settings["network"]
+        if trial.contender == "operations of a tick":
+            return operations_of_a_tick(str(name), METHODS)
+        network = next(case.network for case in self.steps if case.network.name == name)
+        return live_mib(network) if trial.contender == "live bytes" else host_time(network, 2 * self._rounds)
+
+    @property
+    def _rounds(self) -> int:
+        return 1 if self.quick else 8
 
 
 def _device() -> torch.device:

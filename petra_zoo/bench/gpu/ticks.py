@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 from unittest import mock
 
 import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from petra_zoo.bench.gpu.device import MIB, release, seconds_of, synchronize
-from petra_zoo.bench.turns import take_turns
+from petra_zoo.bench.gpu.device import MIB, peak_bytes, release, seconds_of, synchronize
+from petra_zoo.bench.turns import Seconds, median_ratio, take_turns
 from petra_zoo.models import PetraRevNet
 from petra_zoo.petra import Layout, Optimization, Pipeline
+from petra_zoo.petra.capture import Graphs
+from petra_zoo.petra.cuda_graph import CudaGraph, Device
 from petra_zoo.petra.optimization import NamedParameters
-from petra_zoo.reversible import LiveBytes
 from petra_zoo.strict_json import JsonObject
 
+Capture = Literal["off", "one stream", "side by side"]
+
 _PROFILED = 3  # ticks
-_QUEUED = 10  # ticks that are issued one after the other before the device is waited for
+_QUEUED = 5  # ticks that are issued one after the other before the device is waited for
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class TickCase:
         batch: images of a micro-batch.
         method: of the pipeline.
         stages: all in this process.
-        graphs: whether ticks are CUDA graphs.
+        capture: `off`; `one stream`: a tick is a CUDA graph; `side by side`: with a stream for each stage inside it,
+            where they have no need to wait for each other.
         rounds: how often it is timed.
     """
 
@@ -45,100 +50,151 @@ class TickCase:
     batch: int
     method: str
     stages: int = 4
-    graphs: bool = False
+    capture: Capture = "side by side"
     rounds: int = 10
 
 
-def graphs_can_be_chosen() -> bool:
-    """Whether a pipeline knows captured ticks."""
-    return "graphs" in inspect.signature(Pipeline.__init__).parameters
-
-
 class Ticks:
-    """A pipeline that runs, fed with the same micro-batch in every tick.
+    """A pipeline in full swing, fed with the same micro-batch in every tick.
 
     Args:
         case: what a tick has to do.
         device: where.
+
+    Attributes:
+        graphs: CUDA graphs that a tick replays, in their order; none where it launches its kernels itself.
+        peak_bytes: the most that it holds while ticks go on, and of a GPU's memory nobody else may have meanwhile.
     """
 
     def __init__(self, case: TickCase, device: torch.device) -> None:
         self.case, self.device = case, device
+        release(device)
+        before = _occupied(device)
         torch.manual_seed(0)
-        model = timm.create_model(case.network, num_classes=100).to(device).train()
-        model = model.to(memory_format=torch.channels_last)
-        assert isinstance(model, PetraRevNet)
-        layout = Layout.of(model, case.stages, method=case.method, input_size=(3, case.image, case.image))
-        chosen = {"graphs": case.graphs} if graphs_can_be_chosen() else {}
-        make: Callable[..., Pipeline] = Pipeline
-        self.pipeline = make(
-            model,
-            layout,
-            method=case.method,
-            optimization=Optimization(self._sgd),
-            autocast=torch.bfloat16,
-            **chosen,
-        )
+        self.pipeline = self._pipeline()
         images = torch.randn(case.batch, 3, case.image, case.image, device=device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(0, 100, (case.batch,), device=device)
-        for _ in range(4 * case.stages):  # the pipeline fills; kernels are chosen; ticks are captured
+        for _ in range(4 * case.stages + 4 if device.type == "cuda" else 2 * case.stages):
+            self.tick()  # the pipeline fills; kernels are chosen; ticks are captured
+        self.graphs = self._replayed() if device.type == "cuda" else []
+        self.peak_bytes = peak_bytes(self.tick, device)
+        if device.type == "cuda":
+            release(device)  # a graph keeps memory to itself, between its replays too
+            self.peak_bytes = max(_occupied(device), self.peak_bytes + torch.cuda.memory_allocated()) - before
+
+    def _pipeline(self) -> Pipeline:
+        case = self.case
+        model = timm.create_model(case.network, num_classes=100).to(self.device).train()
+        model = model.to(memory_format=torch.channels_last)
+        assert isinstance(model, PetraRevNet)
+        return Pipeline(
+            model,
+            Layout.of(model, case.stages, method=case.method, input_size=(3, case.image, case.image)),
+            method=case.method,
+            optimization=Optimization(self._sgd),
+            autocast=torch.bfloat16,
+            graphs=self._captured_how(),
+        )
+
+    def _captured_how(self) -> Graphs:
+        if self.case.capture == "one stream" and self.device.type == "cuda":
+            return partial(CudaGraph, Device(self.device, lanes=1))
+        return "off" if self.case.capture == "off" else "auto"
+
+    def _sgd(self, named: NamedParameters) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9, fused=True)
+
+    def _replayed(self) -> list[torch.cuda.CUDAGraph]:
+        seen: list[torch.cuda.CUDAGraph] = []
+        with _noting(seen):
             self.tick()
-        synchronize(device)
+        return seen
 
     def tick(self) -> None:
         """Runs one."""
         self.pipeline.step(self.images, self.labels)
 
-    def _sgd(self, named: NamedParameters) -> torch.optim.Optimizer:
-        return torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9, fused=self.device.type == "cuda")
+    def replay(self) -> None:
+        """The same work with nothing around it."""
+        for graph in self.graphs:
+            graph.replay()
+
+    def timers(self, name: str) -> dict[str, Callable[[], float]]:
+        """Of a tick and, where it is captured, of its bare replay, under names that begin with `name`."""
+        timers = {f"{name}tick": lambda: _queued(self.tick, self.device)}
+        if self.graphs:
+            timers[f"{name}replay"] = lambda: _queued(self.replay, self.device)
+        return timers
 
 
 def measure_tick(case: TickCase, device: torch.device) -> JsonObject:
     """Of a pipeline in full swing.
 
     Returns:
-        `tick_ms`: median wall time, many ticks queued one behind the other; `alone_ms`: of one that is waited for;
-        `host_ms`: until a tick is issued; `peak_mib`: above what was there before the pipeline was. On a GPU also what
-        `_seen_by_profiler` gives and, where ticks are captured, `replay_ms`: the same graphs replayed with nothing
-        around them, and `over_replay`: a tick's time over it, round by round.
+        `tick_ms`: median wall time, many ticks queued one behind the other; `host_ms`: until a tick is issued;
+        `peak_mib`. On a GPU also what `_seen_by_profiler` gives and, where ticks are captured, `replay_ms`: the same
+        graphs replayed with nothing around them, and `over_replay`: a tick's time over it, round by round.
     """
-    release(device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     ticks = Ticks(case, device)
-    found: JsonObject = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    timers = {"tick": lambda: _queued(ticks.tick, device)}
-    graphs = _graphs_of(ticks.tick) if device.type == "cuda" else []
-    if graphs:
-        timers["replay"] = lambda: _queued(lambda: _replay(graphs), device)
-    seconds = take_turns(timers, case.rounds, warm_up=1)
-    found["tick_ms"] = 1e3 * statistics.median(seconds["tick"])
-    found["alone_ms"] = 1e3 * statistics.median(seconds_of(ticks.tick, device) for _ in range(case.rounds))
-    found["host_ms"] = 1e3 * statistics.median(_host_seconds(ticks.tick, device) for _ in range(3))
-    if graphs:
-        found["graphs"] = len(graphs)
-        found["replay_ms"] = 1e3 * statistics.median(seconds["replay"])
-        found["over_replay"] = statistics.median(
-            tick / replayed for tick, replayed in zip(seconds["tick"], seconds["replay"], strict=True)
-        )
-    if device.type != "cuda":
-        with LiveBytes() as memory:
-            ticks.tick()
-        return {**found, "peak_mib": memory.peak / MIB}
-    found["peak_mib"] = (torch.cuda.max_memory_allocated(device) - before) / MIB
-    return {**found, **_seen_by_profiler(ticks.tick)}
+    seconds = take_turns(ticks.timers(""), case.rounds, warm_up=1)
+    found: JsonObject = {
+        **_medians(seconds),
+        "host_ms": 1e3 * statistics.median(_host_seconds(ticks.tick, device) for _ in range(case.rounds)),
+        "peak_mib": ticks.peak_bytes / MIB,
+    }
+    if ticks.graphs:
+        found["over_replay"] = median_ratio(seconds["tick"], seconds["replay"])
+    elif (captured := ticks.pipeline.captured) and captured.refusal:
+        found["not_captured"] = captured.refusal
+    return {**found, **_seen_by_profiler(ticks.tick)} if device.type == "cuda" else found
+
+
+def measure_side_by_side(network: str, image: int, batch: int, rounds: int, device: torch.device) -> JsonObject:
+    """PETRA in four stages beside backpropagation of the whole network, both captured, on one GPU.
+
+    Returns:
+        Times and peaks of `backprop`, of petra in `one_stream` and `side_by_side`, in turns; of both the time over
+        backprop's, of ticks and of bare replays.
+    """
+    cases = {
+        "backprop": TickCase(network, image, batch, "backprop", stages=1),
+        "one_stream": TickCase(network, image, batch, "petra", capture="one stream"),
+        "side_by_side": TickCase(network, image, batch, "petra", capture="side by side"),
+    }
+    made = {name: Ticks(case, device) for name, case in cases.items()}
+    timers = {each: timer for name, ticks in made.items() for each, timer in ticks.timers(f"{name}_").items()}
+    seconds = take_turns(timers, rounds, warm_up=1)
+    return {
+        **_medians(seconds),
+        **{f"{name}_peak_mib": ticks.peak_bytes / MIB for name, ticks in made.items()},
+        **{
+            f"{name}_{kind}_over_backprop": median_ratio(seconds[f"{name}_{kind}"], seconds[f"backprop_{kind}"])
+            for name in ("one_stream", "side_by_side")
+            for kind in ("tick", "replay")
+            if f"{name}_{kind}" in seconds
+        },
+    }
+
+
+def _medians(seconds: Seconds) -> JsonObject:
+    return {f"{name}_ms": 1e3 * statistics.median(found) for name, found in seconds.items()}
+
+
+def _occupied(device: torch.device) -> int:
+    """Bytes that nothing else on the GPU can have."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _queued(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one of many calls that the device works off without a pause."""
+    """Seconds of one of many calls that a GPU works off without a pause."""
+    times = _QUEUED if device.type == "cuda" else 1
 
     def queue() -> None:
-        for _ in range(_QUEUED):
+        for _ in range(times):
             call()
 
-    return seconds_of(queue, device) / _QUEUED
+    return seconds_of(queue, device) / times
 
 
 def _host_seconds(call: Callable[[], None], device: torch.device) -> float:
@@ -177,15 +233,6 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _graphs_of(tick: Callable[[], None]) -> list[torch.cuda.CUDAGraph]:
-    """The CUDA graphs that a tick replays, in their order; none where it launches its kernels itself."""
-    seen: list[torch.cuda.CUDAGraph] = []
-    with _noting(seen):
-        tick()
-    torch.cuda.synchronize()
-    return seen
-
-
 @contextmanager
 def _noting(seen: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
     replay = torch.cuda.CUDAGraph.replay
@@ -196,8 +243,3 @@ def _noting(seen: list[torch.cuda.CUDAGraph]) -> Iterator[None]:
 
     with mock.patch.object(torch.cuda.CUDAGraph, "replay", noted):
         yield
-
-
-def _replay(graphs: Sequence[torch.cuda.CUDAGraph]) -> None:
-    for graph in graphs:
-        graph.replay()

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from petra_zoo.models.memory_modes import Memory
-from petra_zoo.reversible import FLOAT_STREAMS, CoupledUnit, Streams, backpropagate, merge
+from petra_zoo.reversible import CoupledUnit, StreamKind, Streams, StreamType, backpropagate, merge
 
 
 class ReversibleViT(nn.Module):
@@ -17,13 +17,13 @@ class ReversibleViT(nn.Module):
     Args:
         vit: timm's network; its modules are used, not copied.
         memory: ``'plain'`` or ``'reversible'``.
-        streams: their type, by name.
+        streams: what carries them.
     """
 
-    def __init__(self, vit: VisionTransformer, memory: Memory, streams: str) -> None:
+    def __init__(self, vit: VisionTransformer, memory: Memory, streams: StreamKind) -> None:
         super().__init__()
         self.vit, self.memory = vit, memory
-        self.streams = FLOAT_STREAMS
+        self.streams = StreamType(kind=streams)
         self._units = [unit for block in vit.blocks for unit in self._units_of(block)]
         self._units[0].starts = True
 
@@ -47,14 +47,14 @@ class ReversibleViT(nn.Module):
             nn.ModuleList(modules),
             branch=branch,
             activate=lambda b: b,
-            coupling=lambda: 1.0,
+            coupling=_coupling,
             streams=self.streams,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         vit = self.vit
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
-        b, a = self._run((self.streams.enter(tokens),))
+        b, a = self._run((self.streams.now(_coupling, vit).enter(tokens),))
         return vit.forward_head(vit.norm(merge(b, a, 1.0)))
 
     def _run(self, streams: Streams) -> Streams:
@@ -63,3 +63,7 @@ class ReversibleViT(nn.Module):
         for unit in self._units:
             streams = unit(*streams)
         return streams
+
+
+def _coupling() -> float:
+    return 1.0

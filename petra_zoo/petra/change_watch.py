@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from petra_zoo.petra.fifo import Ring
 from petra_zoo.petra.stage import Stage
+from petra_zoo.reversible import CoupledUnit
 
 _changes, _trains, _mode = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
 
 
-class Watched:
+class ChangeWatch:
     """Notices what replaces a tensor, or fills it anew, between two ticks: loading, moving, freezing, surgery.
 
     A replayed tick changes parameters and buffers without counting it as a modification, so that what it did itself
@@ -36,7 +37,8 @@ class Watched:
         self._rings = [kept for stage in self.stages for kept in stage.kept if isinstance(kept, Ring)]
         self._holders: list[dict[str, Tensor | nn.Module | None]] = []
         for m in self._modules:
-            self._holders += [x for x in (vars(m)["_parameters"], m._buffers, vars(m)["_modules"]) if x]
+            held = (vars(m)["_parameters"], vars(m)["_buffers"], vars(m)["_modules"])
+            self._holders += [x for x in held if x]
         self._objects = list(self._objects_now())
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
         self._facts = self._facts_now()
@@ -61,7 +63,8 @@ class Watched:
             list(map(_changes, self._tensors)),
             list(map(_trains, self._tensors)),
             list(map(_mode, self._modules)),
-            [(unit.reversible, unit.anchor) for unit in self.units],
+            [unit.coupling() if isinstance(unit, CoupledUnit) else unit.reversible for unit in self.units],
+            [unit.anchor for unit in self.units],
             [_of_optimizer(stage.optimizer) for stage in self.stages],
             (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
             (torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")),

@@ -11,16 +11,18 @@ All contenders of a network have its parameters (no trained weights) and see the
     petra-zoo, plain                       the reversible network with ordinary autograd
     petra-zoo, reversible                  no activations stored inside runs
 
-with the type of the streams behind our own, where it can be chosen: ``petra-zoo, reversible, fixed16``.
+Behind our own stands the type of the streams, if it is not the one that they choose: ``petra-zoo, plain, float32``; and
+``compiled``, where `compile_branches` was called.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
+from typing import get_args
 
 import timm
 import torch
@@ -34,10 +36,12 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import Memory
+from petra_zoo.reversible import StreamKind
 from petra_zoo.settings.merging import nearest
 
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
 BUDGETS = (0.8, 0.5, 0.2)
+STREAMS: tuple[StreamKind, ...] = get_args(StreamKind)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Way:
     """A way to do a training step.
 
     Attributes:
@@ -77,37 +81,33 @@ class Contender:
     capturable: bool = True
 
 
-def stream_types() -> tuple[str, ...]:
-    """The types that streams can be given, the default where there is no choice."""
-    chosen = "streams" in inspect.signature(PetraRevNet.__init__).parameters
-    return ("fixed16", "bfloat16", "float32") if chosen else ("",)
+def our_ways() -> list[str]:
+    """Reversible and plain, for every type of the streams; narrow ones first."""
+    kinds = sorted((kind for kind in STREAMS if kind != "auto"), key=lambda kind: kind == "float32")
+    return [f"petra-zoo, {memory}, {kind}" for kind in kinds for memory in ("reversible", "plain")]
 
 
-def our_contenders() -> list[str]:
-    """Plain and reversible, for every type of the streams; the reversible ones first."""
-    kinds = [f", {streams}" if streams else "" for streams in stream_types()]
-    return [f"petra-zoo, {memory}{kind}" for kind in kinds for memory in ("reversible", "plain")]
-
-
-def find_contender(name: str) -> Contender:
+def find_way(name: str) -> Way:
     """By its name.
 
     Raises:
         UserError: there is none of that name.
     """
     known = {
-        PLAIN: Contender(_timm),
-        CHECKPOINTED: Contender(_checkpointed),
-        "timm, selective checkpointing": Contender(_selective),
-        "timm, saved tensors on the host": Contender(_timm, _on_the_host, capturable=False),  # it waits for copies
-        "timm, compiled": Contender(_compiled),
-        **{f"timm, compiled, budget {budget:g}": Contender(_compiled, partial(_budget, budget)) for budget in BUDGETS},
+        PLAIN: Way(_timm),
+        CHECKPOINTED: Way(_checkpointed),
+        "timm, selective checkpointing": Way(_selective),
+        "timm, saved tensors on the host": Way(_timm, _on_the_host, capturable=False),  # it waits for copies
+        "timm, compiled": Way(_compiled),
+        **{f"timm, compiled, budget {budget:g}": Way(_compiled, partial(_budget, budget)) for budget in BUDGETS},
     }
-    for ours in our_contenders():
-        _, memory, streams = [*ours.split(", "), ""][:3]
-        known[ours] = Contender(partial(_ours, "plain" if memory == "plain" else "reversible", streams))
+    memories: tuple[Memory, ...] = ("plain", "reversible")
+    for memory, kind in product(memories, STREAMS):
+        ours = f"petra-zoo, {memory}" + (f", {kind}" if kind != "auto" else "")
+        known[ours] = Way(partial(_ours, memory, kind, False))
+        known[f"{ours}, compiled"] = Way(partial(_ours, memory, kind, True))
     if name not in known:
-        raise UserError(f"no contender is called '{name}'; did you mean '{nearest(name, known)}'?")
+        raise UserError(f"no way is called '{name}'; did you mean '{nearest(name, known)}'?")
     return known[name]
 
 
@@ -140,20 +140,26 @@ def _selective(network: Network, device: torch.device) -> nn.Module:
 def _compiled(network: Network, device: torch.device) -> nn.Module:
     torch.compiler.reset()  # what others have compiled counts against the limit of recompilations
     model = _timm(network, device)
-    # Inductor is what a user gets; on the CPU the same partition of forward and backward, without a compiler's minutes.
-    model.compile(backend="inductor" if device.type == "cuda" else "aot_eager_decomp_partition", dynamic=False)
+    model.compile(backend=_backend(device), dynamic=False)
     return model
 
 
-def _ours(memory: Memory, streams: str, network: Network, device: torch.device) -> nn.Module:
+def _backend(device: torch.device) -> str:
+    # Inductor is what a user gets; on the CPU the same partition of forward and backward, without a compiler's minutes.
+    return "inductor" if device.type == "cuda" else "aot_eager_decomp_partition"
+
+
+def _ours(memory: Memory, streams: StreamKind, compiled: bool, network: Network, device: torch.device) -> nn.Module:
     if network.is_transformer:
         vit = _timm(network, device)
         assert isinstance(vit, VisionTransformer)
         return ReversibleViT(vit, memory, streams)
-    settings = {"streams": streams} if streams else {}
-    model = _create(network.name.replace("resnet", "petra_revnet"), network, **settings)
+    model = _create(network.name.replace("resnet", "petra_revnet"), network, streams=streams)
     assert isinstance(model, PetraRevNet)
     model.set_memory(memory)
+    if compiled:
+        torch.compiler.reset()
+        model.compile_branches(_backend(device))
     return model.to(device).to(memory_format=torch.channels_last).train()
 
 

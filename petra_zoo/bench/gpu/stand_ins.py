@@ -1,0 +1,66 @@
+"""What of a GPU's figures can be had without one: operations of a tick, the host's time of a step, live bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petra_zoo.bench.gpu.device import MIB, seconds_of
+from petra_zoo.bench.gpu.ticks import TickCase, Ticks
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, find_way
+from petra_zoo.bench.turns import median_ratio, take_turns
+from petra_zoo.models.training_memory import step_bytes
+from petra_zoo.reversible import Dispatches
+from petra_zoo.strict_json import JsonObject
+
+_CPU = torch.device("cpu")
+
+
+def operations_of_a_tick(network: str, methods: Sequence[str], image: int = 32) -> JsonObject:
+    """Operations dispatched in a tick of four stages under bf16 autocast, whatever the size of the images."""
+
+    found: JsonObject = {}
+    for method in methods:
+        ticks = Ticks(TickCase(network, image, 2, method, capture="off"), _CPU)
+        with Dispatches() as dispatches:
+            ticks.tick()
+        found[method] = dispatches.total
+    return found
+
+
+def host_time(network: Network, rounds: int) -> JsonObject:
+    """A step on two images of 32x32, float32, over timm's: little arithmetic, so what the host does weighs most."""
+    images = torch.randn(2, 3, 32, 32)
+    labels = torch.zeros(2, dtype=torch.long)
+    names = {"plain": "petra-zoo, plain", "reversible": "petra-zoo, reversible", "checkpointed": CHECKPOINTED}
+    models = {"timm": _model(network, PLAIN), **{word: _model(network, name) for word, name in names.items()}}
+    for model in models.values():  # channels_last is for GPUs; torch 2.15 corrupts memory with it on the CPU
+        model.to(memory_format=torch.contiguous_format)
+    timers = {word: partial(seconds_of, partial(_step, model, images, labels), _CPU) for word, model in models.items()}
+    seconds = take_turns(timers, rounds, warm_up=2)
+    return {f"{word}_over_timm": median_ratio(seconds[word], seconds["timm"]) for word in names}
+
+
+def _step(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    F.cross_entropy(model(images), labels).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _model(network: Network, name: str) -> nn.Module:
+    return find_way(name).build(network, _CPU)
+
+
+def live_mib(network: Network) -> JsonObject:
+    """Peak live MiB per image of a step in float32, counted on the meta device."""
+
+    def peak(model: nn.Module) -> float:
+        return step_bytes(model, (3, network.image, network.image)).peak / MIB
+
+    found = {"timm": peak(_model(network, PLAIN)), "checkpointed": peak(_model(network, CHECKPOINTED))}
+    for memory in ("plain", "reversible"):
+        found[memory] = peak(_model(network, f"petra-zoo, {memory}"))
+    return {**found, "over_checkpointed": found["reversible"] / found["checkpointed"]}

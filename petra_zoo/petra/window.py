@@ -1,0 +1,65 @@
+"""The gradients of a stage's window: micro-batches summed until there are enough for an update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+
+class Window:
+    """Sums gradients in memory that stays where it is from window to window, a few operations for all of them.
+
+    A parameter's `grad` is that memory while its window has a gradient of it, and None before.
+    """
+
+    def __init__(self) -> None:
+        self._homes: dict[int, Tensor] = {}  # by parameter's id; made like its first gradient
+
+    @torch.no_grad()
+    def add(self, parameters: Iterable[nn.Parameter], found: Mapping[int, Tensor]) -> None:
+        """Adds a micro-batch's gradients.
+
+        Args:
+            parameters: of the stage.
+            found: gradients by parameter's id, in any floating type; a parameter may have none.
+        """
+        begun: tuple[list[Tensor], list[Tensor]] = ([], [])
+        open_: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for p in parameters:
+            gradient = found.get(id(p))
+            if gradient is None:
+                continue
+            sums, gradients = begun if p.grad is None else open_
+            if p.grad is None:
+                p.grad = self._home(p, gradient)
+            sums.append(p.grad)
+            gradients.append(gradient)
+        if begun[0]:
+            torch._foreach_copy_(*begun)
+        if open_[0]:
+            torch._foreach_add_(*open_)
+
+    @torch.no_grad()
+    def restore(self, p: nn.Parameter, gradient: Tensor | None) -> None:
+        """Sets a parameter's sum so far."""
+        p.grad = None if gradient is None else self._home(p, gradient).copy_(gradient)
+
+    def _home(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
+        home = self._homes.get(id(p))
+        if home is None or home.device != gradient.device or home.shape != gradient.shape:
+            home = self._homes[id(p)] = torch.empty_like(gradient, dtype=p.dtype)
+        return home
+
+
+def average(gradients: Sequence[Tensor], group: ProcessGroup) -> None:
+    """Averages gradients over the replicas of a stage, in one message."""
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))

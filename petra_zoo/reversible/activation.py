@@ -1,0 +1,119 @@
+"""The activation in front of a branch, which stands in memory only while somebody looks at it.
+
+A coupled block's h = act(b) is as wide as a stream. The branch's first layer reads it, and that layer's backward once
+more; in between, while the widest tensors of the branch stand beside the streams, nobody does. There it is let go of,
+to be computed anew from b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
+
+# Nodes of functions that give the same whenever they are asked: torch's activations that draw nothing, and the merge.
+_PURE = frozenset(
+    f"{name}Backward0"
+    for name in (
+        *("Relu", "Hardtanh", "LeakyRelu", "Elu", "Silu", "Gelu", "Mish", "Sigmoid", "Tanh"),
+        *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy", "Add", "Div"),
+    )
+) | {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+class Activation:
+    """h = act(b): given to a branch, forgotten, and computed anew for the branch's backward.
+
+    Args:
+        activate: act.
+        b: the stream.
+
+    Attributes:
+        start: where the gradient of h arrives in the branch's graph; there once h was given.
+    """
+
+    start: GradientEdge
+
+    def __init__(self, activate: Callable[[Tensor], Tensor], b: Tensor) -> None:
+        self._activate = activate
+        self._b = b.detach().requires_grad_()
+        self._forgotten: Node | None = None  # the node of the h that was given, unless h is kept
+        self._h: Tensor | None = None  # with its graph from b
+
+    def give(self) -> Tensor:
+        """h, for the branch. Whoever binds no name to it lets it die as soon as the branch is through with it."""
+        h = self._activate(self._b)
+        if is_pure(h):
+            h = _Unheld.apply(self._b, h.detach())
+            self._forgotten = h.grad_fn
+        else:
+            self._h = h
+        self.start = get_gradient_edge(h)
+        return h
+
+    def value(self) -> Tensor:
+        """h, without a graph."""
+        return self._activate(self._b.detach()) if self._h is None else self._h.detach()
+
+    def gradient(self, d_h: Tensor) -> Tensor:
+        """The gradient of b."""
+        h, self._h = self._again(), None
+        return d_h if h is self._b else torch.autograd.grad(h, self._b, d_h)[0]
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Around the branch: its graph keeps no h."""
+        with saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    def _pack(self, x: Tensor) -> Tensor | None:
+        if self._forgotten is not None and x.grad_fn is self._forgotten:
+            return None
+        return x.detach()  # a result that its own node saved would hold that node, and so itself
+
+    def _unpack(self, x: Tensor | None) -> Tensor:
+        return self._again().detach() if x is None else x
+
+    def _again(self) -> Tensor:
+        if self._h is None:
+            with torch.enable_grad():
+                self._h = self._activate(self._b)
+        return self._h
+
+
+def is_pure(h: Tensor) -> bool:
+    """Whether h comes from leaves through functions that another evaluation would give the same, and is no leaf."""
+    nodes = [h.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or not (node.name() in _PURE or _scales(node)):
+            return False
+        nodes += [below for below, _ in node.next_functions if below is not None and below.name() != _LEAF]
+    return True
+
+
+def _scales(node: Node) -> bool:
+    """Whether it multiplies by a number: by a tensor is how dropout draws."""
+    factor = getattr(node, "_saved_other", None) if node.name() == "MulBackward0" else None
+    return isinstance(factor, Tensor) and factor.dim() == 0
+
+
+class _Context(Protocol):
+    """Nothing is kept."""
+
+
+class _Unheld(torch.autograd.Function):
+    """h at the start of a graph that does not hold it, as the node of a leaf would; no gradient goes beyond it."""
+
+    @staticmethod
+    def forward(ctx: _Context, b: Tensor, h: Tensor) -> Tensor:
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[None, None]:
+        return None, None

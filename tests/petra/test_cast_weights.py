@@ -1,0 +1,127 @@
+"""Weights are cast once per update: as autocast casts them, to the bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from petra_zoo.petra import METHODS, Costs, Layout, Optimization, Pipeline, find_method
+from petra_zoo.petra.cast_weights import CastWeights
+from petra_zoo.reversible import Dispatches, FunctionUnit, Unit
+from tests.petra.test_pipeline import batches, make_model, make_pipeline, run, sgd
+
+OPTIONS: list[dict[str, Any]] = [{"method": method} for method in METHODS] + [
+    {"last_stage": "recompute", "accumulation_steps": 2},
+    {"weight_prediction": "head"},
+]
+
+
+def losses(pipeline: Pipeline, cast: bool) -> list[float]:
+    if not cast:
+        for stage in pipeline.stages:
+            stage.casts = CastWeights(stage.units, None)
+    data = batches(7, dtype=torch.float32)
+    return [float(output.loss) for output in run(pipeline, data) if output.loss is not None]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_losses_and_weights_are_those_of_autocasts_own_casts(options: dict[str, Any]) -> None:
+    models = [make_model(torch.float32, drop_path_rate=0.2) for _ in range(2)]
+    pipelines = [make_pipeline(model, 3, autocast=torch.bfloat16, **options) for model in models]
+    ours, autocasts = (losses(pipeline, cast) for pipeline, cast in zip(pipelines, (True, False), strict=True))
+    assert ours == autocasts
+    for ours_, autocasts_ in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(ours_, autocasts_)
+
+
+class Tied(nn.Module):
+    """One linear layer in two units and once more as it is: its weight has three uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def units(self) -> list[Unit]:
+        first = FunctionUnit("first", lambda x: (torch.tanh(self.layer(x)),), {"layer": self.layer})
+        return [
+            first,
+            FunctionUnit(
+                "head", lambda x: (self.layer(x) + self.layer._parameters["weight"].sum(1),), {"layer": self.layer}
+            ),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for unit in self.units():
+            (x,) = unit(x)
+        return x
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    return Tied()
+
+
+@pytest.mark.parametrize("last_stage", ["graph", "recompute"])
+def test_a_weight_of_two_units_gets_the_gradients_of_all_its_uses(last_stage: str) -> None:
+    model, plain = tied(), tied()
+    method = find_method("reversible").with_last_stage(last_stage)
+    layout = Layout.of(model, [2], method=method, costs=Costs([1.0, 1.0], [1.0, 1.0]))
+    pipeline = Pipeline(model, layout, method=method, optimization=Optimization(sgd(0.5)), autocast=torch.bfloat16)
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    pipeline.step(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = plain(x)
+    F.cross_entropy(logits.float(), y).backward()
+    for ours, p in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(ours, p - 0.5 * p.grad, rtol=1e-3, atol=1e-3)
+
+
+def load(model: nn.Module) -> None:
+    model.load_state_dict({name: 0.5 * x for name, x in model.state_dict().items()})
+
+
+def write_into(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.conv1.weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [load, write_into])
+def test_what_replaces_weights_is_seen_at_once(change: Callable[[nn.Module], None]) -> None:
+    found = []
+    for cast in (True, False):
+        model = make_model(torch.float32)
+        pipeline = make_pipeline(model, 1, method="backprop", autocast=torch.bfloat16, accumulation_steps=3)
+        found.append(losses(pipeline, cast)[-1:])
+        change(model)
+        found[-1] += losses(pipeline, cast)
+    assert found[0] == found[1]
+
+
+def test_a_layer_that_computes_with_its_weight_keeps_it() -> None:
+    class Standardised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.weight.dtype == torch.float32
+            return F.linear(x, self.weight - self.weight.mean())
+
+    layer = Standardised(3, 3)
+    casts = CastWeights([FunctionUnit("head", lambda x: (layer(x),), {"layer": layer})], torch.bfloat16)
+    casts.refresh(0)
+    with casts.standing_in(0):
+        layer(torch.randn(2, 3))
+    assert casts.stand_ins(0) == ([], [])
+
+
+def test_weights_are_cast_once_per_update() -> None:
+    pipeline = make_pipeline(
+        make_model(torch.float32), 1, method="backprop", autocast=torch.bfloat16, accumulation_steps=2
+    )
+    counts = []
+    for batch in batches(4, dtype=torch.float32):
+        with Dispatches() as dispatches:
+            pipeline.step(*batch)
+        counts.append(dispatches.counts["aten._foreach_copy_.default"])
+    assert counts == [2, 0, 2, 0], "a window's first micro-batch: casts, and the gradients that begin the window"
