@@ -1,15 +1,19 @@
 """What is done to images in front of the first unit: once more in its recomputation, so bytes are all that waits."""
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
-from petra_zoo.petra import Pipeline
+from petra_zoo.data.batch_transform import BatchTransform
+from petra_zoo.data.preprocessing import Preprocessing
+from petra_zoo.petra import Optimization, Pipeline
 from tests.petra.chain import CLASSES, WIDTH, Chain, make_chain_pipeline
+from tests.petra.fake_graph import FakeGraph
 
 GENERATOR = torch.Generator().manual_seed(5)
 BYTES = [torch.randint(256, (5, WIDTH), dtype=torch.uint8, generator=GENERATOR) for _ in range(9)]
-SCALES = [torch.rand((), dtype=torch.float64, generator=GENERATOR) for _ in BYTES]
+SCALES = [torch.rand(1, dtype=torch.float64, generator=GENERATOR) for _ in BYTES]
 LABELS = [torch.randint(CLASSES, (5,), generator=GENERATOR) for _ in BYTES]
 
 
@@ -41,6 +45,18 @@ def test_bytes_train_to_the_same_bits_as_what_is_made_of_them(method: str) -> No
         assert torch.equal(p, q)
 
 
+def test_captured_ticks_prepare_what_each_of_them_is_fed() -> None:
+    found = []
+    for graphs in (FakeGraph, "off"):
+        model = Chain()
+        sgd = Optimization(lambda named: torch.optim.SGD([p for _, p in named], 1 / 16, fused=True))
+        layout = make_chain_pipeline(model, (2, 3)).layout
+        pipeline = Pipeline(model, layout, optimization=sgd, prepare=prepare, graphs=graphs)  # type: ignore[arg-type]
+        found.append(losses(pipeline, True))
+        assert (pipeline.captured is not None and pipeline.captured.replayed > 2) == (graphs == FakeGraph)
+    assert found[0] == found[1]
+
+
 def test_what_waits_for_the_backward_is_what_was_fed() -> None:
     pipeline = make("petra", prepared=True)
     for x, scale, labels in zip(BYTES, SCALES, LABELS, strict=True):
@@ -56,3 +72,14 @@ def test_an_evaluation_takes_what_training_is_fed() -> None:
     ((logits, labels),) = pipeline.predict([((BYTES[0], SCALES[0]), LABELS[0])])
     assert torch.equal(logits, pipeline.model(prepare(BYTES[0], SCALES[0])))
     assert labels is LABELS[0]
+
+
+def test_in_16_bits_fifos_hold_less_than_half_of_what_float32_took() -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=CLASSES).train()
+    transform = BatchTransform(Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3))
+    pipeline = Pipeline(model, 4, autocast=torch.bfloat16, prepare=transform)
+    for _ in range(8):
+        pipeline.step(torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8), LABELS[0][:4])
+    kept = [x for stage in pipeline.stages for fifo in stage.fifos for streams in fifo for x in streams]
+    assert len(kept) > 6
+    assert sum(x.nbytes for x in kept) < sum(4 * x.numel() for x in kept) / 2
