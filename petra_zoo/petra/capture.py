@@ -165,6 +165,7 @@ class CapturedTicks:
             del reads.found[before:]
 
         pipeline = self.pipeline
+        self._set_rates()
         with own_generators(self.device), seeded_by(draws), reads:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
             draws.look()
@@ -198,14 +199,18 @@ class CapturedTicks:
 
     def _settle(self) -> RingPlaces:
         """Brings everything to where the graphs find it."""
-        for stage in self.pipeline.stages:
-            if stage.rates:
-                stage.rates.refresh()
+        self._set_rates()
         places = self._places = self._places or RingPlaces(rings_of(self.pipeline.stages), self.device)
         if self._last is None:  # the previous tick was no captured one
             self._homes.settle(self.pipeline.links)
             places.set()
         return places
+
+    def _set_rates(self) -> None:
+        """Has the device know the learning rates in front of a tick: in one, they would move there from the host."""
+        for stage in self.pipeline.stages:
+            if stage.rates:
+                stage.rates.refresh()
 
     def _finish(self, tick: CapturedTick, output: Output) -> Output:
         """Updates outside of the graph, where they cannot be in it."""
