@@ -78,7 +78,7 @@ class CapturedTicks:
         self.pipeline, self.make_graph, self.device = pipeline, make_graph, device
         self.replayed = 0
         self.outside = {stage.index for stage in pipeline.stages if not _may_update_inside(stage)}
-        self._watched = ChangeWatch(pipeline.stages)
+        self._watched = ChangeWatch.of(pipeline.stages)
         self._said = False
         self.forget()
         self.refusal: str | None = None

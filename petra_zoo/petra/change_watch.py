@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from petra_zoo.petra.fifo import Ring
 from petra_zoo.petra.stage import Stage
-from petra_zoo.reversible import CoupledUnit
+from petra_zoo.reversible import CoupledUnit, Unit
 
 _changes, _trains, _mode = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
 
@@ -23,24 +24,45 @@ class ChangeWatch:
     is not noticed. A look takes some ten microseconds for a hundred tensors, and every tick takes one.
 
     Args:
-        stages: whose parameters, buffers and optimizers are watched.
+        modules: whose parameters, buffers and modes are watched, as they are now.
+        optimizers: whose state and settings are, but for the learning rate.
+        units: whose couplings are, wherever they come from.
+        rings: whose buffers are.
     """
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self.stages = list(stages)
-        self.units = [unit for stage in stages for unit in stage.units]
+    def __init__(
+        self,
+        modules: Callable[[], Iterable[nn.Module]],
+        optimizers: Sequence[Optimizer] = (),
+        units: Sequence[Unit] = (),
+        rings: Callable[[], Iterable[Ring]] = tuple,
+    ) -> None:
+        self.modules, self.optimizers, self.units, self.rings = modules, optimizers, units, rings
         self._facts: list[object] | None = None
+
+    @classmethod
+    def of(cls, stages: Sequence[Stage]) -> ChangeWatch:
+        """Over the stages of a pipeline."""
+        units = [unit for stage in stages for unit in stage.units]
+        return cls(
+            lambda: (m for unit in units for m in unit.state.modules),
+            [stage.optimizer for stage in stages if stage.optimizer],
+            units,
+            lambda: (kept for stage in stages for kept in stage.kept if isinstance(kept, Ring)),
+        )
 
     def look(self) -> None:
         """Takes note of how everything is now."""
-        self._modules = list(dict.fromkeys(m for unit in self.units for m in unit.state.modules))
-        self._rings = [kept for stage in self.stages for kept in stage.kept if isinstance(kept, Ring)]
+        self._modules = list(dict.fromkeys(self.modules()))
+        self._rings = list(self.rings())
         self._holders: list[dict[str, Tensor | nn.Module | None]] = []
         for m in self._modules:
             held = (vars(m)["_parameters"], vars(m)["_buffers"], vars(m)["_modules"])
             self._holders += [x for x in held if x]
         self._objects = list(self._objects_now())
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        # A running statistic may be filled anew: graphs read what it is then. A number may have been read by the host.
+        self._counted = [x for x in self._tensors if isinstance(x, nn.Parameter) or x.ndim == 0]
         self._facts = self._facts_now()
 
     def changed(self) -> bool:
@@ -60,20 +82,18 @@ class ChangeWatch:
     def _facts_now(self) -> list[object]:
         return [
             list(map(Tensor.data_ptr, self._tensors)),
-            list(map(_changes, self._tensors)),
-            list(map(_trains, self._tensors)),
+            list(map(_changes, self._counted)),
+            list(map(_trains, self._counted)),
             list(map(_mode, self._modules)),
             [unit.coupling() if isinstance(unit, CoupledUnit) else unit.reversible for unit in self.units],
             [unit.anchor for unit in self.units],
-            [_of_optimizer(stage.optimizer) for stage in self.stages],
+            list(map(_of_optimizer, self.optimizers)),
             (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
             (torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")),
         ]
 
 
-def _of_optimizer(optimizer: torch.optim.Optimizer | None) -> object:
-    if optimizer is None:
-        return None
+def _of_optimizer(optimizer: Optimizer) -> object:
     groups: Iterable[dict[str, object]] = optimizer.param_groups
     settings = [[x for key, x in group.items() if key not in ("params", "lr")] for group in groups]
     return id(optimizer.state), id(optimizer.param_groups), settings

@@ -6,14 +6,16 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from petra_zoo.errors import UserError
+from petra_zoo.petra.change_watch import ChangeWatch
 from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
 from petra_zoo.petra.host_reads import HostReads
 from petra_zoo.petra.rates import rates_of
 from petra_zoo.petra.tick import Lanes
+from petra_zoo.reversible.replay import units_that_draw
 
 _PLAIN = 2  # calls before the one that is watched
 
@@ -22,10 +24,12 @@ class GraphedStep:
     """A step that runs as ever for three calls, is captured in the fourth, and replayed from then on.
 
     It must do the same with the same tensors in every call, and clear its gradients itself. Inputs of another form than
-    in the call that was captured (a smaller last batch) run as ever. On the CPU all calls do.
+    in the call that was captured (a smaller last batch) run as ever; on the CPU all calls do. What replaces a tensor of
+    the model or of the optimizer's state, or a coupling, drops the graph.
 
     Args:
         step: takes tensors and gives one, such as the loss: forward, backward and, with `optimizer`, its update.
+        model: what it runs.
         optimizer: whose `step` it calls; schedules set its learning rate as ever.
         make_graph: an empty graph in the place of CUDA's.
 
@@ -39,7 +43,7 @@ class GraphedStep:
         ...     loss.backward()
         ...     optimizer.step()
         ...     return loss
-        >>> step = GraphedStep(step, optimizer)
+        >>> step = GraphedStep(step, model, optimizer)
         >>> for images, labels in loader:
         ...     loss = step(images, labels)
     """
@@ -47,32 +51,34 @@ class GraphedStep:
     def __init__(
         self,
         step: Callable[..., Tensor],
+        model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
         make_graph: Callable[[], Graph] | None = None,
     ) -> None:
-        self.step, self.optimizer, self.make_graph = step, optimizer, make_graph
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
-        on_gpu = make_graph is not None or any(p.is_cuda for p in self._parameters)
-        self._rates = rates_of(optimizer, self._parameters[0].device) if optimizer and on_gpu else None
-        if on_gpu and optimizer and self._rates is None:
+        self.step, self.model, self.make_graph = step, model, make_graph
+        device = next(model.parameters()).device
+        self._captures = make_graph is not None or device.type == "cuda"
+        self._rates = rates_of(optimizer, device) if optimizer and self._captures else None
+        if self._captures and optimizer and self._rates is None:
             raise UserError(
                 f"the update of {type(optimizer).__name__} cannot be captured: call optimizer.step() behind the step, "
                 "and leave it out here"
             )
+        self._watch = ChangeWatch(model.modules, [optimizer] if optimizer else [])
         self._forget()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.make_graph is None and not inputs[0].is_cuda:
+        if not self._captures:
             return self.step(*inputs)
-        if self._graph and self._addresses != self._addresses_now():
+        if self._watch.changed():
             self._forget()
         if self._graph is None:
             self._calls += 1
             if self._calls <= _PLAIN:
                 return self._run(inputs)
             if self._calls == _PLAIN + 1:
-                return self._watch(inputs)
+                return self._rehearse(inputs)
             self._capture(inputs)
         if [_form(x) for x in inputs] != self._forms:
             return self._run(inputs)
@@ -87,13 +93,22 @@ class GraphedStep:
             if self._rates:
                 stack.enter_context(self._rates.on_device())
             # Without its graph: what accumulates gradients would go on in the stream of an earlier call.
-            return self.step(*inputs).detach()
+            result = self.step(*inputs).detach()
+        self._watch.look()  # an update that is not replayed counts as a modification
+        return result
 
-    def _watch(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        with HostReads() as reads:
+    def _rehearse(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        numbers = [x for x in self.model.buffers() if x.ndim == 0]  # couplings: watched
+        with HostReads(numbers) as reads, units_that_draw() as drawing:
             result = self._run(inputs)
         if reads.found:
             raise UserError(f"the step cannot be captured: in it, {reads.found[0]}")
+        if drawing:
+            raise UserError(
+                "the step cannot be captured: its backward has to repeat random numbers of the forward (dropout or "
+                "stochastic depth in a reversible network); leave them out, set_memory('plain'), or take a Pipeline "
+                "of one stage with method='reversible', which can do it"
+            )
         return result
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
@@ -108,7 +123,7 @@ class GraphedStep:
             graph.capture(work, ())
         except RuntimeError as error:
             raise UserError(f"the step cannot be captured: {str(error).strip().splitlines()[0]}") from error
-        self._graph, self._addresses = graph, self._addresses_now()
+        self._graph = graph
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         assert self._graph
@@ -118,9 +133,6 @@ class GraphedStep:
             self._rates.refresh()
         self._graph.replay(())
         return self._output.clone()
-
-    def _addresses_now(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self._parameters))
 
 
 def _form(x: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]:

@@ -62,10 +62,8 @@ def host_read(func: torch._ops.OpOverload, operands: Sequence[Operand], result: 
     name = func.name()
     if name in _READS:
         return f"{name} {_READS[name]}"
-    devices = {x.device.type for x in tensors_in([*operands, result]) if x.ndim or "copy" in name}
-    if "copy" in name and len(devices) > 1:
-        return f"{name} moves a tensor between {' and '.join(sorted(devices))}"
-    return None
+    devices = {x.device.type for x in tensors_in([*operands, result])} if "copy" in name else set()
+    return f"{name} moves a tensor between {' and '.join(sorted(devices))}" if len(devices) > 1 else None
 
 
 def tensors_in(operands: Sequence[Operand]) -> Iterator[Tensor]:

@@ -39,6 +39,7 @@ def measure(
     repeats: int = 5,
     budget: float = 30.0,
     autocast: torch.dtype | None = None,
+    fed: torch.dtype | None = None,
 ) -> Profile:
     """Measures the units of a model on the device and with the number of threads it would be trained with.
 
@@ -53,6 +54,7 @@ def measure(
         repeats: how often every unit is timed.
         budget: seconds after which no other repeat is begun.
         autocast: run units under autocast to this type.
+        fed: type in which images are fed, and wait for their backward; default: the model's.
     """
     name = type(model).__name__
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or name
@@ -76,6 +78,9 @@ def measure(
         tuple(b + (c - b) // 2 * (batch_size - 2) for b, c in zip(of_two, of_four, strict=True))
         for of_two, of_four in zip(two, four, strict=True)
     ]
+    if fed is not None:
+        for walk in walks:
+            walk.input_bytes[0] = images.numel() * fed.itemsize
     return Profile(
         model=name,
         batch_size=batch_size,

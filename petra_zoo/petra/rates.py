@@ -23,15 +23,18 @@ class Rates:
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
-        self.optimizer = optimizer
-        self.values = [float(group["lr"]) for group in optimizer.param_groups]
-        self.tensors = [torch.tensor(value, dtype=torch.float32, device=device) for value in self.values]
+        self.optimizer, self.device = optimizer, device
+        self.values: list[float] = []
+        self.tensors: list[Tensor] = []
 
     def refresh(self) -> None:
         """Sets the numbers on the device to those of the schedule."""
         for i, group in enumerate(self.optimizer.param_groups):
             value = float(group["lr"])
-            if value != self.values[i]:
+            if i == len(self.values):  # a group that is new
+                self.values.append(value)
+                self.tensors.append(torch.tensor(value, dtype=torch.float32, device=self.device))
+            elif value != self.values[i]:
                 self.values[i] = value
                 self.tensors[i].fill_(value)
 

@@ -195,9 +195,11 @@ class Stage:
 
     def advance_schedule(self, updates: int) -> None:
         """Sets the learning rate for a number of updates so far, in whatever tick the stage's own come."""
+        if self.scheduler is None:
+            return
         if isinstance(self.scheduler, CountSchedule):
             self.scheduler.step_update(updates)
-        elif self.scheduler is not None:
+        else:
             # A stage behind schedule has not stepped its optimizer yet: torch would warn about the order. Its own mark
             # is private.
             vars(self.optimizer)["_opt_called"] = True

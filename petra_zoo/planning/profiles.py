@@ -51,7 +51,7 @@ def profile_of(
     check_image_size(model, name, min(size[1:]))
     images = batch_size or BATCH_SIZE
     try:
-        return measure(model.to(chosen), images, size)
+        return measure(model.to(chosen), images, size, fed=torch.uint8)  # as recipes feed them
     except UserError:
         raise
     except ValueError as error:  # a norm in train mode

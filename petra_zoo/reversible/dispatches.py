@@ -13,14 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from petra_zoo.reversible.operands import Operand
 
+# They compute nothing: on a GPU no kernel is launched. (What the host reads there is counted where it matters, by
+# `torch.cuda.set_sync_debug_mode`.)
+_FREE = ("aten.empty", "aten.new_empty", "aten._local_scalar_dense")
+
 
 class Dispatches(TorchDispatchMode):
     """Counts the operations that are dispatched inside, by name; those of backward passes too.
 
-    Operations as torch's kernels see them: one for all tensors of a `_foreach_` function, and views count.
+    Operations as torch's kernels see them: one for all tensors of a `_foreach_` function.
 
     Attributes:
-        counts: by name, such as ``aten.convolution.default``.
+        counts: by name, such as ``aten.convolution.default``; all of them.
+        operations: how many compute something: no views, no empty tensors, no values that the host reads.
 
     Example:
         >>> with Dispatches() as dispatches:
@@ -31,10 +36,11 @@ class Dispatches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.operations = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All that were dispatched."""
         return self.counts.total()
 
     def __torch_dispatch__(
@@ -46,4 +52,5 @@ class Dispatches(TorchDispatchMode):
     ) -> Operand:
         if func.namespace != "profiler":  # marks in a trace, which do nothing
             self.counts[str(func)] += 1
+            self.operations += not (func.is_view or str(func).startswith(_FREE))
         return func(*args, **(kwargs or {}))

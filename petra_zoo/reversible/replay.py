@@ -34,6 +34,29 @@ def set_generator_states(states: dict[str, Tensor]) -> None:
             torch.get_device_module(torch.device(name).type).set_rng_state(state, torch.device(name))
 
 
+_drawing: list[list[Held]] = []
+
+
+@contextmanager
+def units_that_draw() -> Iterator[list[Held]]:
+    """Gathers what is held by the units that draw random numbers in a recorded evaluation inside."""
+    drawing: list[Held] = []
+    _drawing.append(drawing)
+    try:
+        yield drawing
+    finally:
+        _drawing.remove(drawing)
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which no generator's state can be read; see `units_that_draw`."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _bytes(state: Tensor) -> bytes:
+    return bytes(state.numpy())
+
+
 @dataclass
 class Replay:
     """The surroundings of one evaluation of a unit, to be recreated for a later one."""
@@ -56,7 +79,7 @@ class Replay:
         kinds = ("cpu",) if device.type in ("cpu", "meta") else ("cpu", device.type)
         # The generators tell whether the unit draws. Its modules' types cannot (methods may be replaced, of an instance
         # or of a class, and functions too), and looking at them takes longer.
-        generators = generator_states(device)
+        generators = {} if _is_captured(device) else generator_states(device)
         held.begin()  # before the evaluation: a spectral norm's vectors or a counter move in it
         with RememberStatistics() as remembered:
             replay = cls(
@@ -68,9 +91,11 @@ class Replay:
             )
             yield replay
         held.evaluated()
-        now = generator_states(device)
-        if all(torch.equal(state, now[name]) for name, state in generators.items()):
+        now = generator_states(device) if generators else {}
+        if all(_bytes(state) == _bytes(now[name]) for name, state in generators.items()):
             replay.generators = {}  # the unit drew no random number
+        for drawing in _drawing:
+            drawing += [held] if replay.generators else []
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from petra_zoo.reversible.activation import Activation
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
+from petra_zoo.reversible.operands import Operand
 from petra_zoo.reversible.ownership import apart
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
@@ -294,8 +295,9 @@ def gradients_of(
     if not pairs or not wanted:
         return (None,) * len(wanted)
     ys, ds = zip(*pairs, strict=True)
-    edges = [x if isinstance(x, GradientEdge) else get_gradient_edge(x) for x in wanted]
-    return apart(torch.autograd.grad(ys, edges, ds, allow_unused=True), ds)
+    # Parameters as they are, for they are many and their edge is found by a view each.
+    inputs: list[Operand] = [x if isinstance(x, nn.Parameter | GradientEdge) else get_gradient_edge(x) for x in wanted]
+    return apart(torch.autograd.grad(ys, inputs, ds, allow_unused=True), ds)
 
 
 def _has_graph(y: Differentiable) -> bool:

@@ -41,7 +41,8 @@ def profile_for_run(
     if recipe.balance == "operations" or given or (recipe.balance == "auto" and world.size == 1):
         return None
     measured = copy.deepcopy(model).to(world.device)
-    return measure(measured, recipe.batch_size, preprocessing.input_size, autocast=autocast_type(recipe))
+    autocast = autocast_type(recipe)
+    return measure(measured, recipe.batch_size, preprocessing.input_size, autocast=autocast, fed=torch.uint8)
 
 
 def share_profile(found: Profile | None, world: World) -> Profile | None:

@@ -114,6 +114,7 @@ def test_time_in_which_something_runs_counts_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_all_sections_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
     sections = ("facts", "step", "tick", "side_by_side", "cpu")

@@ -172,7 +172,7 @@ def test_an_optimizer_that_cannot_be_captured_updates_outside(
 ) -> None:
     options: dict[str, Any] = {"optimizer": optimizer, "scheduler": lambda _: None, "accumulation_steps": 2}
     captured, plain = (pipeline_of("petra", 2, on, **options) for on in (True, False))
-    assert_same(captured, plain, [batches(*[4] * 16)])
+    assert_same(captured, plain, [batches(*[4] * 12)])
     assert replayed(captured) > 2
     said = [record.getMessage() for record in caplog.records if "outside" in record.getMessage()]
     assert len(said) == (0 if inside else 1)

@@ -4,11 +4,13 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import Lion
 from torch import Tensor, nn
 
+import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.errors import UserError
 from petra_zoo.petra import GraphedStep
 from tests.petra.fake_graph import FakeGraph
@@ -27,7 +29,7 @@ def loop(graphed: bool, sizes: list[int], rates: list[float]) -> list[Any]:
         optimizer.step()
         return loss.detach()
 
-    run = GraphedStep(step, optimizer, make_graph=FakeGraph) if graphed else step
+    run = GraphedStep(step, model, optimizer, make_graph=FakeGraph) if graphed else step
     losses = []
     for size, rate in zip(sizes, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
@@ -51,7 +53,7 @@ def test_a_replay_is_no_call_until_the_weights_have_moved() -> None:
         calls.append(len(x))
         return model(x).sum().detach()
 
-    run = GraphedStep(step, optimizer, make_graph=FakeGraph)
+    run = GraphedStep(step, model, optimizer, make_graph=FakeGraph)
     data = torch.randn(6, 5, 3)
     for x in data:
         run(x)
@@ -59,6 +61,9 @@ def test_a_replay_is_no_call_until_the_weights_have_moved() -> None:
     model.weight.data = copy.deepcopy(model.weight.data) + 1
     assert torch.equal(run(data[0]), model(data[0]).sum())
     assert len(calls) == 5
+    model.load_state_dict(model.state_dict())
+    run(data[0])
+    assert len(calls) == 6
 
 
 def test_what_cannot_be_captured_is_told() -> None:
@@ -69,15 +74,46 @@ def test_what_cannot_be_captured_is_told() -> None:
         assert loss.item() < 1e9
         return loss
 
-    run = GraphedStep(reads, make_graph=FakeGraph)
+    run = GraphedStep(reads, model, make_graph=FakeGraph)
     for _ in range(2):
         run(torch.randn(5, 3))
     with pytest.raises(UserError, match="_local_scalar_dense reads a value"):
         run(torch.randn(5, 3))
     with pytest.raises(UserError, match="the update of Lion cannot be captured"):
-        GraphedStep(reads, Lion(model.parameters()), make_graph=FakeGraph)
+        GraphedStep(reads, model, Lion(model.parameters()), make_graph=FakeGraph)
+
+
+@pytest.mark.parametrize(("drop_path", "memory"), [(0.0, "reversible"), (0.5, "plain")])
+def test_a_reversible_network_can_be_captured_where_its_backward_repeats_no_random_numbers(
+    drop_path: float, memory: str
+) -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=4, drop_path_rate=drop_path).train()
+    model.set_memory(memory)
+
+    def step(x: Tensor) -> Tensor:
+        model.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    run, x = GraphedStep(step, model, make_graph=FakeGraph), torch.randn(2, 3, 8, 8)
+    for _ in range(5):
+        found = run(x)
+    assert torch.isfinite(found)
+    if not drop_path:
+        assert torch.equal(found, step(x).detach())
+
+
+def test_random_numbers_that_have_to_be_repeated_are_refused() -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=4, drop_path_rate=0.5).train()
+    run = GraphedStep(lambda x: model(x).sum(), model, make_graph=FakeGraph)
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        run(x)
+    with pytest.raises(UserError, match="repeat random numbers"):
+        run(x)
 
 
 def test_on_the_cpu_it_is_the_step_itself() -> None:
-    run = GraphedStep(lambda x: x * 2)
+    run = GraphedStep(lambda x: x * 2, nn.Linear(1, 1))
     assert [float(run(torch.tensor(float(n)))) for n in range(6)] == [2.0 * n for n in range(6)]

@@ -15,7 +15,7 @@ from petra_zoo.bench.gpu.device import release
 from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
 from petra_zoo.bench.gpu.steps import StepBench, StepCase, generators_unread, reason
 from petra_zoo.bench.gpu.ticks import Capture, TickCase, measure_side_by_side, measure_tick
-from petra_zoo.bench.gpu.ways import BUDGETS, CHECKPOINTED, PLAIN, Network, our_ways
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, compiled_within, our_ways
 from petra_zoo.bench.results import Results, Trial
 from petra_zoo.bench.steps import number_of
 from petra_zoo.errors import Failure
@@ -24,12 +24,6 @@ from petra_zoo.strict_json import JsonObject
 SECTIONS = ("facts", "step", "tick", "side_by_side", "tests")
 METHODS = ("petra", "backprop", "reversible", "dsp", "delayed")
 STAND_INS = "cpu"  # the section that needs no GPU, and comes only when it is asked for
-_SLOW = (
-    "timm, saved tensors on the host",
-    f"{our_ways()[0]}, compiled",
-    "timm, compiled",
-    *(f"timm, compiled, budget {budget:g}" for budget in BUDGETS),
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,8 @@ class GpuStudy(BuiltInStudy):
 
     Attributes:
         sections: which parts of it.
-        steps: networks, in order of worth; of the first one also contenders that take minutes.
+        steps: networks, in order of worth; of the first one also ways that take minutes.
+        budgets: of activation memory, for torch.compile.
         ticks: network, height of images, images of a micro-batch.
         side_by_side: network, height of images, and several such batches.
     """
@@ -50,6 +45,7 @@ class GpuStudy(BuiltInStudy):
         StepCase(Network("resnet152")),
         StepCase(Network("vit_large_patch16_224")),
     )
+    budgets: tuple[float, ...] = (0.8, 0.5, 0.2)
     ticks: tuple[tuple[str, int, int], ...] = (("petra_revnet50", 224, 64), ("petra_revnet18_cifar", 32, 128))
     side_by_side: tuple[str, int, tuple[int, ...]] = ("petra_revnet18_cifar", 32, (16, 32, 64, 128, 256))
     _bench: list[StepBench] = field(default_factory=list, compare=False)
@@ -60,7 +56,7 @@ class GpuStudy(BuiltInStudy):
         vit = Network("vit_tiny_patch16_224", 32, 10, {"embed_dim": 16, "num_heads": 2, "depth": 3})
         steps = tuple(StepCase(network, (2, 4), rounds=1) for network in (resnet, vit))
         ticks, beside = (("petra_revnet_tiny", 8, 2),), ("petra_revnet_tiny", 8, (2,))
-        return cls(steps=steps, ticks=ticks, side_by_side=beside, quick=True)
+        return cls(steps=steps, budgets=(0.5,), ticks=ticks, side_by_side=beside, quick=True)
 
     def command(self, trial: Trial) -> str:
         return f"python benchmarks/gpu.py {trial.settings['section']}{' --quick' if self.quick else ''}"
@@ -87,7 +83,8 @@ class GpuStudy(BuiltInStudy):
         yield from (_step(each, name) for each in transformers for name in core)
         yield from self._ticks(METHODS[2:])
         yield from (_step(each, name) for each in networks for name in (*wide, "timm, selective checkpointing"))
-        yield from (_step(networks[0], name) for name in _SLOW)
+        compiled = (f"{our_ways()[0]}, compiled", "timm, compiled", *map(compiled_within, self.budgets))
+        yield from (_step(networks[0], name) for name in ("timm, saved tensors on the host", *compiled))
         yield Trial("pytest -m gpu", 0, {"section": "tests"})
         for resnet in resnets:
             yield Trial("live bytes", 0, {"section": STAND_INS, "network": resnet.name})

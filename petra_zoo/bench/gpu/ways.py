@@ -7,7 +7,7 @@ All contenders of a network have its parameters (no trained weights) and see the
     timm, selective checkpointing          convolutions, products and attention stored, all else of a block recomputed
     timm, saved tensors on the host        `torch.autograd.graph.save_on_cpu`, pinned
     timm, compiled                         `torch.compile`, as it comes
-    timm, compiled, budget .5              the same with half of its `activation_memory_budget`
+    timm, compiled, budget 0.5             the same with half of its `activation_memory_budget`
     petra-zoo, plain                       the reversible network with ordinary autograd
     petra-zoo, reversible                  no activations stored inside runs
 
@@ -40,7 +40,6 @@ from petra_zoo.reversible import StreamKind
 from petra_zoo.settings.merging import nearest
 
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
-BUDGETS = (0.8, 0.5, 0.2)
 STREAMS: tuple[StreamKind, ...] = get_args(StreamKind)
 
 
@@ -87,6 +86,11 @@ def our_ways() -> list[str]:
     return [f"petra-zoo, {memory}, {kind}" for kind in kinds for memory in ("reversible", "plain")]
 
 
+def compiled_within(budget: float | str) -> str:
+    """The name of the way with a part, between 0 and 1, of what torch.compile would store."""
+    return f"timm, compiled, budget {budget}"
+
+
 def find_way(name: str) -> Way:
     """By its name.
 
@@ -99,13 +103,14 @@ def find_way(name: str) -> Way:
         "timm, selective checkpointing": Way(_selective),
         "timm, saved tensors on the host": Way(_timm, _on_the_host, capturable=False),  # it waits for copies
         "timm, compiled": Way(_compiled),
-        **{f"timm, compiled, budget {budget:g}": Way(_compiled, partial(_budget, budget)) for budget in BUDGETS},
     }
     memories: tuple[Memory, ...] = ("plain", "reversible")
     for memory, kind in product(memories, STREAMS):
         ours = f"petra-zoo, {memory}" + (f", {kind}" if kind != "auto" else "")
         known[ours] = Way(partial(_ours, memory, kind, False))
         known[f"{ours}, compiled"] = Way(partial(_ours, memory, kind, True))
+    if name.startswith(within := compiled_within("")):
+        return Way(_compiled, partial(_budget, float(name.removeprefix(within))))
     if name not in known:
         raise UserError(f"no way is called '{name}'; did you mean '{nearest(name, known)}'?")
     return known[name]
