@@ -199,6 +199,23 @@ def test_captured_ticks_of_compiled_branches_compute_the_bits_of_uncaptured_ones
     assert found[0] == found[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_on_a_gpu_forward_and_reversal_compute_the_same_bits(autocast: torch.dtype | None) -> None:
+    torch._dynamo.utils.counters.clear()
+    block, x = Block(16).cuda(), torch.randn(8, 16, 12, 12, device="cuda")
+    compile_branches(block, CompileOptions())
+    unit, shift = block.unit(True), torch.randn_like(x)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast is not None):
+        with torch.no_grad():
+            forward = unit.branch(x) + shift
+        with unit.untouched(), torch.enable_grad():
+            again = unit.branch((x * 1.0).requires_grad_()) + shift
+    assert torch.equal(forward, again)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_in_evaluation_and_under_hooks_a_branch_runs_as_operations() -> None:
     (block,) = blocks_of(1, True)
     with torch.no_grad():

@@ -231,3 +231,7 @@ def test_a_setting_that_stands_twice_is_refused(tmp_path: Path, text: str) -> No
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match="stands twice"):
         load_recipe(str(tmp_path / "own.yaml"))
+
+
+def test_compiled_branches_and_synchronised_norms_exclude_each_other() -> None:
+    assert "compile and sync_bn are both set" in refusal("compile=true", "sync_bn=true")
