@@ -19,7 +19,7 @@ def on_device(
     timm's `PrefetchLoader` normalises what it has copied; here images stay bytes until the network wants them.
 
     Args:
-        batches: from page-locked memory where they go to a GPU, or the copy waits for what the GPU computes.
+        batches: best from page-locked memory where they go to a GPU; else they are copied there first.
         device: where to.
         memory_format: of the images.
     """
@@ -47,5 +47,11 @@ def _one_ahead(batches: Iterable[Batch], device: torch.device, memory_format: to
 
 def _to(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> Batch:
     (images, *others), labels = batch
-    images = images.to(device, memory_format=memory_format, non_blocking=True)
-    return (images, *(x.to(device, non_blocking=True) for x in others)), labels.to(device, non_blocking=True)
+
+    def to(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+        # Mixed labels are made in this process, in ordinary memory, from which a large copy would make the host wait.
+        if device.type == "cuda" and x.is_cpu and not x.is_pinned():
+            x = x.pin_memory()
+        return x.to(device, memory_format=memory_format, non_blocking=True)
+
+    return (to(images, memory_format), *map(to, others)), to(labels)
