@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def on_device(
 
 
 def _one_ahead(batches: Iterable[Batch], device: torch.device, memory_format: torch.memory_format) -> Iterator[Batch]:
-    copying = torch.cuda.Stream(device)
+    copying = _copy_stream(device)
     ready: Batch | None = None
     for batch in batches:
         # The copy may go into memory that the consumer has given back: its work on it, queued by now, has to end first.
@@ -43,6 +44,12 @@ def _one_ahead(batches: Iterable[Batch], device: torch.device, memory_format: to
         ready = coming
     if ready is not None:
         yield ready
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: memory that was allocated on a stream serves that stream alone again."""
+    return torch.cuda.Stream(device)
 
 
 def _to(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> Batch:
