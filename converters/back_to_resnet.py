@@ -13,7 +13,7 @@ from petra_zoo.models import PetraRevNet
 from petra_zoo.models.classifier import as_classifier, config_of
 from petra_zoo.models.layer_arguments import Arguments, from_words, to_words
 
-_REVERSIBLE_ONLY = {"coupling", "anchor_every", "exact", "exact_bits"}
+_REVERSIBLE_ONLY = {"coupling", "anchor_every", "exact", "exact_bits", "streams"}
 _GIVEN_ANYWAY = {"num_classes", "in_chans", "dtype", "device"}
 
 
@@ -45,7 +45,9 @@ def to_resnet(model: nn.Module) -> ResNet:
     if any(layer.grid for layer in model.coupled_layers()):
         raise UserError(f"{name} rounds its branches (exact=True), a plain ResNet does not: convert without --exact")
     source = _build(name, model)
-    source.load_state_dict({key: x for key, x in model.state_dict().items() if not key.endswith(".coupling")})
+    source.load_state_dict(
+        {key: x for key, x in model.state_dict().items() if not key.endswith((".coupling", ".exponent"))}
+    )
     return source.eval()
 
 

@@ -69,7 +69,7 @@ def fit_weights(weights: dict[str, Tensor], network: nn.Module, source: str, arc
     # Counters that old checkpoints do not have; torch starts them at 0.
     missing = [key for key in missing if not key.endswith(".num_batches_tracked")]
     wrong = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
-    if any(key.endswith(".coupling") for key in extra):
+    if any(key.endswith((".coupling", ".exponent")) for key in extra):
         raise UserError(f"{source} holds couplings, it is reversible already: convert the ResNet it came from")
     problems = [f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", extra)) if keys]
     if wrong:

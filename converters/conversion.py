@@ -17,8 +17,8 @@ from petra_zoo.converters.reestimation import re_estimate
 from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
-from petra_zoo.models.coupled_layer import check_coupling
 from petra_zoo.models.petra_revnet import LAYERS
+from petra_zoo.models.run_buffers import check_coupling
 
 EXACT_BITS = 12  # PetraRevNet's default grid
 TOLERANCE = 1e-4  # relative error of a reconstructed input

@@ -79,10 +79,11 @@ class InversionTrial:
             found = states[-1]
             with batch_statistics(self._layer, training), torch.no_grad():
                 for i in reversed(range(len(self._units))):
-                    found = self._units[i].reverse(found, (None, None), []).inputs
+                    unit = self._units[i]
+                    found = unit.reverse(found, (None, None), []).inputs
                     if anchor_every and i and i % anchor_every == 0:
                         found = states[i]
-                    pairs = zip(found, states[i], strict=True)
+                    pairs = zip(unit.values(found), unit.values(states[i]), strict=True)
                     worst = max([worst, *(_relative_error(x, expected) for x, expected in pairs)])
                     if worst > tolerance:
                         return worst

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock, Coupling, StreamType, advance, couple, coupled
-from petra_zoo.reversible.stream_type import to_carrier, to_grid
+from petra_zoo.reversible.stream_type import scripted_snap, scripted_sum, to_carrier, widened
 
 
 class CoupledBlock(BranchBlock):
@@ -30,6 +30,17 @@ class CoupledBlock(BranchBlock):
 
     def activate(self, b: Tensor) -> Tensor:
         """The activation behind the block."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def rectifies(self) -> bool:
+        """Whether the activation behind the block is relu, with nobody listening."""
+        act = self.last_activation()
+        return type(act) is nn.ReLU and not (act._forward_hooks or act._forward_pre_hooks)
+
+    @torch.jit.unused
+    def last_activation(self) -> nn.Module:
+        """The module of the activation behind the block."""
         raise NotImplementedError
 
     @torch.jit.unused
@@ -62,13 +73,12 @@ class CoupledBlock(BranchBlock):
         shortcut = x
         if self.downsample is not None:
             shortcut = self.downsample(h)
-        b = advance(to_carrier(shortcut, kind), self.branch(h), 0.0 if a is None else g)
-        if kind == "bfloat16":
-            b = to_carrier(b, kind)
-        if grid > 0.0:
-            b = to_grid(b, grid)
+        shortcut = to_carrier(shortcut, kind)
+        if kind == "fixed16":
+            shortcut = widened(shortcut)
+        b = scripted_snap(advance(shortcut, self.branch(h), 0.0 if a is None else g), kind, grid)
         if a is not None:
-            b = couple(b, a, g)
+            b = scripted_sum(couple(b, a, g), kind, grid)
         return self.activate(b) if g == 0.0 else b
 
 
@@ -89,6 +99,10 @@ class CoupledBasicBlock(CoupledBlock, BasicBlock):
     def activate(self, b: Tensor) -> Tensor:
         return self.act2(b)
 
+    @torch.jit.unused
+    def last_activation(self) -> nn.Module:
+        return self.act2
+
 
 class CoupledBottleneck(CoupledBlock, Bottleneck):
     """timm's Bottleneck as a coupled block."""
@@ -107,6 +121,10 @@ class CoupledBottleneck(CoupledBlock, Bottleneck):
 
     def activate(self, b: Tensor) -> Tensor:
         return self.act3(b)
+
+    @torch.jit.unused
+    def last_activation(self) -> nn.Module:
+        return self.act3
 
 
 def is_zero(g: Coupling) -> bool:

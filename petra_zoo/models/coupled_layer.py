@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Optional, Self, overload
+from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock, couple_block, is_coupled, is_zero
-from petra_zoo.models.layer_parts import Enter, Foreign, Leaving, Merge, Opening, first_stream
+from petra_zoo.models.layer_parts import (
+    Behind,
+    Enter,
+    Foreign,
+    InFront,
+    LastActivation,
+    Leaving,
+    Merge,
+    Opening,
+    first_stream,
+    unchanged,
+)
 from petra_zoo.models.memory_modes import Memory, saves_memory
+from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.reversible import (
-    COUPLING_STEPS,
     CoupledUnit,
     Coupling,
     FunctionUnit,
     StreamKind,
-    StreamType,
+    Streams,
     Unit,
     backpropagate,
     merge,
-    nearest_coupling,
-    readable,
+    needs_plain_path,
 )
-from petra_zoo.reversible.reading import BufferReading
-from petra_zoo.reversible.stream_type import check_kind, scripted_kind, to_carrier, to_grid
+from petra_zoo.reversible.stream_type import scripted_kind, scripted_snap, to_carrier
 
 
 class Position(NamedTuple):
@@ -39,12 +47,13 @@ class Position(NamedTuple):
     run_index: int  # 0: starts its run
 
 
-class CoupledLayer(nn.Sequential):
+class CoupledLayer(RunBuffers):
     """A ResNet layer whose blocks, behind the down-sampling one, form a run of coupled blocks.
 
     Takes and gives activations [B, C, H, W], like timm's layers: the run starts and ends inside. In train mode it
     stores no activations inside the run (see `memory`). The coupling is a buffer, in the state dict as ``coupling``;
-    a state dict without one is a plain ResNet's and sets it to 0. Blocks may be removed, replaced, appended and sliced
+    a state dict without one is a plain ResNet's and sets it to 0. Beside it lies ``exponent``: the grid of fixed16
+    streams is 2**-exponent (8 where a state dict has none). Blocks may be removed, replaced, appended and sliced
     like those of timm's layers: what is no coupled block (`couple_block` makes one) counts as a unit without an
     inverse, and ends the run before it.
 
@@ -58,7 +67,6 @@ class CoupledLayer(nn.Sequential):
     """
 
     if TYPE_CHECKING:
-        coupling: Tensor
 
         def __iter__(self) -> Iterator[CoupledBlock]: ...  # or what somebody has put in a block's place
 
@@ -71,78 +79,12 @@ class CoupledLayer(nn.Sequential):
         grid: float = 0.0,
         streams: StreamKind = "auto",
     ) -> None:
-        super().__init__(*(couple_block(block) for block in blocks))
+        super().__init__([couple_block(block) for block in blocks], coupling, grid, streams)
         # Whether block 0 is in the run (TorchScript: an attribute).
         first = self[0]
         self.starts = behind_stem and first.downsample is None and _idempotent(first.activate)
         self.anchor_every = anchor_every
-        self.grid = grid
         self.memory: Memory = "reversible"
-        self.kind: str  # TorchScript knows no literals
-        self.set_streams(streams)
-        self.asked_for = coupling
-        g = check_coupling(1.0 if coupling is None else coupling)
-        self._g = BufferReading(g, nearest_coupling)
-        weight = next(self.parameters())
-        self.register_buffer("coupling", torch.full((), g, device=weight.device, dtype=weight.dtype))
-
-    @torch.jit.unused
-    def streams(self) -> StreamType:
-        """The type of the layer's streams: what `auto` stands for now is decided."""
-        return StreamType(self.grid, check_kind(self.kind)).now(lambda: self._g.latest(self.coupling), self)
-
-    @torch.jit.unused
-    def set_streams(self, kind: StreamKind) -> None:
-        """Chooses what carries the streams.
-
-        Raises:
-            UserError: no such kind, or one without a place for the grid of exact inversion.
-        """
-        if check_kind(kind) == "bfloat16" and self.grid > 0.0:
-            raise UserError("exact=True rounds float32 streams to a grid: leave streams out, or use exact=False")
-        self.kind = kind
-
-    # -- the coupling ---------------------------------------------------------------------------------------------
-
-    @torch.jit.unused
-    def g(self) -> float:
-        """The coupling as a number, read back from the buffer; on a GPU, only when its version tells that it changed.
-
-        Writes through ``buffer.data`` change no version: a GPU's are seen after the next other write.
-
-        Raises:
-            ValueError: the buffer's value is not between 0 and 1.
-        """
-        return self._g.now(self.coupling)
-
-    @torch.jit.unused
-    def _coupling_now(self) -> Coupling:
-        """g as a number where it can be read, else as a tensor.
-
-        A compiled, traced or exported network reads the buffer each time it runs; torch.func's transforms put tensors
-        in the buffer's place that have no single value.
-        """
-        buffer = self.coupling
-        if readable(buffer) or buffer.is_meta:
-            return self.g()
-        g = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
-        return torch.round(g * COUPLING_STEPS) / COUPLING_STEPS
-
-    @torch.jit.unused
-    def set_coupling(self, g: float) -> None:
-        """Sets g, a multiple of 1/256 in [0, 1]."""
-        with torch.no_grad():
-            self.coupling.fill_(check_coupling(g))
-        self._g.value = g
-
-    @torch.jit.unused
-    def reset_coupling(self) -> None:
-        """Sets g as a newly built layer has it."""
-        self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.g()  # on the meta device it could not be read any more
-        return super()._apply(fn, recurse)
 
     if TYPE_CHECKING:
 
@@ -190,21 +132,25 @@ class CoupledLayer(nn.Sequential):
         else:
             if saves_memory(self, h):
                 return self._forward_units(h)
+            if self._packs(h):
+                return self._forward_packed(h)
             g = self._coupling_now()
         return self._forward_plainly(h, g)
 
     def _forward_plainly(self, h: Tensor, g: Coupling) -> Tensor:
         """The blocks one after the other, as ordinary operations; the one copy of the loop that TorchScript has."""
         dtype = h.dtype
-        kind = "float32"
+        kind, grid = "float32", self.grid
         if torch.jit.is_scripting():  # it knows no `StreamType`
             kind = scripted_kind(self.kind, float(g), self.grid, dtype)
+            if kind == "fixed16":
+                grid = float(torch.pow(torch.tensor(2.0), -self.exponent.float()))
             b = to_carrier(h, kind)
-            if self.grid > 0.0 and self.starts:
-                b = to_grid(b, self.grid)
+            if self.starts:
+                b = scripted_snap(b, kind, grid)
         else:
-            streams = self.streams()
-            b = self.enter(h)
+            streams = self.streams().as_floats()
+            b = streams.enter(h) if self.starts else streams.carry(h)
         h = b
         a: Optional[Tensor] = None  # noqa: UP045 - TorchScript; inside a run, the stream a and act(a)
         h_before: Optional[Tensor] = None  # noqa: UP045
@@ -216,7 +162,7 @@ class CoupledLayer(nn.Sequential):
                     a = None
                     h_before = None
                 if torch.jit.is_scripting():
-                    out = block.scripted(h, a, g, kind, self.grid)
+                    out = block.scripted(h, a, g, kind, grid)
                 else:
                     out = block(h, a, g, streams)
                 if is_zero(g):
@@ -234,9 +180,9 @@ class CoupledLayer(nn.Sequential):
                     a = None
                     h_before = None
                 if torch.jit.is_scripting():
-                    b = to_carrier(block(h.to(dtype)), kind)
+                    b = scripted_snap(to_carrier(block(h.to(dtype)), kind), kind, grid)
                 else:
-                    b = streams.carry(block(streams.for_branch(h, block)))
+                    b = streams.enter(block(streams.for_branch(h, block)))
                 h = b
         if h_before is not None:
             h = merge(h, h_before, g)
@@ -254,8 +200,22 @@ class CoupledLayer(nn.Sequential):
         return backpropagate(units, (self.enter(h),), reconstruct=self.memory == "reversible")[0]
 
     @torch.jit.unused
+    def _packs(self, h: Tensor) -> bool:
+        """Whether activations are stored, and streams may be bits: half as wide, where nobody looks."""
+        packs = self.memory == "plain" and self.training and self.streams().kind == "fixed16"
+        return packs and not needs_plain_path(self, h)
+
+    @torch.jit.unused
+    def _forward_packed(self, h: Tensor) -> Tensor:
+        units, leave = self.units("layer", first_stream)
+        streams: Streams = (self.enter(h),)
+        for unit in units:
+            streams = unit(*streams)
+        return leave(*streams)
+
+    @torch.jit.unused
     def enter(self, h: Tensor) -> Tensor:
-        """The stream b that an activation becomes in front of the layer."""
+        """The stream b that an activation becomes in front of the layer's first unit."""
         streams = self.streams()
         return streams.enter(h) if self.starts else streams.carry(h)
 
@@ -289,7 +249,7 @@ class CoupledLayer(nn.Sequential):
             The units, and what turns the last one's streams into the activation [B, C, H, W] that the layer hands on.
         """
         units: list[Unit] = []
-        before: Enter = enter  # from the streams in front of a block to its h
+        before: Enter = enter if self.starts else InFront(enter, self.streams)  # from the streams in front to h
         for key, block, in_run, run_index in self.positions():
             unit = f"{name}.{key}"
             if in_run and is_coupled(block):
@@ -297,77 +257,21 @@ class CoupledLayer(nn.Sequential):
                     unit,
                     block,
                     branch=block.run_branch,
-                    activate=before.behind if isinstance(before, Merge) and run_index > 0 else before,
+                    activate=before.activate if isinstance(before, Behind | Merge) else before,
                     coupling=self.g,
                     starts=run_index == 0,
                     anchor=self.anchor_every > 0 and run_index > 0 and run_index % self.anchor_every == 0,
                     streams=self.streams,
                 )
                 units.append(coupled_unit)
-                before = Merge(block.activate, coupled_unit.activate, self.g)
+                before = Merge(LastActivation(block), coupled_unit.activate, self.g, self.streams)
             elif is_coupled(block):
                 units.append(Opening(block, before, self.streams).unit(unit))
-                before = block.activate
+                before = Behind(LastActivation(block), self.streams)
             else:
-                units.append(FunctionUnit(unit, Foreign(block, before, self.streams), {"block": block}))
-                before = first_stream
+                units.append(FunctionUnit(unit, Foreign(block, before, self.streams), {"block": block}, self.streams))
+                before = Behind(unchanged, self.streams)
         return units, Leaving(self, before, self.streams)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: Mapping[str, int],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "coupling"
-        if key not in state_dict and self._is_in(state_dict, prefix):
-            # A plain ResNet's layer: the ResNet's function. On the weights' device: with assign=True it stays there.
-            like = next(value for name, value in state_dict.items() if name.startswith(prefix))
-            state_dict[key] = torch.zeros((), device=like.device, dtype=self.coupling.dtype)
-        g = None
-        if key in state_dict and not state_dict[key].is_meta:
-            try:  # an average of state dicts: off by a rounding error, or between two couplings
-                g = nearest_coupling(float(state_dict[key]))
-            except ValueError as error:
-                error_msgs.append(f"{key}: {error}")
-                return
-            state_dict[key] = torch.full_like(state_dict[key], g)
-        if self.asked_for is not None and g is not None and g != self.asked_for:
-            error_msgs.append(
-                f"{key} is {g:g} in the checkpoint (0: a plain ResNet), but the model was built "
-                f"with coupling={self.asked_for:g}: leave coupling out, or convert the checkpoint"
-            )
-            return
-        if g is not None:
-            self._g.value = g
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    @torch.jit.unused
-    def _is_in(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
-        """Whether a state dict holds most of the layer's weights, and of its buffers too where there are some.
-
-        One that holds parameters alone, or a few of them, says nothing of the coupling.
-        """
-        parameters = [prefix + name in state_dict for name, _ in self.named_parameters()]
-        buffers = [prefix + name in state_dict for name, _ in self.named_buffers() if name != "coupling"]
-        return any(parameters) and all(2 * sum(found) >= len(found) for found in (parameters, buffers))
-
-
-def check_coupling(g: float) -> float:
-    """Returns g.
-
-    Raises:
-        UserError: g is not a multiple of 1/256 in [0, 1].
-    """
-    if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
-        raise UserError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
-    return float(g)
 
 
 def _idempotent(activate: Callable[[Tensor], Tensor]) -> bool:

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.reversible import ForkedUnit, FunctionUnit, Streams, StreamType, Unit, merge
+from petra_zoo.reversible.stream_type import rectifies
 
 Enter = Callable[..., Tensor]  # what a unit makes of the streams it gets: the activation h [B, C, H, W]
 
 
 def first_stream(*streams: Tensor) -> Tensor:
     return streams[0]
+
+
+def unchanged(b: Tensor) -> Tensor:
+    return b
 
 
 @dataclass(frozen=True)
@@ -32,8 +37,8 @@ class Opening:
         """The block as a unit."""
         modules: dict[str, nn.Module] = {"block": self.block}
         if getattr(type(self.block), "coupled_step", None) is not CoupledBlock.coupled_step:
-            return FunctionUnit(name, self, modules)  # somebody's own sum
-        return ForkedUnit(name, self, modules, self.enter, (self._shortcut, self._branch))
+            return FunctionUnit(name, self, modules, self.kind)  # somebody's own sum
+        return ForkedUnit(name, self, modules, self.enter, (self._shortcut, self._branch), self.kind)
 
     def _shortcut(self, h: Tensor) -> Tensor:
         project, kind = self.block.downsample, self.kind()
@@ -55,7 +60,38 @@ class Foreign:
         h = self.enter(*streams)
         h = h.clone() if h is streams[0] else h  # it may write into its argument, not into a stream
         kind = self.kind()
-        return (kind.carry(self.block(kind.for_branch(h, self.block))),)
+        return (kind.enter(self.block(kind.for_branch(h, self.block))),)
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Behind a block without an inverse, or a module that knows no streams: from its stream b to the activation h.
+
+    Attributes:
+        activate: the activation behind it.
+        kind: reads the type of its stream.
+    """
+
+    activate: Callable[[Tensor], Tensor]
+    kind: Callable[[], StreamType]
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        return self.kind().activated(streams[0], self.activate)
+
+
+@dataclass(frozen=True)
+class LastActivation:
+    """The activation behind a block, found when it is called: the block may have been given another one."""
+
+    block: CoupledBlock
+
+    def __call__(self, b: Tensor) -> Tensor:
+        return self.block.activate(b)
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether it is relu and nothing else."""
+        return self.block.rectifies()
 
 
 @dataclass(frozen=True)
@@ -63,18 +99,37 @@ class Merge:
     """The end of a run: from the streams behind a block of it to the activation h.
 
     Attributes:
-        behind: the activation behind the block.
+        activate: the activation behind the block.
         in_front: the one in front of it, which made h of the stream that is now a.
         coupling: reads g.
+        kind: reads the streams' type.
     """
 
-    behind: Callable[[Tensor], Tensor]
-    in_front: Enter
+    activate: LastActivation
+    in_front: Callable[[Tensor], Tensor]
     coupling: Callable[[], float]
+    kind: Callable[[], StreamType]
 
     def __call__(self, *streams: Tensor) -> Tensor:
-        h = self.behind(streams[0])
-        return h if len(streams) == 1 else merge(h, self.in_front(streams[1]), self.coupling())
+        kind = self.kind()
+        if len(streams) == 1:
+            return kind.activated(streams[0], self.activate)
+        b, a = streams
+        if rectifies(self.activate) and rectifies(self.in_front):
+            if (mean := kind.mean_rectified(b, a, self.activate.block)) is not None:  # g is 1
+                return mean
+        return merge(kind.activated(b, self.activate), kind.activated(a, self.in_front), self.coupling())
+
+
+@dataclass(frozen=True)
+class InFront:
+    """The first unit of a layer: from what the layer before hands on to the activation h, as this layer carries it."""
+
+    enter: Enter
+    kind: Callable[[], StreamType]
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        return self.kind().carry(self.enter(*streams))
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,9 @@ class MemoryModes:
         """Chooses what carries the streams, in this network and in copies that are saved.
 
         Args:
-            streams: ``'float32'``; ``'bfloat16'``: half the memory, and rounded once per block; ``'auto'``: float32,
-                but where branches compute in bfloat16 (autocast or weights) a 16-bit kind, unless 0 < g < 1.
+            streams: ``'float32'``; ``'bfloat16'``: half the memory, and rounded once per block; ``'fixed16'``: a grid
+                in 16 bits, whose inverse is exact to the bit, for g = 1; ``'auto'``: float32, but where branches
+                compute in bfloat16 (autocast or weights) fixed16 at g = 1 and bfloat16 at g = 0.
 
         Raises:
             UserError: no such kind, or one that does not go with exact inversion.

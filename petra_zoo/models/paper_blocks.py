@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petra_zoo.reversible import BranchBlock, StreamType, coupled
-from petra_zoo.reversible.stream_type import check_kind, scripted_kind, to_carrier
+from petra_zoo.reversible.stream_type import check_kind, compute_type, scripted_kind, to_carrier
 
 Device = torch.device | str | None
 
@@ -40,7 +40,10 @@ class WeightsType(nn.Module):
     @torch.jit.unused
     def streams(self) -> StreamType:
         """The type of the streams: what `auto` stands for now is decided."""
-        return StreamType(kind=check_kind(self.kind)).now(paper_coupling, self)
+        kind = check_kind(self.kind)
+        if kind == "auto":  # no grid: a run has two streams from the start, and no place for the grid's exponent
+            kind = "bfloat16" if compute_type(self) == torch.bfloat16 else "float32"
+        return StreamType(kind=kind)
 
     def in_weights_type(self, x: Tensor) -> Tensor:
         """x in the type of the module's weights."""
@@ -52,7 +55,7 @@ class WeightsType(nn.Module):
     def carried(self, x: Tensor) -> Tensor:
         """x in the type of streams."""
         if torch.jit.is_scripting():
-            return to_carrier(x, scripted_kind(self.kind, 1.0, 0.0, x.dtype))
+            return to_carrier(x, scripted_kind(self.kind, 0.0, 0.0, x.dtype))
         else:
             return self.streams().carry(x)
 

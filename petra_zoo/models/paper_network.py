@@ -14,6 +14,7 @@ from timm.layers import create_classifier, get_device_dtype
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.memory_modes import MemoryModes, saves_memory
 from petra_zoo.models.paper_blocks import (
     Device,
@@ -111,6 +112,8 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
 
     @torch.jit.unused
     def _use_streams(self, streams: StreamKind) -> None:
+        if streams == "fixed16":
+            raise UserError("streams=fixed16 is for petra_revnet*, the paper's networks have no grid: use bfloat16")
         for module in self.modules():
             if isinstance(module, WeightsType):
                 module.kind = check_kind(streams)

@@ -187,7 +187,9 @@ class PetraRevNet(MemoryModes, ResNet):
         """
         self._check_units()
         stem = {name: getattr(self, name) for name in ("conv1", "bn1", "act1", "maxpool")}
-        units: list[Unit] = [FunctionUnit("stem", self._stem, stem)]
+        first = self.layer1
+        enters = first.streams if isinstance(first, CoupledLayer) and first.starts else None
+        units: list[Unit] = [FunctionUnit("stem", self._stem, stem, enters)]
         leave: Enter = first_stream  # from the streams behind a layer to the activation it hands on
         for name in LAYERS:
             layer = getattr(self, name)

@@ -23,6 +23,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra.ancestors import BufferedStage, GraphStage
 from petra_zoo.petra.captured_tick import CapturedTick, Ticking
 from petra_zoo.petra.change_watch import ChangeWatch
+from petra_zoo.petra.coasting import CoastingByStep
 from petra_zoo.petra.cuda_graph import CudaGraph, Device, Graph
 from petra_zoo.petra.generator import Draw, Draws, own_generators, seeded_by
 from petra_zoo.petra.homes import Homes
@@ -126,6 +127,8 @@ class CapturedTicks:
         pipeline = self.pipeline
         with own_generators(self.device):
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed)
+        if output.labels is not None and self.ticks:
+            output.labels = output.labels.clone()  # they may lie where others will move in
         self._last = None
         if not self.refusal:
             self._watched.look()  # its updates count as modifications of the parameters
@@ -162,6 +165,7 @@ class CapturedTicks:
             del reads.found[before:]
 
         pipeline = self.pipeline
+        self._set_rates()
         with own_generators(self.device), seeded_by(draws), reads:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
             draws.look()
@@ -182,7 +186,8 @@ class CapturedTicks:
             output = tick.capture(fed)
         except RuntimeError as error:
             _log.debug("the capture failed", exc_info=True)
-            self._refuse(str(error).strip().splitlines()[0])
+            cause = error.__context__ or error  # ending a capture that has failed is another error
+            self._refuse(str(cause).strip().splitlines()[0])
             return self._uncaptured(fed)
         self.ticks[kind] = tick
         self._watched.look()  # what is queued counts as a modification, when it is replayed it does not
@@ -194,14 +199,18 @@ class CapturedTicks:
 
     def _settle(self) -> RingPlaces:
         """Brings everything to where the graphs find it."""
-        for stage in self.pipeline.stages:
-            if stage.rates:
-                stage.rates.refresh()
+        self._set_rates()
         places = self._places = self._places or RingPlaces(rings_of(self.pipeline.stages), self.device)
         if self._last is None:  # the previous tick was no captured one
             self._homes.settle(self.pipeline.links)
             places.set()
         return places
+
+    def _set_rates(self) -> None:
+        """Has the device know the learning rates in front of a tick: in one, they would move there from the host."""
+        for stage in self.pipeline.stages:
+            if stage.rates:
+                stage.rates.refresh()
 
     def _finish(self, tick: CapturedTick, output: Output) -> Output:
         """Updates outside of the graph, where they cannot be in it."""
@@ -242,8 +251,8 @@ def why_never(stages: Sequence[Stage]) -> str | None:
             return f"{type(stage).__name__} may keep what no graph knows of"
         if isinstance(stage, GraphStage) and stage.stash:
             return "graphs of autograd are kept from tick to tick"
-        if stage.prediction:
-            return "weights are predicted"
+        if stage.prediction and not isinstance(stage.prediction.coasting, CoastingByStep):
+            return "weights are predicted by learning rates and counts that the host reads"
     return None
 
 

@@ -62,8 +62,8 @@ class CapturedTick:
         """
         self.fed, inputs = fed.micro_batch, self.homes.feed(fed)
         try:
-            self.graph.capture(lambda lanes: self._work(inputs, lanes), self._seeds(fed))
-        except RuntimeError:
+            self.graph.capture(lambda lanes: self._work(inputs, lanes), self._seeds(fed), self.homes.widest)
+        except BaseException:
             self.before.restore(self.pipeline.links)
             raise
         self.after = HostSide.of(self.pipeline.stages, self.pipeline.links)

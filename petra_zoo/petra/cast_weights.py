@@ -33,7 +33,7 @@ class _Copy(NamedTuple):
     module: nn.Module
     name: str
     weight: nn.Parameter
-    leaf: Tensor
+    leaf: nn.Parameter
 
     @property
     def fits(self) -> bool:
@@ -108,7 +108,7 @@ class CastWeights:
             for module, name, weight in _cast_by_autocast(unit) if self.dtype else ():
                 _, copy = found.setdefault(id(weight), (weight, torch.empty_like(weight.detach(), dtype=self.dtype)))
                 # A leaf per unit, on the same memory: each unit's gradient of a shared weight arrives by itself.
-                copies.append(_Copy(module, name, weight, copy.detach().requires_grad_(weight.requires_grad)))
+                copies.append(_Copy(module, name, weight, nn.Parameter(copy.detach(), weight.requires_grad)))
             self._by_unit.append(copies)
         self._weights, self._copies = [p for p, _ in found.values()], [copy for _, copy in found.values()]
 

@@ -12,16 +12,19 @@ import torch
 from petra_zoo.petra.generator import seeded_by
 from petra_zoo.petra.tick import InLine, Lanes
 
+_WIDEST_PER_MULTIPROCESSOR = 2**17  # numbers in a stream, up to which one stage leaves room for others
+
 
 class Graph(Protocol):
     """Work that can be replayed: on the same memory, with other random numbers."""
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None], widest: int = 0) -> None:
         """Runs `work` once to see what it does; on a GPU it is not done before the first replay.
 
         Args:
             work: is given the lanes on which it may queue what does not wait for each other.
             seeds: of the generators, in the order in which `work` seeds them; None where nothing is drawn then.
+            widest: how many numbers the largest tensor has that `work` sends from one lane to another.
         """
 
     def replay(self, seeds: Sequence[int | None]) -> None:
@@ -50,6 +53,15 @@ class Device:
             self.pool = torch.cuda.graph_pool_handle()
         self.graphs.add(graph)
 
+    def gains_from_lanes(self, widest: int) -> bool:
+        """Whether lanes are worth their memory, of which one does not use again what another has freed.
+
+        On an H200 four stages side by side took .45 of the time of one line with 1 M numbers in a stream, .81 with 17 M
+        and .96 with 51 M, where memory nearly doubled.
+        """
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return bool(self.lanes) and widest <= _WIDEST_PER_MULTIPROCESSOR * multiprocessors
+
     def generators_for(self, count: int) -> list[torch.Generator]:
         """So many generators of their own."""
         while len(self.generators) < count:
@@ -69,7 +81,7 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         self.generators: list[torch.Generator] = []
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None], widest: int = 0) -> None:
         shared = self.shared
         shared.take_in(self)
         self.generators = shared.generators_for(sum(seed is not None for seed in seeds))
@@ -82,7 +94,7 @@ class CudaGraph:
             _no_cast_is_cached(),
             _generators_in_turn(shared.device, self.generators, seeds),
         ):
-            work(_Streams(shared.lanes) if shared.lanes else InLine())
+            work(_Streams(shared.lanes) if shared.gains_from_lanes(widest) else InLine())
 
     def replay(self, seeds: Sequence[int | None]) -> None:
         drawn = [seed for seed in seeds if seed is not None]

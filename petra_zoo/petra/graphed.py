@@ -98,6 +98,8 @@ class GraphedStep:
         return result
 
     def _rehearse(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        if self._rates:
+            self._rates.refresh()
         numbers = [x for x in self.model.buffers() if x.ndim == 0]  # couplings: watched
         with HostReads(numbers) as reads, units_that_draw() as drawing:
             result = self._run(inputs)

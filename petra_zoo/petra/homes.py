@@ -43,6 +43,11 @@ class Homes:
             for i, up in enumerate(links.ups[j]):
                 links.ups[j][i] = self.ups[j] = _moved(up, self.ups.get(j))
 
+    @property
+    def widest(self) -> int:
+        """How many numbers the largest tensor on its way up has."""
+        return max((x.numel() for up in self.ups.values() for x in up.streams), default=0)
+
     def fits(self, fed: Up) -> bool:
         """Whether a micro-batch has the form of those that were fed."""
         return _fits(fed, self.inputs)

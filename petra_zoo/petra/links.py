@@ -38,9 +38,14 @@ class Wire:
     timeout: float = 60.0
 
     def pack(self, x: Tensor, direction: Direction) -> Tensor:
-        """x as it travels; whole numbers (labels, images of bytes) stay."""
+        """x as it travels; whole numbers (labels, images of bytes) stay, and what is as narrow already.
+
+        Streams in 16 bits may be bits of fixed-point numbers, which no other type could hold.
+        """
         dtype = self.up if direction == "up" else self.down
-        return x if dtype is None or not x.is_floating_point() else x.to(dtype)
+        if dtype is None or not x.is_floating_point() or x.element_size() <= dtype.itemsize:
+            return x
+        return x.to(dtype)
 
     def rounded(self, tensors: tuple[Maybe, ...], direction: Direction) -> tuple[Maybe, ...]:
         """What arrives of tensors that are sent."""

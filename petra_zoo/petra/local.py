@@ -94,7 +94,7 @@ class LocalStage(Stage):
         outputs = self._run(up)
         device = outputs[0].device
         with torch.enable_grad(), self.precision(device), self.surroundings(len(self.units), up.micro_batch, device):
-            logits = self.auxiliary(*outputs)
+            logits = self.auxiliary(*self.units[-1].values(outputs))
         self._learn(up, logits)
         return Up(up.micro_batch, tuple(x.detach() for x in outputs), up.labels)
 

@@ -61,7 +61,7 @@ class Pipeline:
             controls ``'backprop'`` and ``'reversible'``, which have no delay; or a `Method`.
         optimization: optimizer, schedule, accumulation and clipping; default: gradients are found, nothing is updated.
         loss: (logits, labels) -> 0-d mean loss; labels may be soft.
-        autocast: run units under autocast to this type, for example torch.bfloat16; streams stay float32.
+        autocast: run units under autocast to this type, for example torch.bfloat16.
         seed: random numbers inside the model come from (seed, unit, micro-batch).
         prepare: what is done to images in front of the first unit: a function of what is fed, without parameters, that
             draws nothing and leaves its arguments as they are. What waits for the backward is what is fed: bytes, where

@@ -25,18 +25,16 @@ class Rates:
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         self.optimizer, self.device = optimizer, device
         self.values: list[float] = []
-        self.tensors: list[Tensor] = []
 
     def refresh(self) -> None:
-        """Sets the numbers on the device to those of the schedule."""
-        for i, group in enumerate(self.optimizer.param_groups):
-            value = float(group["lr"])
-            if i == len(self.values):  # a group that is new
-                self.values.append(value)
-                self.tensors.append(torch.tensor(value, dtype=torch.float32, device=self.device))
-            elif value != self.values[i]:
-                self.values[i] = value
-                self.tensors[i].fill_(value)
+        """Sets the numbers on the device to those of the schedule, in one copy."""
+        values = [float(group["lr"]) for group in self.optimizer.param_groups]
+        if len(values) != len(self.values):
+            self._numbers = torch.empty(len(values), dtype=torch.float32, device=self.device)
+            self.tensors = list(self._numbers.unbind())
+        if values != self.values:
+            self._numbers.copy_(torch.tensor(values), non_blocking=True)
+            self.values = values
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -53,12 +51,16 @@ class Rates:
                 group["lr"] = value
 
 
-def rates_of(optimizer: Optimizer, device: torch.device) -> Rates | None:
-    """Makes an optimizer's updates ones that can be captured, as far as it goes; None where it does not.
+def rates_of(optimizer: Optimizer, device: torch.device, *, prepare: bool = True) -> Rates | None:
+    """An optimizer's rates, where its updates can be captured; else None.
 
-    torch's run fused, torch's and timm's that have it run `capturable`: to be called before the first step.
+    Args:
+        optimizer: before its first step.
+        device: of its parameters.
+        prepare: whether to make its updates such, as far as it goes: torch's run fused, torch's and timm's that have it
+            run `capturable`.
     """
-    for settings in (optimizer.defaults, *optimizer.param_groups):
+    for settings in (optimizer.defaults, *optimizer.param_groups) if prepare else ():
         if "capturable" in settings and device.type == "cuda":
             settings["capturable"] = True
         if settings.get("fused", False) is None and not (settings.get("foreach") or settings.get("differentiable")):

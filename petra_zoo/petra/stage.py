@@ -189,8 +189,9 @@ class Stage:
         if own and optimization.optimizer is not None:
             self.optimizer = optimization.optimizer(own)
             device = own[0][1].device
-            if optimization.weight_prediction == "none" and (self.settings.static or device.type == "cuda"):
-                self.rates = rates_of(self.optimizer, device)
+            if self.settings.static or device.type == "cuda":
+                # What is predicted may go by numbers that a prepared optimizer keeps on the device: as it was made.
+                self.rates = rates_of(self.optimizer, device, prepare=optimization.weight_prediction == "none")
             self.scheduler = optimization.scheduler(self.optimizer) if optimization.scheduler else None
 
     def advance_schedule(self, updates: int) -> None:

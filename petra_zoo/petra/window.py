@@ -27,21 +27,27 @@ class Window:
             parameters: of the stage.
             found: gradients by parameter's id, in any floating type; a parameter may have none.
         """
-        begun: tuple[list[Tensor], list[Tensor]] = ([], [])
-        open_: tuple[list[Tensor], list[Tensor]] = ([], [])
+        # By type of gradient and of sum: a GPU has one kernel for many tensors where all of them are alike.
+        alike: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
         for p in parameters:
             gradient = found.get(id(p))
             if gradient is None:
                 continue
-            sums, gradients = begun if p.grad is None else open_
+            begins = p.grad is None
             if p.grad is None:
                 p.grad = self._home(p, gradient)
+            sums, gradients = alike.setdefault((gradient.dtype, p.grad.dtype, begins), ([], []))
             sums.append(p.grad)
             gradients.append(gradient)
-        if begun[0]:
-            torch._foreach_copy_(*begun)
-        if open_[0]:
-            torch._foreach_add_(*open_)
+        for (narrow, wide, begins), (sums, gradients) in alike.items():
+            if begins:
+                torch._foreach_copy_(sums, gradients)
+            elif narrow == wide:
+                torch._foreach_add_(sums, gradients)
+            else:
+                cast = [torch.empty_like(x) for x in sums]
+                torch._foreach_copy_(cast, gradients)
+                torch._foreach_add_(sums, cast)
 
     @torch.no_grad()
     def restore(self, p: nn.Parameter, gradient: Tensor | None) -> None:

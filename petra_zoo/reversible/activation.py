@@ -22,7 +22,7 @@ _PURE = frozenset(
         *("Relu", "Hardtanh", "LeakyRelu", "Elu", "Silu", "Gelu", "Mish", "Sigmoid", "Tanh"),
         *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy", "Add", "Div"),
     )
-)
+) | {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
 _LEAF = "torch::autograd::AccumulateGrad"
 
 

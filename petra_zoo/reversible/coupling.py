@@ -66,7 +66,7 @@ def uncouple(
         streams: their type.
         over: a is written over b_out.
     """
-    a = b_out.sub_(step) if over else b_out - step
+    a = streams.difference(b_out, step, over)
     return a if g == 1.0 else a.div_(g)
 
 
@@ -87,6 +87,11 @@ def step_of(h: Tensor, f: Tensor, g: Coupling, streams: StreamType) -> Tensor:
         g: the coupling.
         streams: their type.
     """
+    if _is_number(g):
+        if g == 1.0:
+            return streams.snap(f)
+        if g == 0.0:
+            return streams.sum_at_0(h, f)
     return streams.snap(advance(h, f, g))
 
 
@@ -103,9 +108,9 @@ def coupled(h: Tensor, f: Tensor, a: Tensor | None, g: Coupling, streams: Stream
     """
     if a is None:
         return step_of(h, f, 0.0, streams)
-    b_out = couple(step_of(h, f, g, streams), a, g)
-    streams.check(b_out)  # two values on the grid may have a sum that the carrier cannot hold
-    return b_out
+    if _is_number(g) and g == 1.0:
+        return streams.sum_at_1(f, a)
+    return streams.in_range(couple(step_of(h, f, g, streams), a, g))
 
 
 def _is_number(g: Coupling) -> bool:

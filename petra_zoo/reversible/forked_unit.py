@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.reversible.activation import is_pure
+from petra_zoo.reversible.stream_type import StreamType
 from petra_zoo.reversible.unit import FunctionUnit, Gradients, Reversal, Streams, edge_of, gradients_of
 
 
@@ -24,6 +25,7 @@ class ForkedUnit(FunctionUnit):
         modules: see `FunctionUnit`.
         enter: streams -> h.
         ways: h -> a term of the sum, in the order in which `function` evaluates them; each one's gradient is the sum's.
+        streams: see `FunctionUnit`.
     """
 
     def __init__(
@@ -33,8 +35,9 @@ class ForkedUnit(FunctionUnit):
         modules: dict[str, nn.Module],
         enter: Callable[..., Tensor],
         ways: Sequence[Callable[[Tensor], Tensor]],
+        streams: Callable[[], StreamType] | None = None,
     ) -> None:
-        super().__init__(name, function, modules)
+        super().__init__(name, function, modules, streams)
         self.enter, self.ways = enter, ways
 
     def recompute(

@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.reversible import fixed_point, packed
 from petra_zoo.reversible.reading import readable
+from petra_zoo.reversible.saturation import Saturation
 
-StreamKind = Literal["auto", "float32", "bfloat16"]
+StreamKind = Literal["auto", "float32", "bfloat16", "fixed16"]
+FIXED_GRID = 2.0**-8  # of fixed16, from -128 to 128, unless a network's magnitudes are known
 
-# These look at a tensor's type or values: torch.fx must not trace into them, TorchScript calls the first two as they
-# are (it knows no `StreamType`), and nobody else but `StreamType` does.
+# These look at a tensor's type: torch.fx must not trace into them, TorchScript calls `to_carrier` as it is (it knows no
+# `StreamType`), and nobody else but `StreamType` does.
 
 
 def to_carrier(x: Tensor, kind: str = "float32") -> Tensor:
-    """x in what carries streams of a kind; float32: in at least that, so that float64 keeps what it has."""
+    """An activation in what carries streams of a kind; float32: in at least that, so that float64 keeps what it has."""
+    if kind == "fixed16":  # on the grid inside runs alone
+        return x
     if kind == "bfloat16":
         return x.to(torch.bfloat16)
+    return widened(x)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or float64."""
     if x.dtype == torch.float64:
         return x
     return x.float()
-
-
-def to_grid(x: Tensor, grid: float) -> Tensor:
-    """x rounded to multiples of `grid`, with a straight-through gradient."""
-    if torch.jit.is_scripting():
-        return torch.round(x / grid) * grid
-    check_range(x, grid)
-    return _Round.apply(x, grid)
-
-
-def check_range(x: Tensor, grid: float) -> None:
-    """See `StreamType.check`."""
-    if not readable(x):
-        return
-    limit = grid * 2.0 ** (24 if x.dtype == torch.float32 else 53)
-    largest = x.detach().abs().max() if x.numel() else x.new_zeros(())
-    if not bool(largest < limit):
-        raise UserError(
-            f"exact inversion needs |stream| < {limit:g} (grid {grid:g} in {x.dtype}), found {largest.item():g}: "
-            "use a coarser grid (a smaller exact_bits) or exact=False"
-        )
 
 
 def to_branch(h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,89 +45,99 @@ def to_branch(h: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 torch.fx.wrap("to_carrier")
-torch.fx.wrap("to_grid")
-torch.fx.wrap("check_range")
+torch.fx.wrap("widened")
 torch.fx.wrap("to_branch")
-
-
-class _Round(torch.autograd.Function):
-    """Rounds to a grid; the gradient passes straight through."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, grid: float) -> Tensor:
-        return torch.round(x / grid) * grid
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 @dataclass(frozen=True)
 class StreamType:
     """The type of the streams of a run. The one place that knows it; units, blocks, layers and networks ask here.
 
-    Branches compute in the type of their weights, or in autocast's.
+    Branches compute in the type of their weights, or in autocast's. On a grid, what enters a run and every step in it
+    are rounded to multiples of a power of two. Sums of two multiples are exact as long as they are in range, so at
+    g = 1 the inverse subtracts to the bit what the forward has added.
 
     Attributes:
-        grid: > 0 (a power of two) rounds what enters a run and every step in it to multiples of it. Sums of two
-            multiples are exact as long as they stay below 2**24 grids in float32 (2**53 in float64), so at g = 1 the
-            inverse subtracts to the bit what the forward has added.
+        grid: > 0: the grid of float32 streams, whose range are 2**24 steps of it (2**53 in float64).
         kind: what carries streams. `float32` (float64 where activations are); `bfloat16`: half of it, and a rounding
-            per block, in both directions; `auto`: `float32`, but where branches compute in bfloat16 a 16-bit kind,
-            unless 0 < g < 1: there the inverse multiplies rounding errors by 1/g per block.
+            per block, in both directions; `fixed16`: a grid in 16 bits, for g = 1 (at g = 0, where nothing is inverted,
+            `bfloat16`); `auto`: `float32`, but where branches compute in bfloat16 `fixed16` at g = 1 and `bfloat16` at
+            g = 0. Between them the inverse multiplies rounding errors by 1/g per block.
+        fixed: the grid of `fixed16`, whose range are 32767 steps of it.
+        packed: whether `fixed16` streams are bits, as between units, or floats on the grid, which any operation
+            understands. The bits of what is computed from them are the same.
+        saturation: where it is noted what the streams have seen of a grid's range.
     """
 
     grid: float = 0.0
     kind: StreamKind = "float32"
+    fixed: float = FIXED_GRID
+    packed: bool = True
+    saturation: Saturation = field(default_factory=Saturation, compare=False)
 
     def now(self, coupling: Callable[[], float], module: nn.Module) -> StreamType:
-        """The same with the kind that `auto` stands for.
+        """The same with the kind that holds now.
 
         Args:
             coupling: reads g.
             module: a block of the run, or the layer: its weights or autocast say in what branches compute.
+
+        Raises:
+            UserError: `fixed16` at a coupling between 0 and 1.
         """
-        if self.kind != "auto":
+        if self.kind in ("float32", "bfloat16"):
             return self
-        narrow = self.grid == 0.0 and compute_type(module) == torch.bfloat16 and coupling() in (0.0, 1.0)
-        return replace(self, kind="bfloat16" if narrow else "float32")
+        if self.kind == "auto" and (self.grid > 0.0 or compute_type(module) != torch.bfloat16):
+            return replace(self, kind="float32")
+        g = coupling()
+        kind: StreamKind = "fixed16" if g == 1.0 else "bfloat16" if g == 0.0 else "float32"
+        if self.kind == "fixed16" and kind == "float32":
+            raise UserError(f"fixed16 streams have an inverse at coupling 1 alone, not at {g:g}: use auto or float32")
+        return replace(self, kind=kind)
+
+    def as_floats(self) -> StreamType:
+        """The same for plain operations: tracers and hooks see numbers."""
+        return replace(self, packed=False)
+
+    # -- in and out -----------------------------------------------------------------------------------------------
 
     def carry(self, x: Tensor) -> Tensor:
-        """An activation in the carrier; its value as it is, if that holds it."""
+        """An activation outside of a run; its value as it is, if that holds it."""
         return to_carrier(x, self.kind)
 
     def enter(self, x: Tensor) -> Tensor:
         """The stream that an activation becomes where a run starts.
 
         Raises:
-            UserError: see `check`.
+            UserError: see `Saturation`.
         """
         return self.snap(self.carry(x))
 
-    def snap(self, x: Tensor) -> Tensor:
-        """A stream, or a step that is added to one, as streams hold it; the gradient passes straight through.
+    def read(self, b: Tensor) -> Tensor:
+        """A stream as a number."""
+        return packed.unpack(b, self.fixed) if self._bits else b
 
-        Raises:
-            UserError: see `check`.
+    def activated(self, b: Tensor, activate: Callable[[Tensor], Tensor], branch: nn.Module | None = None) -> Tensor:
+        """The activation act(b) of a stream.
+
+        Args:
+            b: the stream.
+            activate: act; one that says that it `rectifies` is relu.
+            branch: whose input alone it is: in the type that this takes.
         """
-        if self.kind == "bfloat16":
-            return to_carrier(x, self.kind)
-        return to_grid(x, self.grid) if self.grid > 0.0 else x
+        if not (self._bits and rectifies(activate)):
+            return activate(self.read(b))
+        return packed.rectify(b, self.fixed, self._type_of(branch))
 
-    def check(self, b: Tensor) -> None:
-        """Checks that a sum of streams is small enough to lie on the grid in its own type.
-
-        Reads the largest absolute value back (a device synchronisation): exact inversion trades speed for bits.
-        Compiled, exported and vectorised networks are not inverted, and not checked.
-
-        Raises:
-            UserError: a value is too large.
-        """
-        if self.grid > 0.0:
-            check_range(b, self.grid)
+    def mean_rectified(self, b: Tensor, a: Tensor, module: nn.Module) -> Tensor | None:
+        """(relu(b) + relu(a)) / 2 of two streams in the type that a module takes; None: they are no bits."""
+        return packed.mean_rectified(b, a, self.fixed, self._type_of(module)) if self._bits else None
 
     def for_branch(self, h: Tensor, module: nn.Module) -> Tensor:
         """The activation of a stream in the type that a module takes; as it is for one without weights."""
+        if self.kind == "fixed16":
+            dtype = compute_type(module)
+            return h if dtype is None else h.to(dtype)
         weight = weight_of(module)
         return h if weight is None else to_branch(h, weight.dtype)
 
@@ -146,16 +145,100 @@ class StreamType:
         """The activation behind a run, in the type that the module takes that the run is part of."""
         return self.for_branch(h, module)
 
+    # -- sums -----------------------------------------------------------------------------------------------------
+
+    def snap(self, x: Tensor) -> Tensor:
+        """A stream, or a step that is added to one, as streams hold it; the gradient passes straight through.
+
+        Raises:
+            UserError: see `Saturation`.
+        """
+        if self._bits:
+            return packed.pack(x, self.fixed, self._witness(x))
+        if self.kind == "fixed16":
+            x = widened(x)
+            return fixed_point.to_grid(x, self.fixed, packed.MOST, self._witness(x))
+        if self.kind == "bfloat16":
+            return to_carrier(x, self.kind)
+        return fixed_point.to_grid(x, self.grid, fixed_point.largest(x), self._witness(x)) if self.grid > 0.0 else x
+
+    def sum_at_0(self, h: Tensor, f: Tensor) -> Tensor:
+        """h + F(h), rounded: where there is no second stream."""
+        if self._bits:
+            return packed.pack_sum(h, f, self.fixed, self._witness(f))
+        return self.snap((widened(h) if self.kind == "fixed16" else h) + f)
+
+    def sum_at_1(self, f: Tensor, a: Tensor) -> Tensor:
+        """F(h) + a, the step rounded and the sum in range: the formula at g = 1."""
+        if self._bits:
+            return packed.add(f, a, self.fixed, self._witness(f))
+        return self.in_range(self.snap(f) + a)
+
+    def difference(self, b_out: Tensor, step: Tensor, over: bool = False) -> Tensor:
+        """b' less the rounded step: at g = 1 the stream a; `over`: it is written over b'."""
+        if self._bits:
+            return packed.subtract(b_out, step, over)
+        return b_out.sub_(step) if over else b_out - step
+
+    def in_range(self, b: Tensor) -> Tensor:
+        """A sum of two values on the grid, which may be one that streams cannot hold: saturated, and noted.
+
+        Compiled, exported and vectorised networks are not inverted, and note nothing.
+
+        Raises:
+            UserError: see `Saturation`.
+        """
+        if self.kind == "fixed16":
+            return fixed_point.saturated(b, self.fixed, packed.MOST, self._witness(b))
+        if self.kind == "float32" and self.grid > 0.0:
+            return fixed_point.saturated(b, self.grid, fixed_point.largest(b), self._witness(b))
+        return b
+
+    def _type_of(self, module: nn.Module | None) -> torch.dtype:
+        return (None if module is None else compute_type(module)) or torch.float32
+
+    @property
+    def _bits(self) -> bool:
+        return self.packed and self.kind == "fixed16"
+
+    def _witness(self, x: Tensor) -> Saturation | None:
+        return self.saturation if readable(x) else None
+
 
 FLOAT_STREAMS = StreamType()
 
 
+def rectifies(activate: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation is known to be relu."""
+    return bool(getattr(activate, "rectifies", False))
+
+
 def scripted_kind(kind: str, g: float, grid: float, dtype: torch.dtype) -> str:
     """`StreamType.now` for TorchScript, which knows no autocast: `dtype` is that of the activations."""
+    if kind == "fixed16":
+        return "bfloat16" if g == 0.0 else kind
     if kind != "auto":
         return kind
-    narrow = dtype == torch.bfloat16 and grid == 0.0 and (g <= 0.0 or g >= 1.0)
-    return "bfloat16" if narrow else "float32"
+    if dtype != torch.bfloat16 or grid > 0.0:
+        return "float32"
+    return "fixed16" if g == 1.0 else "bfloat16" if g == 0.0 else "float32"
+
+
+def scripted_snap(x: Tensor, kind: str, grid: float) -> Tensor:
+    """`StreamType.snap` for TorchScript, of floats."""
+    if kind == "bfloat16":
+        return to_carrier(x, kind)
+    if grid > 0.0:
+        x = widened(x)
+        return fixed_point.rounded(x, grid, 32767.0 if kind == "fixed16" else fixed_point.largest(x))
+    return x
+
+
+def scripted_sum(x: Tensor, kind: str, grid: float) -> Tensor:
+    """`StreamType.in_range` for TorchScript."""
+    if grid > 0.0:
+        return fixed_point.clamped(x, grid, 32767.0 if kind == "fixed16" else fixed_point.largest(x))
+    return x
 
 
 def check_kind(kind: str) -> StreamKind:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,10 @@ class Unit(nn.Module):
         """The forward of a training step: streams, and what `reverse` needs beside them (by default nothing)."""
         return Evaluation(self(*streams))
 
+    def values(self, streams: Streams) -> Streams:
+        """The streams that the unit gave as numbers, for whoever looks at them (see `StreamType.read`)."""
+        return streams
+
     def reverse(
         self,
         outputs: Streams,
@@ -142,16 +147,27 @@ class FunctionUnit(Unit):
         name: the unit's place in its model.
         function: streams -> streams; calls the modules below and nothing else that has parameters.
         modules: the modules whose parameters and statistics belong to this unit, by their name in the model.
+        streams: reads the type of the streams that it gives; None: they are numbers.
     """
 
-    def __init__(self, name: str, function: Callable[..., Streams], modules: dict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Streams],
+        modules: dict[str, nn.Module],
+        streams: Callable[[], StreamType] | None = None,
+    ) -> None:
         super().__init__(name)
         self.function = function
+        self.streams = streams
         for path, module in modules.items():
             self.add_module(path.replace(".", "_"), module)
 
     def forward(self, *streams: Tensor) -> Streams:
         return self.function(*streams)
+
+    def values(self, streams: Streams) -> Streams:
+        return streams if self.streams is None else tuple(map(self.streams().read, streams))
 
 
 class CoupledUnit(Unit):
@@ -198,14 +214,21 @@ class CoupledUnit(Unit):
     def forward(self, *streams: Tensor) -> Streams:
         g = self.coupling()
         b = streams[0]
-        h = self.activate(b)
         a = None if self.starts or g == 0.0 else streams[1]
         streams_type = self._streams_type()
+        h = self._activated(b, g, streams_type)
         b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type)
         return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
+    def values(self, streams: Streams) -> Streams:
+        return tuple(map(self._streams_type().read, streams))
+
     def _streams_type(self) -> StreamType:
         return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
+
+    def _activated(self, b: Tensor, g: float, streams_type: StreamType) -> Tensor:
+        for_branch_alone = g == 1.0 and not self.starts
+        return streams_type.activated(b, self.activate, self.block if for_branch_alone else None)
 
     def _branch_of(self, h: Tensor, streams_type: StreamType) -> Tensor:
         return self.branch(streams_type.for_branch(h, self.block))
@@ -232,7 +255,7 @@ class CoupledUnit(Unit):
         streams_type = self._streams_type()
         b_out, a_out = outputs  # [B, ...] each; a' = b: this half of the inverse is a copy
         d_b_out, d_a_out = output_gradients
-        activation = Activation(self.activate, a_out)
+        activation = Activation(partial(self._activated, g=g, streams_type=streams_type), a_out)
         # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
         # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
         # be another number: forward and backward of a tick use one version of the parameters.

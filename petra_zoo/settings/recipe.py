@@ -70,8 +70,9 @@ class Recipe(Augmentation):
             else those that are the fastest for each shape.
         tf32: On a GPU, products of float32 numbers are rounded to TF32's ten bits.
         compile: Whether torch.compile compiles the blocks' branches, in training. The memory stays that of the method.
-        streams: What carries the streams of a reversible network: `float32`, `bfloat16`, or `auto`: float32, but where
-            branches compute in bfloat16 a 16-bit kind, unless 0 < g < 1.
+        streams: What carries the streams of a reversible network: `float32`, `bfloat16`, `fixed16` (a grid in 16 bits,
+            whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
+            unless 0 < g < 1.
         val_interval, log_interval: Epochs between validations; updates between log lines.
         output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
     """
@@ -150,7 +151,7 @@ class Recipe(Augmentation):
     device: str | None = None
     amp: bool = False
     amp_dtype: Literal["bfloat16"] = "bfloat16"
-    streams: Literal["auto", "float32", "bfloat16"] = "auto"
+    streams: Literal["auto", "float32", "bfloat16", "fixed16"] = "auto"
     channels_last: bool = False
     deterministic: bool = False
     tf32: bool = True

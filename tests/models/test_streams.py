@@ -13,7 +13,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models import PetraPaperRevNet, PetraRevNet
 from tests.models.networks import images, small, small_resnet, tiny, with_trained_statistics
 
-SIXTEEN_BITS = ["bfloat16"]
+SIXTEEN_BITS = ["bfloat16", "fixed16"]
 KINDS = ["auto", "float32", *SIXTEEN_BITS]
 
 
@@ -94,8 +94,10 @@ def gradient(model: nn.Module, run: Callable, x: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("kind", SIXTEEN_BITS)
-@pytest.mark.parametrize("make_model", [lambda: tiny(coupling=1.0), paper])
+@pytest.mark.parametrize(
+    ("make_model", "kind"),
+    [(lambda: tiny(coupling=1.0), kind) for kind in SIXTEEN_BITS] + [(paper, "bfloat16")],
+)
 def test_reversible_and_plain_gradients_agree_within_the_rounding_of_16_bits(make_model: Callable, kind: str) -> None:
     found = []
     for memory in ("reversible", "plain"):
@@ -138,7 +140,7 @@ def test_auto_is_16_bits_where_branches_are_and_the_inverse_bears_it(
 def test_at_coupling_0_autocast_gives_timms_bits() -> None:
     model = small(coupling=0.0)
     plain = small_resnet()
-    plain.load_state_dict({key: x for key, x in model.state_dict().items() if "coupling" not in key})
+    plain.load_state_dict({key: x for key, x in model.state_dict().items() if key in plain.state_dict()})
     x = images(4, 16)
     assert torch.equal(under_autocast(model.train(), x), under_autocast(plain.train(), x))
 
@@ -153,5 +155,49 @@ def test_the_kind_is_saved_with_the_model_unless_it_is_auto() -> None:
 def test_an_unknown_kind_and_one_beside_exact_are_refused() -> None:
     with pytest.raises(UserError, match=r"streams is 'auto', .* not 'half'"):
         tiny(streams="half")
-    with pytest.raises(UserError, match="exact=True rounds float32 streams"):
-        tiny(exact=True).set_streams("bfloat16")
+    for kind in SIXTEEN_BITS:
+        with pytest.raises(UserError, match="exact=True rounds float32 streams"):
+            tiny(exact=True).set_streams(kind)
+    with pytest.raises(UserError, match="the paper's networks have no grid"):
+        paper().set_streams("fixed16")
+
+
+def test_fixed16_reconstructs_every_stream_to_the_bit() -> None:
+    model = tiny(coupling=1.0).train()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        units, _ = model.layer2.units("layer2", lambda h: h)
+        states: list[tuple[Tensor, ...]] = [(images(4, 8, 16).bfloat16(),)]
+        for unit in units:
+            with unit.untouched():
+                states.append(unit(*states[-1]))
+        streams = states[-1]
+        for unit, expected in zip(units[:0:-1], states[-2:0:-1], strict=True):
+            streams = unit.reverse(streams, (None, None), []).inputs
+            assert all(
+                torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(streams, expected, strict=True)
+            )
+
+
+@pytest.mark.parametrize("memory", ["reversible", "plain"])
+def test_a_stream_beyond_the_range_of_fixed16_is_an_error(memory: str) -> None:
+    model = tiny(coupling=1.0, streams="fixed16").train()
+    model.set_memory(memory)
+    model.layer3.set_exponent(12)  # from -8 to 8
+    model.layer3[1].bn2.weight.data.fill_(100.0)
+    with pytest.raises(UserError, match=r"exact inversion needs \|stream\| < 7.9.*, found .*: use a coarser grid"):
+        under_autocast(model, images(8, 16))
+
+
+def test_the_grid_is_saved_and_a_state_without_one_has_the_default() -> None:
+    model, other = tiny(streams="fixed16"), tiny(streams="fixed16")
+    model.layer2.set_exponent(11)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(images()), model(images()))
+    assert other.layer2.streams().fixed == 2.0**-11
+    other.load_state_dict({key: x for key, x in model.state_dict().items() if "exponent" not in key})
+    assert other.layer2.streams().fixed == 2.0**-8
+
+
+def test_fixed16_is_refused_between_the_couplings_0_and_1() -> None:
+    with pytest.raises(UserError, match=r"have an inverse at coupling 1 alone, not at 0\.5"):
+        tiny(coupling=0.5, streams="fixed16")(images())

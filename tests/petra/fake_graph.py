@@ -30,7 +30,7 @@ class FakeGraph:
         self.steps: list[Callable[[], None]] = []
         self.seeds: Sequence[int | None] = ()
 
-    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None]) -> None:
+    def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None], widest: int = 0) -> None:
         numbers = iter(range(len(seeds)))
 
         def seed(_seed: int, unit: int, _micro_batch: int) -> None:

@@ -98,7 +98,7 @@ def pipeline_of(
     )
     for stage in pipeline.stages:
         if stage.optimizer and not stage.rates:
-            stage.rates = rates_of(stage.optimizer, torch.device("cpu"))
+            stage.rates = rates_of(stage.optimizer, torch.device("cpu"), prepare=stage.prediction is None)
     return pipeline
 
 
@@ -140,8 +140,9 @@ def check_bits(method: str, stages: int, k: int, last_stage: str = "graph") -> N
     assert replayed(captured) > k
 
 
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize(("method", "stages"), [("petra", 3), ("reversible", 2)])
+@pytest.mark.parametrize(
+    ("method", "stages", "k"), [("petra", 3, 1), ("petra", 3, 2), ("reversible", 2, 2), ("local", 3, 1)]
+)
 def test_captured_ticks_compute_the_same_bits(method: str, stages: int, k: int) -> None:
     check_bits(method, stages, k)
 
@@ -154,6 +155,22 @@ def test_captured_ticks_compute_the_same_bits(method: str, stages: int, k: int) 
 )
 def test_captured_ticks_do_so_whatever_the_method(method: str, stages: int, k: int, last_stage: str) -> None:
     check_bits(method, stages, k, last_stage)
+
+
+class Fused(torch.optim.SGD):
+    """Whose future is told from its last step, for its type is not known."""
+
+
+@pytest.mark.parametrize("prediction", ["head", pytest.param("backward", marks=pytest.mark.slow)])
+def test_predicted_weights_are_captured(prediction: Any) -> None:
+    options: dict[str, Any] = {
+        "optimizer": lambda named: Fused([p for _, p in named], 0.1, momentum=0.9, fused=True),
+        "accumulation_steps": 2,
+        "weight_prediction": prediction,
+    }
+    captured, plain = (pipeline_of("petra", 3, on, **options) for on in (True, False))
+    assert_same(captured, plain, [batches(*[4] * 15)])
+    assert replayed(captured)
 
 
 def adamw(named: Any) -> torch.optim.Optimizer:
@@ -285,8 +302,8 @@ def test_a_capture_that_fails_has_done_nothing(k: int) -> None:
     """What is queued and never done must not be counted either."""
 
     class Failing(FakeGraph):
-        def capture(self, work: Any, seeds: Any) -> None:
-            super().capture(work, seeds)
+        def capture(self, *args: Any) -> None:
+            super().capture(*args)
             raise RuntimeError("the device says no")
 
     captured, plain = (pipeline_of("petra", 3, on, accumulation_steps=k) for on in (True, False))

@@ -107,9 +107,9 @@ class GpuStudy(BuiltInStudy):
             "tests": lambda _: gpu_tests(),
             STAND_INS: self._stand_in,
         }
-        torch.backends.cudnn.benchmark = True
         try:
-            return sections[str(trial.settings["section"])](trial)
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                return sections[str(trial.settings["section"])](trial)
         except Exception as error:
             raise Failure(reason(error)) from error
         finally:

@@ -12,7 +12,7 @@ _CHECKPOINTED = "timm, checkpointed"
 
 
 def gpu_tables(results: Results) -> dict[str, str]:
-    """Of a GPU `machine`, `step`, `tick`, `side_by_side`; of stand-ins `live`, `operations`, `host`: all, if empty."""
+    """Of a GPU `machine`, `tests`, `step`, `tick`, `side_by_side`; of its stand-ins `live`, `operations`, `host`."""
     sections: dict[str, list[Record]] = {}
     for run in results.runs:
         section = str(run.settings["section"])
@@ -73,6 +73,12 @@ def _facts(runs: Sequence[Record]) -> str:
     return markdown_table([*names.values()], ([str(run.result.get(name, "-")) for name in names] for run in runs))
 
 
+def _tests(runs: Sequence[Record]) -> str:
+    return markdown_table(
+        ["command", "what it says"], ([run.contender, str(run.result.get("summary"))] for run in runs)
+    )
+
+
 def _live(runs: Sequence[Record]) -> str:
     columns = ["MiB per image, float32", "timm", "checkpointed", "plain", "reversible", "reversible over checkpointed"]
     numbers = [(name, 1) for name in ("timm", "checkpointed", "plain", "reversible")]
@@ -99,6 +105,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "step": ("step", _steps),
     "tick": ("tick", _ticks),
     "side_by_side": ("side_by_side", _side_by_side),
+    "tests": ("tests", _tests),
     "live bytes": ("live", _live),
     "operations of a tick": ("operations", _by_name("operations in a tick", 0)),
     "host time": ("host", _by_name("step on two images of 32x32", 2)),

@@ -1,0 +1,192 @@
+"""What a run of coupled blocks keeps beside its weights: the coupling, and the grid of its streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+from petra_zoo.reversible import COUPLING_STEPS, Coupling, StreamKind, StreamType, nearest_coupling, readable
+from petra_zoo.reversible.reading import BufferReading
+from petra_zoo.reversible.saturation import Saturation
+from petra_zoo.reversible.stream_type import FIXED_GRID, check_kind
+
+FIXED_EXPONENT = 8  # 2**-8 is FIXED_GRID
+
+
+class RunBuffers(nn.Sequential):
+    """Blocks with a coupling, and with streams of some kind between them.
+
+    Args:
+        blocks: the modules.
+        coupling: g; None: 1, and whatever a checkpoint says.
+        grid: > 0: of float32 streams.
+        streams: what carries them.
+    """
+
+    if TYPE_CHECKING:
+        coupling: Tensor
+        exponent: Tensor
+
+    def __init__(self, blocks: Sequence[nn.Module], coupling: float | None, grid: float, streams: StreamKind) -> None:
+        super().__init__(*blocks)
+        self.grid = grid
+        self.kind: str  # TorchScript knows no literals
+        self.set_streams(streams)
+        self.asked_for = coupling
+        g = check_coupling(1.0 if coupling is None else coupling)
+        self._g = BufferReading(g, nearest_coupling)
+        self._exponent = BufferReading(FIXED_EXPONENT, float)
+        self._saturation = Saturation()
+        weight = next(self.parameters())
+        self.register_buffer("coupling", torch.full((), g, device=weight.device, dtype=weight.dtype))
+        self.register_buffer("exponent", torch.full((), FIXED_EXPONENT, device=weight.device, dtype=torch.int64))
+
+    # -- the streams ----------------------------------------------------------------------------------------------
+
+    @torch.jit.unused
+    def streams(self) -> StreamType:
+        """The type of the streams between the layer's units: what `auto` stands for now is decided."""
+        kind = check_kind(self.kind)
+        fixed = 2.0 ** -self._exponent.latest(self.exponent) if kind in ("auto", "fixed16") else FIXED_GRID
+        streams = StreamType(self.grid, kind, fixed, saturation=self._saturation)
+        return streams.now(lambda: self._g.latest(self.coupling), self)
+
+    @torch.jit.unused
+    def set_streams(self, kind: StreamKind) -> None:
+        """Chooses what carries the streams.
+
+        Raises:
+            UserError: no such kind, or one without a place for the grid of exact inversion.
+        """
+        if check_kind(kind) in ("bfloat16", "fixed16") and self.grid > 0.0:
+            raise UserError("exact=True rounds float32 streams to a grid: leave streams out, or use exact=False")
+        self.kind = kind
+
+    @torch.jit.unused
+    def set_exponent(self, exponent: int) -> None:
+        """Sets the grid of fixed16 streams to 2**-exponent; not while micro-batches are in flight."""
+        with torch.no_grad():
+            self.exponent.fill_(exponent)
+        self._exponent.value = float(exponent)
+
+    @torch.jit.unused
+    def check_streams(self) -> None:
+        """Reads what the streams have seen of their grid's range: waits for the device.
+
+        Raises:
+            UserError: a value was beyond it.
+        """
+        self._saturation.check()
+
+    # -- the coupling ---------------------------------------------------------------------------------------------
+
+    @torch.jit.unused
+    def g(self) -> float:
+        """The coupling as a number, read back from the buffer; on a GPU, only when its version tells that it changed.
+
+        Writes through ``buffer.data`` change no version: a GPU's are seen after the next other write.
+
+        Raises:
+            ValueError: the buffer's value is not between 0 and 1.
+        """
+        return self._g.now(self.coupling)
+
+    @torch.jit.unused
+    def _coupling_now(self) -> Coupling:
+        """g as a number where it can be read, else as a tensor.
+
+        A compiled, traced or exported network reads the buffer each time it runs; torch.func's transforms put tensors
+        in the buffer's place that have no single value.
+        """
+        buffer = self.coupling
+        if readable(buffer) or buffer.is_meta:
+            return self.g()
+        g = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
+        return torch.round(g * COUPLING_STEPS) / COUPLING_STEPS
+
+    @torch.jit.unused
+    def set_coupling(self, g: float) -> None:
+        """Sets g, a multiple of 1/256 in [0, 1]."""
+        with torch.no_grad():
+            self.coupling.fill_(check_coupling(g))
+        self._g.value = g
+
+    @torch.jit.unused
+    def reset_coupling(self) -> None:
+        """Sets g as a newly built layer has it."""
+        self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
+        self.set_exponent(FIXED_EXPONENT)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.g()  # on the meta device it could not be read any more
+        self._exponent.now(self.exponent)
+        return super()._apply(fn, recurse)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, int],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "coupling"
+        if key not in state_dict and self._is_in(state_dict, prefix):
+            # A plain ResNet's layer: the ResNet's function. On the weights' device: with assign=True it stays there.
+            like = next(value for name, value in state_dict.items() if name.startswith(prefix))
+            state_dict[key] = torch.zeros((), device=like.device, dtype=self.coupling.dtype)
+        if prefix + "exponent" not in state_dict and self._is_in(state_dict, prefix):  # older than the buffer
+            state_dict[prefix + "exponent"] = torch.full_like(state_dict[key], FIXED_EXPONENT, dtype=torch.int64)
+        g = None
+        if key in state_dict and not state_dict[key].is_meta:
+            try:  # an average of state dicts: off by a rounding error, or between two couplings
+                g = nearest_coupling(float(state_dict[key]))
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
+                return
+            state_dict[key] = torch.full_like(state_dict[key], g)
+        if self.asked_for is not None and g is not None and g != self.asked_for:
+            error_msgs.append(
+                f"{key} is {g:g} in the checkpoint (0: a plain ResNet), but the model was built "
+                f"with coupling={self.asked_for:g}: leave coupling out, or convert the checkpoint"
+            )
+            return
+        if g is not None:
+            self._g.value = g
+        exponent = state_dict.get(prefix + "exponent")
+        if exponent is not None and not exponent.is_meta:
+            self._exponent.value = float(exponent)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @torch.jit.unused
+    def _is_in(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
+        """Whether a state dict holds most of the layer's weights, and of its buffers too where there are some.
+
+        One that holds parameters alone, or a few of them, says nothing of the coupling.
+        """
+        parameters = [prefix + name in state_dict for name, _ in self.named_parameters()]
+        buffers = [
+            prefix + name in state_dict for name, _ in self.named_buffers() if name not in ("coupling", "exponent")
+        ]
+        return any(parameters) and all(2 * sum(found) >= len(found) for found in (parameters, buffers))
+
+
+def check_coupling(g: float) -> float:
+    """Returns g.
+
+    Raises:
+        UserError: g is not a multiple of 1/256 in [0, 1].
+    """
+    if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
+        raise UserError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
+    return float(g)

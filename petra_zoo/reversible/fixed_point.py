@@ -1,0 +1,76 @@
+"""Streams on a fixed-point grid: sums of two multiples of the grid are exact, so that at g = 1 nothing accumulates.
+
+In 16 bits a stream is *packed* (`packed.py`). The same arithmetic on ordinary floats that are multiples of the grid is
+what scripted, exported, traced and hooked networks compute, to the bit. Sums saturate, and what leaves the range is
+noted (`Saturation`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from petra_zoo.reversible.saturation import Saturation
+
+
+def largest(x: Tensor) -> float:
+    """How many steps of a grid a float of x's type holds so that sums of two stay exact."""
+    return 9007199254740992.0 if x.dtype == torch.float64 else 16777216.0
+
+
+def rounded(x: Tensor, grid: float, most: float) -> Tensor:
+    """x, a float32 or float64, rounded to at most so many multiples of `grid`."""
+    return torch.clamp(torch.round(x / grid), -most, most) * grid
+
+
+def clamped(x: Tensor, grid: float, most: float) -> Tensor:
+    """x, a sum of two multiples of `grid`, but at most so many of them."""
+    return torch.clamp(x, -most * grid, most * grid)
+
+
+def to_grid(x: Tensor, grid: float, most: float, saturation: Saturation | None = None) -> Tensor:
+    """`rounded`, noting what is beyond; the gradient passes straight through."""
+    return _Round.apply(x, grid, most, saturation)
+
+
+def saturated(x: Tensor, grid: float, most: float, saturation: Saturation | None = None) -> Tensor:
+    """`clamped`, noting what is beyond; the gradient passes straight through."""
+    return _Saturate.apply(x, grid, most, saturation)
+
+
+def largest_of(steps: Tensor) -> Tensor:
+    """The largest absolute value, 0-d; not a number where one is not."""
+    if not steps.numel():
+        return steps.new_zeros(())
+    low, high = torch.aminmax(steps)
+    return torch.maximum(high, -low)
+
+
+torch.fx.wrap("largest")
+torch.fx.wrap("to_grid")
+torch.fx.wrap("saturated")
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, grid: float, most: float, saturation: Saturation | None) -> Tensor:
+        if saturation is not None:
+            saturation.note(largest_of(torch.round(x / grid)), grid, most)
+        return rounded(x, grid, most)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
+
+
+class _Saturate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, grid: float, most: float, saturation: Saturation | None) -> Tensor:
+        if saturation is not None:
+            saturation.note(largest_of(x / grid), grid, most)
+        return clamped(x, grid, most)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None

@@ -1,0 +1,52 @@
+"""Pointwise functions of large tensors, each a single kernel on a GPU where torch.compile can make one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Results = tuple[Tensor, ...]
+
+
+class Fused:
+    """A function that treats every element of its tensors alike: compiled on CUDA devices, elsewhere as it is written.
+
+    The bits are the same: it is exact in float32 but for roundings that both do alike. Where there is no compiler, or
+    it fails, the function goes on as it is written, and a debug line of the log says so.
+
+    Args:
+        function: from tensors of one shape and layout, and numbers or types, to tensors of that shape; a 0-d one is a
+            maximum over the elements.
+    """
+
+    def __init__(self, function: Callable[..., Results]) -> None:
+        self.written = function
+        self.compiles = True
+        self._compiled: Callable[..., Results] | None = None
+
+    def __call__(self, *tensors: Tensor, **settings: float | torch.dtype) -> Results:
+        if self.compiles and tensors[0].is_cuda and _lie_alike(tensors):
+            try:
+                return self.compiled(*tensors, **settings)
+            except Exception as error:  # whatever a compiler raises: no C compiler, no Triton, an operation it lacks
+                self.compiles = False
+                logging.getLogger("petra_zoo").debug("%s runs as written: %s", self.written.__name__, error)
+        return self.written(*tensors, **settings)
+
+    def compiled(self, *tensors: Tensor, **settings: float | torch.dtype) -> Results:
+        """The compiled function of tensors that lie alike and without gaps."""
+        if self._compiled is None:  # not at import; one for all sizes: it sees the elements in a row
+            self._compiled = torch.compile(self.written, dynamic=True, fullgraph=True)
+        shape, stride = tensors[0].shape, tensors[0].stride()
+        found = self._compiled(*(x.as_strided((x.numel(),), (1,)) for x in tensors), **settings)
+        return tuple(x.as_strided(shape, stride) if x.ndim else x for x in found)
+
+
+def _lie_alike(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether memory has the elements of all of them in the same order, without gaps."""
+    first = tensors[0]
+    dense = first.is_contiguous() or (first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last))
+    return dense and all(x.shape == first.shape and x.stride() == first.stride() for x in tensors[1:])
