@@ -47,7 +47,7 @@ class Opening:
         return kind.carry(project(kind.for_branch(h, self.block)))
 
     def _branch(self, h: Tensor) -> Tensor:
-        return self.block.branch(self.kind().for_branch(h, self.block))
+        return self.block.run_branch(self.kind().for_branch(h, self.block))
 
 
 @dataclass(frozen=True)
