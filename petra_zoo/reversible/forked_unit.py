@@ -49,15 +49,16 @@ class ForkedUnit(FunctionUnit):
         *,
         owned: bool = False,
     ) -> Reversal:
-        leaves = tuple(x.detach().requires_grad_() for x in inputs)
-        with torch.enable_grad():
-            h = self.enter(*leaves)
-        if not (needs_input_gradient and (h is leaves[0] or is_pure(h))):  # what draws is evaluated once
+        if not needs_input_gradient:
             return super().recompute(inputs, output_gradients, parameters, needs_input_gradient)
-        start = h.detach().requires_grad_()
-        del h
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
         gradients: list[Tensor | None] = [None] * (1 + len(parameters))
         with self.untouched():
+            with torch.enable_grad():
+                h = self.enter(*leaves)
+            kept = None if h is leaves[0] or is_pure(h) else h  # what draws is evaluated once
+            start = h.detach().requires_grad_()
+            del h
             for way in self.ways:
                 with torch.enable_grad():
                     end = edge_of(way(start))
@@ -70,7 +71,7 @@ class ForkedUnit(FunctionUnit):
             d_h, *d_parameters = gradients
             del gradients
             with torch.enable_grad():
-                end = _Handing.apply(self.enter(*leaves), [d_h])
+                end = _Handing.apply(self.enter(*leaves) if kept is None else kept, [d_h])
             del d_h
             of_inputs = gradients_of((end,), (torch.ones_like(end),), leaves)
         return Reversal(inputs, of_inputs, tuple(d_parameters))
