@@ -88,6 +88,10 @@ class Stage:
         self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
         self.finite = settings.finite
+        found = [unit.saturation() for unit in self.units]
+        self.saturations = list({id(x): x for x in found if x is not None}.values())
+        for saturation in self.saturations:
+            saturation.deferred = self.finite.deferred
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -171,6 +175,10 @@ class Stage:
             torch._foreach_div_(gradients, float(count))
         if self.settings.across is not None:
             average(gradients, self.settings.across)
+        for i, part in enumerate(part for saturation in self.saturations for part in saturation.beyond()):
+            self.finite.see(
+                part, f"a stream of stage {self.index} ({i}) in parts of its grid's range, which is too fine for it,"
+            )
         # Before clipping, which would spread one infinite value over all gradients as nan.
         self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
         if self.settings.optimization.clip_grad is not None:
