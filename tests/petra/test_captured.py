@@ -285,6 +285,13 @@ def test_probes_evaluation_and_saving_leave_captured_ticks_as_they_are() -> None
     assert_same(captured, plain, [data])
 
 
+def test_kinds_may_be_captured_at_different_times() -> None:
+    """Drains in between cut windows short, so that some kinds of ticks are met more often than others."""
+    captured, plain = (pipeline_of("petra", 2, on, accumulation_steps=2) for on in (True, False))
+    assert_same(captured, plain, [batches(*[4] * n) for n in (3, 3, 3, 3, 6, 9)])
+    assert replayed(captured)
+
+
 def test_a_hook_is_called_in_every_tick() -> None:
     pipeline, calls = pipeline_of("backprop", 1), []
     data = batches(*[4] * 6)
