@@ -83,7 +83,9 @@ def test_what_cannot_be_captured_is_told() -> None:
         GraphedStep(reads, model, Lion(model.parameters()), make_graph=FakeGraph)
 
 
-@pytest.mark.parametrize(("drop_path", "memory"), [(0.0, "reversible"), (0.5, "plain")])
+@pytest.mark.parametrize(
+    ("drop_path", "memory"), [(0.0, "reversible"), pytest.param(0.5, "plain", marks=pytest.mark.slow)]
+)
 def test_a_reversible_network_can_be_captured_where_its_backward_repeats_no_random_numbers(
     drop_path: float, memory: str
 ) -> None:
