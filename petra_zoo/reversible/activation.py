@@ -74,7 +74,7 @@ class Activation:
     def _pack(self, x: Tensor) -> Tensor | None:
         if self._forgotten is not None and x.grad_fn is self._forgotten:
             return None
-        return x.detach()  # a result that its own node saved would hold that node, and so itself
+        return x if x.grad_fn is None else x.detach()  # a result that its own node saved would hold it, and so itself
 
     def _unpack(self, x: Tensor | None) -> Tensor:
         return self._again().detach() if x is None else x

@@ -23,17 +23,22 @@ def steady_tick(pipeline: Pipeline, batch: Any) -> Dispatches:
     return dispatches
 
 
-@pytest.mark.parametrize(("method", "most"), [("petra", 340), ("backprop", 300)])
-def test_a_tick_of_a_small_network(method: str, most: int) -> None:
-    pipeline = make_pipeline(make_model(torch.float32), 4, method=method, optimizer=fused_sgd, autocast=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("method", "streams", "most"),
+    # A grid's rounding, clamping and flag are operations of their own where nothing fuses them.
+    [("petra", "bfloat16", 340), ("backprop", "bfloat16", 300), ("petra", "fixed16", 620)],
+)
+def test_a_tick_of_a_small_network(method: str, streams: str, most: int) -> None:
+    model = make_model(torch.float32, streams=streams)
+    pipeline = make_pipeline(model, 4, method=method, optimizer=fused_sgd, autocast=torch.bfloat16)
     found = steady_tick(pipeline, batches(1, dtype=torch.float32)[0])
     assert found.operations <= most, found.counts.most_common(12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "most"), [("petra", 700), ("backprop", 560)])
+@pytest.mark.parametrize(("method", "most"), [("petra", 650), ("backprop", 500)])
 def test_a_tick_of_a_resnet50(method: str, most: int) -> None:
-    model = timm.create_model("petra_revnet50", num_classes=10).train()
+    model = timm.create_model("petra_revnet50", num_classes=10, streams="bfloat16").train()
     pipeline = Pipeline(model, 4, method=method, optimization=Optimization(fused_sgd), autocast=torch.bfloat16)
     found = steady_tick(pipeline, (torch.randn(2, 3, 32, 32), torch.tensor([1, 2])))
     assert found.operations <= most, found.counts.most_common(12)
