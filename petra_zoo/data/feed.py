@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def on_device(
     timm's `PrefetchLoader` normalises what it has copied; here images stay bytes until the network wants them.
 
     Args:
-        batches: from page-locked memory where they go to a GPU, or the copy waits for what the GPU computes.
+        batches: best from page-locked memory where they go to a GPU; else they are copied there first.
         device: where to.
         memory_format: of the images.
     """
@@ -29,7 +30,7 @@ def on_device(
 
 
 def _one_ahead(batches: Iterable[Batch], device: torch.device, memory_format: torch.memory_format) -> Iterator[Batch]:
-    copying = torch.cuda.Stream(device)
+    copying = _copy_stream(device)
     ready: Batch | None = None
     for batch in batches:
         # The copy may go into memory that the consumer has given back: its work on it, queued by now, has to end first.
@@ -45,7 +46,19 @@ def _one_ahead(batches: Iterable[Batch], device: torch.device, memory_format: to
         yield ready
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: memory that was allocated on a stream serves that stream alone again."""
+    return torch.cuda.Stream(device)
+
+
 def _to(batch: Batch, device: torch.device, memory_format: torch.memory_format) -> Batch:
     (images, *others), labels = batch
-    images = images.to(device, memory_format=memory_format, non_blocking=True)
-    return (images, *(x.to(device, non_blocking=True) for x in others)), labels.to(device, non_blocking=True)
+
+    def to(x: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+        # Mixed labels are made in this process, in ordinary memory, from which a large copy would make the host wait.
+        if device.type == "cuda" and x.is_cpu and not x.is_pinned():
+            x = x.pin_memory()
+        return x.to(device, memory_format=memory_format, non_blocking=True)
+
+    return (to(images, memory_format), *map(to, others)), to(labels)

@@ -49,8 +49,9 @@ class CoupledBlock(BranchBlock):
     ) -> Tensor:
         """The stream b' from the activation x: the formula, with a down-sampling block's projection as its shortcut."""
         h = streams.for_branch(x, self)
-        shortcut = x if self.downsample is None else self.downsample(h)
-        return coupled(streams.carry(shortcut), self.run_branch(h), a, g, streams)
+        project = self.downsample
+        shortcut = streams.shortcut(x, self) if project is None else streams.carry(project(h))
+        return coupled(shortcut, self.run_branch(h), a, g, streams)
 
     @torch.jit.unused
     def forward(
@@ -70,10 +71,9 @@ class CoupledBlock(BranchBlock):
     def scripted(self, x: Tensor, a: Optional[Tensor], g: Coupling, kind: str, grid: float) -> Tensor:  # noqa: UP045
         """TorchScript's own copy of `forward`: it has no `StreamType`, no checks, and no weights behind a wrapper."""
         h = x.to(self.conv1.weight.dtype)
-        shortcut = x
+        shortcut = h if kind == "fixed16" else to_carrier(x, kind)
         if self.downsample is not None:
-            shortcut = self.downsample(h)
-        shortcut = to_carrier(shortcut, kind)
+            shortcut = to_carrier(self.downsample(h), kind)
         if kind == "fixed16":
             shortcut = widened(shortcut)
         b = scripted_snap(advance(shortcut, self.branch(h), 0.0 if a is None else g), kind, grid)

@@ -42,10 +42,12 @@ class Opening:
 
     def _shortcut(self, h: Tensor) -> Tensor:
         project, kind = self.block.downsample, self.kind()
-        return kind.carry(h if project is None else project(kind.for_branch(h, self.block)))
+        if project is None:
+            return kind.shortcut(h, self.block)
+        return kind.carry(project(kind.for_branch(h, self.block)))
 
     def _branch(self, h: Tensor) -> Tensor:
-        return self.block.branch(self.kind().for_branch(h, self.block))
+        return self.block.run_branch(self.kind().for_branch(h, self.block))
 
 
 @dataclass(frozen=True)

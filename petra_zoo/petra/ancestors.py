@@ -23,6 +23,8 @@ from petra_zoo.reversible import Streams
 class BufferedStage(Stage):
     """DSP (Xu, Huo, Huang, CVPR 2020): keeps the stage's input and re-runs the stage with the current parameters."""
 
+    capturable = True
+
     def __init__(self, part: Part, settings: StageSettings) -> None:
         super().__init__(part, settings)
         self.inputs = self.make_fifo()
@@ -77,6 +79,8 @@ class GraphStage(Stage):
     Args:
         stash: whether parameters change between a micro-batch's forward and its backward.
     """
+
+    capturable = True
 
     def __init__(self, part: Part, settings: StageSettings, stash: bool = False) -> None:
         super().__init__(part, settings)

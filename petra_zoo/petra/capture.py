@@ -18,9 +18,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra.ancestors import BufferedStage, GraphStage
+from petra_zoo.petra.ancestors import GraphStage
 from petra_zoo.petra.captured_tick import CapturedTick, Ticking
 from petra_zoo.petra.change_watch import ChangeWatch
 from petra_zoo.petra.coasting import CoastingByStep
@@ -29,7 +30,6 @@ from petra_zoo.petra.generator import Draw, Draws, own_generators, seeded_by
 from petra_zoo.petra.homes import Homes
 from petra_zoo.petra.host_reads import HostReads
 from petra_zoo.petra.host_side import rings_of
-from petra_zoo.petra.local import LocalStage
 from petra_zoo.petra.messages import Output, Up
 from petra_zoo.petra.rates import numbers_of
 from petra_zoo.petra.ring_places import RingPlaces
@@ -135,8 +135,9 @@ class CapturedTicks:
         return output
 
     def _steady(self) -> bool:
-        stages = self.pipeline.stages
-        return self.pipeline.clock.steady and not any(stage.watcher or any(stage.residues) for stage in stages)
+        if self._watched.hooked or not self.pipeline.clock.steady:
+            return False
+        return not any(stage.watcher or any(stage.residues) for stage in self.pipeline.stages)
 
     def _in_form(self, fed: Up) -> bool:
         """Whether all micro-batches in flight have the size of this one, and what there is the form it had."""
@@ -220,7 +221,8 @@ class CapturedTicks:
             with own_generators(self.device):
                 for stage in reversed(self.pipeline.stages):
                     if stage.index in self.outside and stage.update():
-                        self._say_outside(stage, "reads or counts on the host")
+                        across = stage.settings.across is not None
+                        self._say_outside(stage, "averages over replicas" if across else "reads or counts on the host")
             self._watched.look()
         return output
 
@@ -247,10 +249,12 @@ def couplings(stages: Sequence[Stage]) -> Iterator[Tensor]:
 def why_never(stages: Sequence[Stage]) -> str | None:
     """Why ticks of these stages cannot be captured, whatever runs in them."""
     for stage in stages:
-        if type(stage) not in (Stage, BufferedStage, GraphStage, LocalStage):
-            return f"{type(stage).__name__} may keep what no graph knows of"
+        if not vars(type(stage)).get("capturable"):  # of its own: what it inherits does not speak for it
+            return f"{type(stage).__name__} may keep what no graph knows of, for it does not say that it is capturable"
         if isinstance(stage, GraphStage) and stage.stash:
             return "graphs of autograd are kept from tick to tick"
+        if stage.settings.across and any(isinstance(m, SyncBatchNorm) for unit in stage.units for m in unit.modules()):
+            return "batch norms wait for other replicas"
         if stage.prediction and not isinstance(stage.prediction.coasting, CoastingByStep):
             return "weights are predicted by learning rates and counts that the host reads"
     return None

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from petra_zoo.petra.fifo import Ring
 from petra_zoo.petra.stage import Stage
 from petra_zoo.reversible import CoupledUnit, Unit
+from petra_zoo.reversible.plain_path import carries_hook
 
 _changes, _trains, _mode = attrgetter("_version"), attrgetter("requires_grad"), attrgetter("training")
 
@@ -28,6 +29,9 @@ class ChangeWatch:
         optimizers: whose state and settings are, but for the learning rate.
         units: whose couplings are, wherever they come from.
         rings: whose buffers are.
+
+    Attributes:
+        hooked: whether a module had a hook at the last look, which wants to be called in every tick.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class ChangeWatch:
         rings: Callable[[], Iterable[Ring]] = tuple,
     ) -> None:
         self.modules, self.optimizers, self.units, self.rings = modules, optimizers, units, rings
+        self.hooked = False
         self._facts: list[object] | None = None
 
     @classmethod
@@ -64,6 +69,7 @@ class ChangeWatch:
         # A running statistic may be filled anew: graphs read what it is then. A number may have been read by the host.
         self._counted = [x for x in self._tensors if isinstance(x, nn.Parameter) or x.ndim == 0]
         self._facts = self._facts_now()
+        self.hooked = any(map(carries_hook, self._modules))
 
     def changed(self) -> bool:
         """Whether something is not as it was at the last look; nothing is before the first."""
@@ -85,12 +91,18 @@ class ChangeWatch:
             list(map(_changes, self._counted)),
             list(map(_trains, self._counted)),
             list(map(_mode, self._modules)),
-            [unit.coupling() if isinstance(unit, CoupledUnit) else unit.reversible for unit in self.units],
-            [unit.anchor for unit in self.units],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules],
+            list(map(_of_unit, self.units)),
             list(map(_of_optimizer, self.optimizers)),
             (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
             (torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")),
         ]
+
+
+def _of_unit(unit: Unit) -> object:
+    if isinstance(unit, CoupledUnit):
+        return unit.coupling(), unit.anchor, vars(unit.block).get("compiled")
+    return unit.reversible, unit.anchor
 
 
 def _of_optimizer(optimizer: Optimizer) -> object:

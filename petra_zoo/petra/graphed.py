@@ -73,6 +73,8 @@ class GraphedStep:
             return self.step(*inputs)
         if self._watch.changed():
             self._forget()
+        if self._watch.hooked:  # a hook wants to be called in every step
+            return self._run(inputs)
         if self._graph is None:
             self._calls += 1
             if self._calls <= _PLAIN:

@@ -63,6 +63,8 @@ class LocalStage(Stage):
         UserError: the stage's streams have no channels and pixels to average.
     """
 
+    capturable = True
+
     def __init__(self, part: Part, settings: StageSettings) -> None:
         super().__init__(part, settings)
         self.sends_gradients = False

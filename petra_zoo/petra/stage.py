@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NotRequired, Protocol, TypedDict
+from typing import ClassVar, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,13 @@ class Stage:
     Args:
         part: the units, and their place in the network.
         settings: shared by all stages.
+
+    Attributes:
+        capturable: whether CUDA graphs may replay its ticks: what lives from tick to tick is in FIFOs of `make_fifo`.
+            Each class says it for itself.
     """
+
+    capturable: ClassVar[bool] = True
 
     def __init__(self, part: Part, settings: StageSettings) -> None:
         self.units = list(part.units)

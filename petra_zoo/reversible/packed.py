@@ -111,7 +111,8 @@ def _rectify(b: Tensor, grid: float, dtype: torch.dtype) -> Results:
 @Fused
 def _mean_rectified(b: Tensor, a: Tensor, grid: float, dtype: torch.dtype) -> Results:
     total = _whole(b).clamp_min(0).to(torch.float32) + _whole(a).clamp_min(0)
-    return ((total * (grid / 2.0)).to(dtype),)
+    signs = (_whole(b) > 0).to(torch.uint8) + 2 * (_whole(a) > 0).to(torch.uint8)
+    return (total * (grid / 2.0)).to(dtype), signs
 
 
 @Fused
@@ -120,9 +121,9 @@ def _where_positive(gradient: Tensor, b: Tensor) -> Results:
 
 
 @Fused
-def _halves_where_positive(gradient: Tensor, b: Tensor, a: Tensor) -> Results:
+def _halves_where_positive(gradient: Tensor, signs: Tensor) -> Results:
     half = (_wide(gradient) / 2.0).to(torch.bfloat16)
-    return torch.where(_whole(b) > 0, half, 0.0), torch.where(_whole(a) > 0, half, 0.0)
+    return torch.where((signs & 1) > 0, half, 0.0), torch.where(signs > 1, half, 0.0)
 
 
 # -- with gradients ---------------------------------------------------------------------------------------------------
@@ -204,8 +205,9 @@ class _Rectify(torch.autograd.Function):
 class _MeanRectified(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, b: Tensor, a: Tensor, grid: float, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(b, a)
-        return _mean_rectified(b, a, grid=grid, dtype=dtype)[0]
+        mean, signs = _mean_rectified(b, a, grid=grid, dtype=dtype)
+        ctx.save_for_backward(signs)  # a fourth of both streams
+        return mean
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Operand, ...]:

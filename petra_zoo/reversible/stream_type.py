@@ -123,11 +123,12 @@ class StreamType:
         Args:
             b: the stream.
             activate: act; one that says that it `rectifies` is relu.
-            branch: whose input alone it is: in the type that this takes.
+            branch: that takes it; for it, the activation of a stream on a grid is in the type that it takes.
         """
-        if not (self._bits and rectifies(activate)):
-            return activate(self.read(b))
-        return packed.rectify(b, self.fixed, self._type_of(branch))
+        if self._bits and rectifies(activate):
+            return packed.rectify(b, self.fixed, self._type_of(branch))
+        h = activate(self.read(b))
+        return self.for_branch(h, branch) if self.kind == "fixed16" and branch is not None else h
 
     def mean_rectified(self, b: Tensor, a: Tensor, module: nn.Module) -> Tensor | None:
         """(relu(b) + relu(a)) / 2 of two streams in the type that a module takes; None: they are no bits."""
@@ -140,6 +141,10 @@ class StreamType:
             return h if dtype is None else h.to(dtype)
         weight = weight_of(module)
         return h if weight is None else to_branch(h, weight.dtype)
+
+    def shortcut(self, h: Tensor, module: nn.Module) -> Tensor:
+        """An activation as it is added to the output of a module that takes it; on a grid, what the module takes."""
+        return self.for_branch(h, module) if self.kind == "fixed16" else self.carry(h)
 
     def leave(self, h: Tensor, module: nn.Module) -> Tensor:
         """The activation behind a run, in the type that the module takes that the run is part of."""

@@ -216,7 +216,7 @@ class CoupledUnit(Unit):
         b = streams[0]
         a = None if self.starts or g == 0.0 else streams[1]
         streams_type = self._streams_type()
-        h = self._activated(b, g, streams_type)
+        h = streams_type.activated(b, self.activate, self.block)
         b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type)
         return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
@@ -225,10 +225,6 @@ class CoupledUnit(Unit):
 
     def _streams_type(self) -> StreamType:
         return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
-
-    def _activated(self, b: Tensor, g: float, streams_type: StreamType) -> Tensor:
-        for_branch_alone = g == 1.0 and not self.starts
-        return streams_type.activated(b, self.activate, self.block if for_branch_alone else None)
 
     def _branch_of(self, h: Tensor, streams_type: StreamType) -> Tensor:
         return self.branch(streams_type.for_branch(h, self.block))
@@ -255,7 +251,7 @@ class CoupledUnit(Unit):
         streams_type = self._streams_type()
         b_out, a_out = outputs  # [B, ...] each; a' = b: this half of the inverse is a copy
         d_b_out, d_a_out = output_gradients
-        activation = Activation(partial(self._activated, g=g, streams_type=streams_type), a_out)
+        activation = Activation(partial(streams_type.activated, activate=self.activate, branch=self.block), a_out)
         # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
         # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
         # be another number: forward and backward of a tick use one version of the parameters.

@@ -38,7 +38,9 @@ def step(name: str, case: StepCase, batch: int = 2) -> TrainingStep:
 def test_ways_to_save_memory_compute_the_loss_of_the_network_that_they_save(case: StepCase) -> None:
     timms = [PLAIN, CHECKPOINTED, "timm, selective checkpointing", "timm, saved tensors on the host"]
     assert len({float(step(name, case)()) for name in timms}) == 1
-    assert len({float(step(name, case)()) for name in our_ways()[:2]}) == 1
+    losses = [float(step(name, case)()) for name in our_ways()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)  # streams are narrow or wide
+    assert losses[0] == losses[1]
 
 
 def test_checkpointing_and_reversibility_hold_less() -> None:

@@ -285,6 +285,21 @@ def test_probes_evaluation_and_saving_leave_captured_ticks_as_they_are() -> None
     assert_same(captured, plain, [data])
 
 
+def test_a_hook_is_called_in_every_tick() -> None:
+    pipeline, calls = pipeline_of("backprop", 1), []
+    data = batches(*[4] * 6)
+    trained(pipeline, data)
+    count = replayed(pipeline)
+    assert count
+    handle = pipeline.model.get_submodule("blocks.1.0").register_forward_hook(lambda *args: calls.append(1))
+    trained(pipeline, data)
+    assert len(calls) == len(data)
+    assert replayed(pipeline) == count
+    handle.remove()
+    trained(pipeline, data)
+    assert replayed(pipeline) > count
+
+
 def test_a_host_read_keeps_ticks_uncaptured_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     def looks(logits: Tensor, labels: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels)

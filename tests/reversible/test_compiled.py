@@ -116,7 +116,8 @@ def test_what_a_compiled_branch_draws_is_drawn_again_in_its_reversal() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_inductor_gives_reversible_and_plain_steps_of_a_network_the_same_bits() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_reversible_and_plain_steps_of_a_network_compute_the_same_bits(backend: str) -> None:
     torch.manual_seed(0)
     reversible = timm.create_model("petra_revnet_tiny", exact=True).train()
     for m in reversible.modules():
@@ -126,7 +127,7 @@ def test_inductor_gives_reversible_and_plain_steps_of_a_network_the_same_bits() 
     plain.set_memory("plain")
     images, found = torch.randn(4, 3, 8, 8), []
     for model in (reversible, plain):
-        model.compile_branches()
+        model.compile_branches(backend)
         logits = model(images)
         logits.square().sum().backward()
         found.append([logits, *model.buffers(), *(p.grad for p in model.parameters())])

@@ -88,7 +88,11 @@ def test_compiled_functions_have_the_bits_of_the_written_ones(layout: torch.memo
         (packed._rectify, (b,), {"grid": GRID, "dtype": torch.bfloat16}),
         (packed._mean_rectified, (b, a), {"grid": GRID, "dtype": torch.bfloat16}),
         (packed._where_positive, (g, b), {}),
-        (packed._halves_where_positive, (g, b, a), {}),
+        (
+            packed._halves_where_positive,
+            (g, torch.randint(0, 4, SHAPE, dtype=torch.uint8).to(memory_format=layout)),
+            {},
+        ),
     ]
     for function, tensors, settings in calls:
         found, expected = function.compiled(*tensors, **settings), function.written(*tensors, **settings)

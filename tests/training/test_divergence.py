@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure
 from petra_zoo.petra import Pipeline
+from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import save_recipe
 from petra_zoo.training.progress import Reporter
@@ -38,11 +39,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> list[int]:
     """One image of a micro-batch holds a NaN; gives the micro-batches fed, as they are fed."""
     real, fed = Pipeline.step, list[int]()
 
-    def step(self: Pipeline, images: torch.Tensor, labels: torch.Tensor) -> Any:
-        if len(fed) == micro_batch:
-            images[0, 0, 0, 0] = float("nan")
+    def step(self: Pipeline, images: Images, labels: torch.Tensor) -> Any:
+        batch, *how = fed_streams(images)
+        if len(fed) == micro_batch:  # fed as bytes, which know no NaN
+            batch = batch.float()
+            batch[0, 0, 0, 0] = float("nan")
         fed.append(len(fed))
-        return real(self, images, labels)
+        return real(self, (batch, *how), labels)
 
     monkeypatch.setattr(Pipeline, "step", step)
     return fed

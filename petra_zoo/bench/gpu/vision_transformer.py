@@ -54,8 +54,10 @@ class ReversibleViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         vit = self.vit
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
-        b, a = self._run((self.streams.now(_coupling, vit).enter(tokens),))
-        return vit.forward_head(vit.norm(merge(b, a, 1.0)))
+        streams = self.streams.now(_coupling, vit)
+        read: Callable[[Tensor], Tensor] = getattr(streams, "read", lambda b: b)  # kinds that are bits have it
+        b, a = self._run((streams.enter(tokens),))
+        return vit.forward_head(vit.norm(merge(read(b), read(a), 1.0)))
 
     def _run(self, streams: Streams) -> Streams:
         if self.memory == "reversible":
