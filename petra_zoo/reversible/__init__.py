@@ -15,6 +15,7 @@ from petra_zoo.reversible.coupling import (
 from petra_zoo.reversible.dispatches import Dispatches
 from petra_zoo.reversible.forked_unit import ForkedUnit
 from petra_zoo.reversible.live_bytes import LiveBytes
+from petra_zoo.reversible.ownership import Lent
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.state import untouched
@@ -44,6 +45,7 @@ __all__ = [
     "ForkedUnit",
     "FunctionUnit",
     "Gradients",
+    "Lent",
     "LiveBytes",
     "Residue",
     "Reversal",
