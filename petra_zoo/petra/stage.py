@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
-from petra_zoo.petra.finite import pooled
+from petra_zoo.petra.finite import pooled, saturations_of
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
@@ -88,10 +88,7 @@ class Stage:
         self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
         self.finite = settings.finite
-        found = [unit.saturation() for unit in self.units]
-        self.saturations = list({id(x): x for x in found if x is not None}.values())
-        for saturation in self.saturations:
-            saturation.deferred = self.finite.deferred
+        self.saturations = saturations_of(self.units, self.finite.deferred)
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -178,10 +175,7 @@ class Stage:
             torch._foreach_div_(gradients, float(count))
         if self.settings.across is not None:
             average(gradients, self.settings.across)
-        for i, part in enumerate(part for saturation in self.saturations for part in saturation.beyond()):
-            self.finite.see(
-                part, f"a stream of stage {self.index} ({i}) in parts of its grid's range, which is too fine for it,"
-            )
+        self.finite.see_ranges(self.saturations, f"stage {self.index}")
         # Before clipping, which would spread one infinite value over all gradients as nan.
         self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
         if self.settings.optimization.clip_grad is not None:
