@@ -26,7 +26,7 @@ from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
 from petra_zoo.models.layer_parts import Enter, first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings, resnet_cfgs
-from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate
+from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate, kept_units
 
 __all__ = ["PetraRevNet"]
 
@@ -219,7 +219,9 @@ class PetraRevNet(MemoryModes, ResNet):
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:
-        return backpropagate(self.units(), (x,), reconstruct=self.memory == "reversible")[0]
+        units, reconstruct = self.units(), self.memory == "reversible"
+        kept = kept_units(units, x) if reconstruct else 0
+        return backpropagate(units, (x,), reconstruct=reconstruct, kept=kept)[0]
 
 
 def _whole(layer: Callable[[Tensor], Tensor], enter: Enter) -> Callable[..., Streams]:

@@ -28,7 +28,7 @@ from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.rates import Rates, rates_of
 from petra_zoo.petra.weight_prediction import Prediction
 from petra_zoo.petra.window import Window, average
-from petra_zoo.reversible import Gradients, Residue, Reversal, Streams, gradients_of
+from petra_zoo.reversible import Gradients, Lent, Residue, Reversal, Streams, gradients_of
 
 
 class StageState(TypedDict):
@@ -116,13 +116,16 @@ class Stage:
         """
         streams, gradients, device = down.streams, down.gradients, _device(down.gradients)  # x~_j and delta_{j+1}
         found: dict[int, Tensor] = {}
+        lent = Lent([*streams, *gradients])  # in one process a message is the sender's too
         with self.precision(device):
             for i in reversed(range(self._lowest(), len(self.units))):
                 # FIFO: micro-batches come back in the order in which they went up.
                 kept = self.fifos[i].popleft() if self._keeps_input(i) else None
+                owned = lent.none_of([*streams, *gradients])
+                lent.lend(kept or ())
                 residue = self.residues[i].pop(down.micro_batch, ())
                 with self.surroundings(i, down.micro_batch, device):
-                    reversal = self._backward_unit(i, kept, streams, gradients, residue)
+                    reversal = self._backward_unit(i, kept, streams, gradients, residue, owned)
                 # What was kept is exact: it re-anchors the reconstruction of everything below.
                 streams, gradients = kept or reversal.inputs, reversal.input_gradients
                 _collect(found, self._wanted_of(i)[0], reversal.parameter_gradients)
@@ -275,13 +278,14 @@ class Stage:
         return i >= self._lowest() and self.units[i].reversible
 
     def _backward_unit(
-        self, i: int, kept: Streams | None, streams: Streams, gradients: Gradients, residue: Residue
+        self, i: int, kept: Streams | None, streams: Streams, gradients: Gradients, residue: Residue, owned: bool
     ) -> Reversal:
         unit, (_, parameters) = self.units[i], self._wanted_of(i)
         if unit.reversible:
-            return unit.reverse(streams, gradients, parameters, residue)
+            return unit.reverse(streams, gradients, parameters, residue, owned=owned)
         assert kept is not None
-        return unit.recompute(kept, gradients, parameters, self.first_unit + i > self.settings.first_trainable)
+        needs_input_gradient = self.first_unit + i > self.settings.first_trainable
+        return unit.recompute(kept, gradients, parameters, needs_input_gradient, owned=owned)
 
     def _wanted_of(self, i: int) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The parameters of unit i, and the tensors at which their gradients are found; one may have two."""

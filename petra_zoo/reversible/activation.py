@@ -48,6 +48,9 @@ class Activation:
     def give(self) -> Tensor:
         """h, for the branch. Whoever binds no name to it lets it die as soon as the branch is through with it."""
         h = self._activate(self._b)
+        if not h.requires_grad:  # nobody asks for gradients
+            self.start = get_gradient_edge(self._b)
+            return h
         if is_pure(h):
             h = _Unheld.apply(self._b, h.detach())
             self._forgotten = h.grad_fn
@@ -74,7 +77,7 @@ class Activation:
     def _pack(self, x: Tensor) -> Tensor | None:
         if self._forgotten is not None and x.grad_fn is self._forgotten:
             return None
-        return x if x.grad_fn is None else x.detach()  # a result that its own node saved would hold it, and so itself
+        return x if x.grad_fn is None else x.data  # a result that its own node saved would hold it, and so itself
 
     def _unpack(self, x: Tensor | None) -> Tensor:
         return self._again().detach() if x is None else x

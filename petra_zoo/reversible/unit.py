@@ -256,7 +256,7 @@ class CoupledUnit(Unit):
         # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
         # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
-            with torch.enable_grad(), activation.forgetting():
+            with torch.set_grad_enabled(d_b_out is not None), activation.forgetting():
                 # No name is bound to h, here or in a function between: only so it dies inside of the branch.
                 f = self.branch(streams_type.for_branch(activation.give(), self.block))
             value, graph = f.detach(), edge_of(f)
@@ -270,7 +270,10 @@ class CoupledUnit(Unit):
                 inputs = (a_out, a)
                 del step
             del value
-            d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])
+            d_h: Tensor | None = None
+            d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
+            if graph is not None:
+                d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])
             # (1 - g) * h, or h where a = h, is the part of b' beside F(h) and g * a.
             d_h = _sum(d_h, _times(1.0 if self.starts else 1.0 - g, d_b_out))
             d_b = None if d_h is None else activation.gradient(d_h)

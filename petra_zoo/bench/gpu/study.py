@@ -15,10 +15,11 @@ from petra_zoo.bench.gpu.device import release
 from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
 from petra_zoo.bench.gpu.steps import StepBench, StepCase, generators_unread, reason
 from petra_zoo.bench.gpu.ticks import Capture, TickCase, measure_side_by_side, measure_tick
-from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, compiled_within, our_ways
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, STREAMS, Network, compiled_within, our_ways
 from petra_zoo.bench.results import Results, Trial
 from petra_zoo.bench.steps import number_of
 from petra_zoo.errors import Failure
+from petra_zoo.reversible.stream_type import check_kind
 from petra_zoo.strict_json import JsonObject
 
 SECTIONS = ("facts", "step", "tick", "side_by_side", "tests")
@@ -88,7 +89,8 @@ class GpuStudy(BuiltInStudy):
         yield Trial("pytest -m gpu", 0, {"section": "tests"})
         for resnet in resnets:
             yield Trial("live bytes", 0, {"section": STAND_INS, "network": resnet.name})
-        yield Trial("operations of a tick", 0, {"section": STAND_INS, "network": self.ticks[0][0]})
+        for kind in STREAMS:
+            yield Trial("operations of a tick", 0, {"section": STAND_INS, "network": self.ticks[0][0], "streams": kind})
         yield Trial("host time", 0, {"section": STAND_INS, "network": networks[0].name})
 
     def _ticks(self, methods: Sequence[str]) -> Iterator[Trial]:
@@ -138,7 +140,7 @@ class GpuStudy(BuiltInStudy):
     def _stand_in(self, trial: Trial) -> JsonObject:
         name = trial.settings["network"]
         if trial.contender == "operations of a tick":
-            return operations_of_a_tick(str(name), METHODS)
+            return operations_of_a_tick(str(name), METHODS[:2], check_kind(str(trial.settings["streams"])))
         network = next(case.network for case in self.steps if case.network.name == name)
         return live_mib(network) if trial.contender == "live bytes" else host_time(network, 2 * self._rounds)
 
