@@ -13,7 +13,7 @@ import torch
 from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.gpu.device import release
 from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
-from petra_zoo.bench.gpu.steps import StepBench, StepCase, generators_unread, reason
+from petra_zoo.bench.gpu.steps import StepBench, StepCase, reason
 from petra_zoo.bench.gpu.ticks import Capture, TickCase, measure_side_by_side, measure_tick
 from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, STREAMS, Network, compiled_within, our_ways
 from petra_zoo.bench.results import Results, Trial
@@ -119,11 +119,10 @@ class GpuStudy(BuiltInStudy):
 
     def _measure_step(self, trial: Trial) -> JsonObject:
         case = next(case for case in self.steps if case.network.name == trial.settings["network"])
-        with generators_unread():
-            if not self._bench or self._bench[0].case != case:
-                self._bench.clear()  # first: two networks' references need not fit
-                self._bench.append(StepBench(case, _device()))
-            return self._bench[0].measure(trial.contender)
+        if not self._bench or self._bench[0].case != case:
+            self._bench.clear()  # first: two networks' references need not fit
+            self._bench.append(StepBench(case, _device()))
+        return self._bench[0].measure(trial.contender)
 
     def _measure_tick(self, trial: Trial) -> JsonObject:
         self._bench.clear()
@@ -181,7 +180,8 @@ def _driver() -> str:
 
 def gpu_tests() -> JsonObject:
     """What `pytest -m gpu` says at its end; run in a checkout."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    without = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # the latter warns beside xdist, which is an error here
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *without, "tests"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in ended.stdout.splitlines() if line.strip()]
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
