@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
 from petra_zoo.models.layer_parts import Enter, first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
@@ -163,6 +164,19 @@ class PetraRevNet(MemoryModes, ResNet):
     def _use_streams(self, streams: StreamKind) -> None:
         for layer in self.coupled_layers():
             layer.set_streams(streams)
+
+    def choose_grids(self, images: Tensor, headroom: float = 4.0) -> None:
+        """Sets the grids of fixed16 streams by what the streams are for images [B, C, H, W]; see `choose_grids`."""
+        choose_grids(self, self.coupled_layers(), images, headroom)
+
+    def check_streams(self) -> None:
+        """Reads what streams on a grid have seen of its range, and waits for the device; pipelines do it by themselves.
+
+        Raises:
+            UserError: a value was beyond it since the last time.
+        """
+        for layer in self.coupled_layers():
+            layer.check_streams()
 
     def set_coupling(self, coupling: float | Sequence[float]) -> None:
         """Sets g of every layer, or one per layer."""

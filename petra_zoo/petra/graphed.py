@@ -93,7 +93,8 @@ class GraphedStep:
 
     def _forget(self) -> None:
         self._graph: Graph | None = None
-        self._calls = self._odd = 0
+        self._calls = 0
+        self._odd = 0
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         with ExitStack() as stack:

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
-from petra_zoo.petra.finite import pooled
+from petra_zoo.petra.finite import pooled, saturations_of
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
@@ -88,6 +88,7 @@ class Stage:
         self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
         self.finite = settings.finite
+        self.saturations = saturations_of(self.units, self.finite.deferred)
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -174,6 +175,7 @@ class Stage:
             torch._foreach_div_(gradients, float(count))
         if self.settings.across is not None:
             average(gradients, self.settings.across)
+        self.finite.see_ranges(self.saturations, f"stage {self.index}")
         # Before clipping, which would spread one infinite value over all gradients as nan.
         self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
         if self.settings.optimization.clip_grad is not None:

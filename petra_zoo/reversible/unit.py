@@ -20,6 +20,7 @@ from petra_zoo.reversible.activation import Activation
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
 from petra_zoo.reversible.operands import Operand
 from petra_zoo.reversible.ownership import apart
+from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
@@ -88,6 +89,10 @@ class Unit(nn.Module):
     def values(self, streams: Streams) -> Streams:
         """The streams that the unit gave as numbers, for whoever looks at them (see `StreamType.read`)."""
         return streams
+
+    def saturation(self) -> Saturation | None:
+        """Where it is noted what the unit's streams have seen of the range of their grid."""
+        return None
 
     def reverse(
         self,
@@ -169,6 +174,9 @@ class FunctionUnit(Unit):
     def values(self, streams: Streams) -> Streams:
         return streams if self.streams is None else tuple(map(self.streams().read, streams))
 
+    def saturation(self) -> Saturation | None:
+        return None if self.streams is None else self.streams().saturation
+
 
 class CoupledUnit(Unit):
     """A coupled block: b' = (1-g)*h + g*a + F(h), a' = b, with h = act(b).
@@ -222,6 +230,9 @@ class CoupledUnit(Unit):
 
     def values(self, streams: Streams) -> Streams:
         return tuple(map(self._streams_type().read, streams))
+
+    def saturation(self) -> Saturation | None:
+        return self._streams_type().saturation
 
     def _streams_type(self) -> StreamType:
         return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
