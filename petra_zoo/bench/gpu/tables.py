@@ -44,7 +44,7 @@ def _ticks(runs: Sequence[Record]) -> str:
         busy = 100 * run.number("busy_ms") / run.number("tick_ms")
         rows.append(
             [
-                f"{run.settings['network']}, {run.settings['batch']} at {run.settings['image']}",
+                f"{_subject(run)}, {run.settings['batch']} at {run.settings['image']}",
                 run.contender + (" (it cannot be)" if "not_captured" in run.result else ""),
                 cell(run.number("tick_ms"), 1),
                 cell(run.number("over_replay"), 2),

@@ -154,16 +154,16 @@ def measure_tick(case: TickCase, device: torch.device) -> JsonObject:
 
 
 def measure_side_by_side(network: str, image: int, batch: int, rounds: int, device: torch.device) -> JsonObject:
-    """PETRA in four stages beside backpropagation of the whole network, both captured, on one GPU.
+    """PETRA in four stages beside backpropagation of the whole network, both captured, bfloat16 streams, on one GPU.
 
     Returns:
         Times and peaks of `backprop`, of petra in `one_stream` and `side_by_side`, in turns; of both the time over
         backprop's, of ticks and of bare replays.
     """
     cases = {
-        "backprop": TickCase(network, image, batch, "backprop", stages=1),
-        "one_stream": TickCase(network, image, batch, "petra", capture="one stream"),
-        "side_by_side": TickCase(network, image, batch, "petra", capture="side by side"),
+        "backprop": TickCase(network, image, batch, "backprop", stages=1, streams="bfloat16"),
+        "one_stream": TickCase(network, image, batch, "petra", streams="bfloat16", capture="one stream"),
+        "side_by_side": TickCase(network, image, batch, "petra", streams="bfloat16", capture="side by side"),
     }
     made = {name: Ticks(case, device) for name, case in cases.items()}
     timers = {each: timer for name, ticks in made.items() for each, timer in ticks.timers(f"{name}_").items()}
