@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 # Nodes of functions that give the same whenever they are asked: torch's activations that draw nothing, and the merge.
-_PURE = frozenset(
+_LIGHT = {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
+_PURE = _LIGHT | frozenset(
     f"{name}Backward0"
     for name in (
         *("Relu", "Hardtanh", "LeakyRelu", "Elu", "Silu", "Gelu", "Mish", "Sigmoid", "Tanh"),
         *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy", "Add", "Div"),
     )
-) | {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
+)
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -98,6 +99,11 @@ def is_pure(h: Tensor) -> bool:
             return False
         nodes += [below for below, _ in node.next_functions if below is not None and below.name() != _LEAF]
     return True
+
+
+def is_light(h: Tensor) -> bool:
+    """Whether the graph of h keeps next to nothing: signs, where others keep tensors as wide as a stream."""
+    return h.grad_fn is not None and h.grad_fn.name() in _LIGHT
 
 
 def _scales(node: Node) -> bool:

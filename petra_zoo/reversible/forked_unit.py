@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible.activation import is_pure
+from petra_zoo.reversible.activation import is_light, is_pure
 from petra_zoo.reversible.stream_type import StreamType
 from petra_zoo.reversible.unit import FunctionUnit, Gradients, Reversal, Streams, edge_of, gradients_of
 
@@ -55,6 +55,7 @@ class ForkedUnit(FunctionUnit):
         if not (needs_input_gradient and (h is leaves[0] or is_pure(h))):  # what draws is evaluated once
             return super().recompute(inputs, output_gradients, parameters, needs_input_gradient)
         start = h.detach().requires_grad_()
+        entered = edge_of(h) if is_light(h) else None
         del h
         gradients: list[Tensor | None] = [None] * (1 + len(parameters))
         with self.untouched():
@@ -69,10 +70,13 @@ class ForkedUnit(FunctionUnit):
             del start
             d_h, *d_parameters = gradients
             del gradients
-            with torch.enable_grad():
-                end = _Handing.apply(self.enter(*leaves), [d_h])
-            del d_h
-            of_inputs = gradients_of((end,), (torch.ones_like(end),), leaves)
+            if entered is not None:
+                of_inputs = gradients_of((entered,), (d_h,), leaves)
+            else:
+                with torch.enable_grad():
+                    end = _Handing.apply(self.enter(*leaves), [d_h])
+                del d_h
+                of_inputs = gradients_of((end,), (torch.ones_like(end),), leaves)
         return Reversal(inputs, of_inputs, tuple(d_parameters))
 
 
