@@ -65,7 +65,7 @@ class MemoryModes:
         Args:
             streams: ``'float32'``; ``'bfloat16'``: half the memory, and rounded once per block; ``'fixed16'``: a grid
                 in 16 bits, whose inverse is exact to the bit, for g = 1; ``'auto'``: float32, but where branches
-                compute in bfloat16 (autocast or weights) fixed16 at g = 1 and bfloat16 at g = 0.
+                compute in bfloat16 (autocast or weights) bfloat16 at g = 1 and 0.
 
         Raises:
             UserError: no such kind, or one that does not go with exact inversion.

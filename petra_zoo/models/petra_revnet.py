@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.models.coupled_block import CoupledBlock
 from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
 from petra_zoo.models.layer_parts import Enter, first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings, resnet_cfgs
-from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate
+from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate, kept_units
 
 __all__ = ["PetraRevNet"]
 
@@ -164,6 +165,19 @@ class PetraRevNet(MemoryModes, ResNet):
         for layer in self.coupled_layers():
             layer.set_streams(streams)
 
+    def choose_grids(self, images: Tensor, headroom: float = 4.0) -> None:
+        """Sets the grids of fixed16 streams by what the streams are for images [B, C, H, W]; see `choose_grids`."""
+        choose_grids(self, self.coupled_layers(), images, headroom)
+
+    def check_streams(self) -> None:
+        """Reads what streams on a grid have seen of its range, and waits for the device; pipelines do it by themselves.
+
+        Raises:
+            UserError: a value was beyond it since the last time.
+        """
+        for layer in self.coupled_layers():
+            layer.check_streams()
+
     def set_coupling(self, coupling: float | Sequence[float]) -> None:
         """Sets g of every layer, or one per layer."""
         values = _one_per_layer(coupling, "coupling")
@@ -219,7 +233,9 @@ class PetraRevNet(MemoryModes, ResNet):
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:
-        return backpropagate(self.units(), (x,), reconstruct=self.memory == "reversible")[0]
+        units, reconstruct = self.units(), self.memory == "reversible"
+        kept = kept_units(units, x) if reconstruct else 0
+        return backpropagate(units, (x,), reconstruct=reconstruct, kept=kept)[0]
 
 
 def _whole(layer: Callable[[Tensor], Tensor], enter: Enter) -> Callable[..., Streams]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -12,9 +13,9 @@ from petra_zoo.errors import UserError
 from petra_zoo.reversible import COUPLING_STEPS, Coupling, StreamKind, StreamType, nearest_coupling, readable
 from petra_zoo.reversible.reading import BufferReading
 from petra_zoo.reversible.saturation import Saturation
-from petra_zoo.reversible.stream_type import FIXED_GRID, check_kind
+from petra_zoo.reversible.stream_type import check_kind
 
-FIXED_EXPONENT = 8  # 2**-8 is FIXED_GRID
+FIXED_EXPONENT = 8  # of the default grid
 
 
 class RunBuffers(nn.Sequential):
@@ -50,10 +51,11 @@ class RunBuffers(nn.Sequential):
     @torch.jit.unused
     def streams(self) -> StreamType:
         """The type of the streams between the layer's units: what `auto` stands for now is decided."""
-        kind = check_kind(self.kind)
-        fixed = 2.0 ** -self._exponent.latest(self.exponent) if kind in ("auto", "fixed16") else FIXED_GRID
-        streams = StreamType(self.grid, kind, fixed, saturation=self._saturation)
-        return streams.now(lambda: self._g.latest(self.coupling), self)
+        streams = StreamType(self.grid, check_kind(self.kind), saturation=self._saturation)
+        streams = streams.now(lambda: self._g.latest(self.coupling), self)
+        if streams.kind != "fixed16":
+            return streams
+        return replace(streams, fixed=2.0 ** -self._exponent.latest(self.exponent))
 
     @torch.jit.unused
     def set_streams(self, kind: StreamKind) -> None:

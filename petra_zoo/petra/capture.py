@@ -126,12 +126,15 @@ class CapturedTicks:
     def _uncaptured(self, fed: Up | None) -> Output:
         pipeline = self.pipeline
         with own_generators(self.device):
-            output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed)
+            return self._left(run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed))
+
+    def _left(self, output: Output) -> Output:
+        """What a tick gives that was not captured; the next one that is begins with moving everything in."""
         if output.labels is not None and self.ticks:
             output.labels = output.labels.clone()  # they may lie where others will move in
         self._last = None
         if not self.refusal:
-            self._watched.look()  # its updates count as modifications of the parameters
+            self._watched.look()  # an update counts as a modification of the parameters
         return output
 
     def _steady(self) -> bool:
@@ -171,7 +174,7 @@ class CapturedTicks:
             output = run_tick(pipeline.stages, pipeline.links, pipeline.clock, fed, update=update)
             draws.look()
         self._draws[kind] = draws.found
-        self._watched.look()
+        output = self._left(output)
         if reads.found:
             self._refuse(f"in the network or the loss, {reads.found[0]}")
         return output

@@ -84,6 +84,7 @@ class CudaGraph:
     def capture(self, work: Callable[[Lanes], None], seeds: Sequence[int | None], widest: int = 0) -> None:
         shared = self.shared
         shared.take_in(self)
+        lanes = shared.lanes if shared.gains_from_lanes(widest) else []
         self.generators = shared.generators_for(sum(seed is not None for seed in seeds))
         for generator in self.generators:
             self.graph.register_generator_state(generator)
@@ -94,7 +95,7 @@ class CudaGraph:
             _no_cast_is_cached(),
             _generators_in_turn(shared.device, self.generators, seeds),
         ):
-            work(_Streams(shared.lanes) if shared.gains_from_lanes(widest) else InLine())
+            work(_Streams(lanes) if lanes else InLine())
 
     def replay(self, seeds: Sequence[int | None]) -> None:
         drawn = [seed for seed in seeds if seed is not None]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from petra_zoo.errors import Failure
-from petra_zoo.reversible import UnitModel
+from petra_zoo.reversible import Unit, UnitModel
+from petra_zoo.reversible.saturation import Saturation
 
 
 class NotFiniteError(Failure):
@@ -53,6 +54,15 @@ class FiniteCheck:
         else:
             self._places[what] = value.to(torch.float64, copy=True)
 
+    def see_ranges(self, saturations: Sequence[Saturation], where: str) -> None:
+        """Takes note of what streams on a grid have seen of its range.
+
+        Raises:
+            NotFiniteError: a value was beyond it; see `see`.
+        """
+        for i, part in enumerate(part for saturation in saturations for part in saturation.beyond()):
+            self.see(part, f"a stream of {where} ({i}), in parts of the range of its grid, which is too fine for it,")
+
     def look(self) -> None:
         """Sends for the numbers of a tick and judges those of earlier ones that have arrived; waits for none.
 
@@ -88,6 +98,20 @@ class FiniteCheck:
         values, _, words = self._under_way.popleft()
         for value, what in zip(values, words, strict=True):
             _judge(value, what)
+
+
+def saturations_of(units: Sequence[Unit], deferred: bool) -> list[Saturation]:
+    """Where units note what their streams have seen of the range of their grids, each once.
+
+    Args:
+        units: of a stage.
+        deferred: nothing is read at once, as on a GPU.
+    """
+    found = [unit.saturation() for unit in units]
+    saturations = list({id(x): x for x in found if x is not None}.values())
+    for saturation in saturations:
+        saturation.deferred = deferred
+    return saturations
 
 
 def pooled(gradients: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from petra_zoo.petra.tick import Lanes
 from petra_zoo.reversible.replay import units_that_draw
 
 _PLAIN = 2  # calls before the one that is watched
+_OTHER_FORMS = 8  # calls in a row with inputs of another form: then they are what there is
 
 
 class GraphedStep:
@@ -82,13 +83,18 @@ class GraphedStep:
             if self._calls == _PLAIN + 1:
                 return self._rehearse(inputs)
             self._capture(inputs)
-        if [_form(x) for x in inputs] != self._forms:
-            return self._run(inputs)
-        return self._replay(inputs)
+        if list(map(_form, inputs)) == self._forms:
+            self._odd = 0
+            return self._replay(inputs)
+        self._odd += 1
+        if self._odd > _OTHER_FORMS:
+            self._forget()
+        return self._run(inputs)
 
     def _forget(self) -> None:
         self._graph: Graph | None = None
         self._calls = 0
+        self._odd = 0
 
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         with ExitStack() as stack:

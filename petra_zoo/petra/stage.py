@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
-from petra_zoo.petra.finite import pooled
+from petra_zoo.petra.finite import pooled, saturations_of
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
@@ -28,7 +28,7 @@ from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.rates import Rates, rates_of
 from petra_zoo.petra.weight_prediction import Prediction
 from petra_zoo.petra.window import Window, average
-from petra_zoo.reversible import Gradients, Residue, Reversal, Streams, gradients_of
+from petra_zoo.reversible import Gradients, Lent, Residue, Reversal, Streams, gradients_of
 
 
 class StageState(TypedDict):
@@ -88,6 +88,7 @@ class Stage:
         self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
         self.finite = settings.finite
+        self.saturations = saturations_of(self.units, self.finite.deferred)
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -116,13 +117,16 @@ class Stage:
         """
         streams, gradients, device = down.streams, down.gradients, _device(down.gradients)  # x~_j and delta_{j+1}
         found: dict[int, Tensor] = {}
+        lent = Lent([*streams, *gradients])  # in one process a message is the sender's too
         with self.precision(device):
             for i in reversed(range(self._lowest(), len(self.units))):
                 # FIFO: micro-batches come back in the order in which they went up.
                 kept = self.fifos[i].popleft() if self._keeps_input(i) else None
+                owned = lent.none_of([*streams, *gradients])
+                lent.lend(kept or ())
                 residue = self.residues[i].pop(down.micro_batch, ())
                 with self.surroundings(i, down.micro_batch, device):
-                    reversal = self._backward_unit(i, kept, streams, gradients, residue)
+                    reversal = self._backward_unit(i, kept, streams, gradients, residue, owned)
                 # What was kept is exact: it re-anchors the reconstruction of everything below.
                 streams, gradients = kept or reversal.inputs, reversal.input_gradients
                 _collect(found, self._wanted_of(i)[0], reversal.parameter_gradients)
@@ -171,6 +175,7 @@ class Stage:
             torch._foreach_div_(gradients, float(count))
         if self.settings.across is not None:
             average(gradients, self.settings.across)
+        self.finite.see_ranges(self.saturations, f"stage {self.index}")
         # Before clipping, which would spread one infinite value over all gradients as nan.
         self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
         if self.settings.optimization.clip_grad is not None:
@@ -277,13 +282,14 @@ class Stage:
         return i >= self._lowest() and self.units[i].reversible
 
     def _backward_unit(
-        self, i: int, kept: Streams | None, streams: Streams, gradients: Gradients, residue: Residue
+        self, i: int, kept: Streams | None, streams: Streams, gradients: Gradients, residue: Residue, owned: bool
     ) -> Reversal:
         unit, (_, parameters) = self.units[i], self._wanted_of(i)
         if unit.reversible:
-            return unit.reverse(streams, gradients, parameters, residue)
+            return unit.reverse(streams, gradients, parameters, residue, owned=owned)
         assert kept is not None
-        return unit.recompute(kept, gradients, parameters, self.first_unit + i > self.settings.first_trainable)
+        needs_input_gradient = self.first_unit + i > self.settings.first_trainable
+        return unit.recompute(kept, gradients, parameters, needs_input_gradient, owned=owned)
 
     def _wanted_of(self, i: int) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The parameters of unit i, and the tensors at which their gradients are found; one may have two."""

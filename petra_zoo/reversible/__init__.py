@@ -14,7 +14,9 @@ from petra_zoo.reversible.coupling import (
 )
 from petra_zoo.reversible.dispatches import Dispatches
 from petra_zoo.reversible.forked_unit import ForkedUnit
+from petra_zoo.reversible.kept_graphs import kept_units
 from petra_zoo.reversible.live_bytes import LiveBytes
+from petra_zoo.reversible.ownership import Lent
 from petra_zoo.reversible.plain_path import needs_plain_path
 from petra_zoo.reversible.reading import readable
 from petra_zoo.reversible.state import untouched
@@ -44,6 +46,7 @@ __all__ = [
     "ForkedUnit",
     "FunctionUnit",
     "Gradients",
+    "Lent",
     "LiveBytes",
     "Residue",
     "Reversal",
@@ -58,6 +61,7 @@ __all__ = [
     "couple",
     "coupled",
     "gradients_of",
+    "kept_units",
     "merge",
     "nearest_coupling",
     "needs_plain_path",

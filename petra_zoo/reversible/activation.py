@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 # Nodes of functions that give the same whenever they are asked: torch's activations that draw nothing, and the merge.
-_PURE = frozenset(
+_LIGHT = {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
+_PURE = _LIGHT | frozenset(
     f"{name}Backward0"
     for name in (
         *("Relu", "Hardtanh", "LeakyRelu", "Elu", "Silu", "Gelu", "Mish", "Sigmoid", "Tanh"),
         *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy", "Add", "Div"),
     )
-) | {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
+)
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -48,6 +49,9 @@ class Activation:
     def give(self) -> Tensor:
         """h, for the branch. Whoever binds no name to it lets it die as soon as the branch is through with it."""
         h = self._activate(self._b)
+        if not h.requires_grad:  # nobody asks for gradients
+            self.start = get_gradient_edge(self._b)
+            return h
         if is_pure(h):
             h = _Unheld.apply(self._b, h.detach())
             self._forgotten = h.grad_fn
@@ -74,7 +78,7 @@ class Activation:
     def _pack(self, x: Tensor) -> Tensor | None:
         if self._forgotten is not None and x.grad_fn is self._forgotten:
             return None
-        return x if x.grad_fn is None else x.detach()  # a result that its own node saved would hold it, and so itself
+        return x if x.grad_fn is None else x.data  # a result that its own node saved would hold it, and so itself
 
     def _unpack(self, x: Tensor | None) -> Tensor:
         return self._again().detach() if x is None else x
@@ -95,6 +99,11 @@ def is_pure(h: Tensor) -> bool:
             return False
         nodes += [below for below, _ in node.next_functions if below is not None and below.name() != _LEAF]
     return True
+
+
+def is_light(h: Tensor) -> bool:
+    """Whether the graph of h keeps next to nothing: signs, where others keep tensors as wide as a stream."""
+    return h.grad_fn is not None and h.grad_fn.name() in _LIGHT
 
 
 def _scales(node: Node) -> bool:

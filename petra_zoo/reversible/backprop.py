@@ -36,7 +36,7 @@ def segments(units: Sequence[Unit], reconstruct: bool = True) -> Iterator[list[U
             yield from ([unit] for unit in group)
 
 
-def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool = True) -> Streams:
+def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool = True, kept: int = 0) -> Streams:
     """Runs units in order; the backward pass reconstructs runs and recomputes the other units.
 
     Computes exactly what calling the units one after the other computes, batch-norm statistics included.
@@ -45,12 +45,14 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
         units: what to run; a parameter may appear in several of them.
         streams: input of the first unit.
         reconstruct: False stores every unit's input and recomputes all of them.
+        kept: how many units at the end keep their graph instead (see `kept_units`).
 
     Returns:
         The last unit's output.
     """
     lent = [storage_of(x) for x in streams]
-    parts = list(segments(units, reconstruct))
+    first_kept = len(units) - kept
+    parts = list(segments(units[:first_kept], reconstruct))
     for segment in parts:
         held = [Held(unit.state) for unit in segment]
         parameters = [h.trainable() for h in held]
@@ -58,6 +60,8 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
         reverse = reconstruct and segment[0].reversible
         place = _Place([len(group) for group in parameters], reverse, len(streams), segment is parts[-1], lent)
         streams = _Segment.apply(segment, held, place, *streams, *flat)
+    for unit in units[first_kept:]:
+        streams = unit(*streams)
     return streams
 
 

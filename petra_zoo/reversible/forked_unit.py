@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible.activation import is_pure
+from petra_zoo.reversible.activation import is_light, is_pure
 from petra_zoo.reversible.stream_type import StreamType
 from petra_zoo.reversible.unit import FunctionUnit, Gradients, Reversal, Streams, edge_of, gradients_of
 
@@ -56,7 +56,8 @@ class ForkedUnit(FunctionUnit):
         with self.untouched():
             with torch.enable_grad():
                 h = self.enter(*leaves)
-            kept = None if h is leaves[0] or is_pure(h) else h  # what draws is evaluated once
+            again = h is leaves[0] or (is_pure(h) and not is_light(h))  # what draws is evaluated once
+            entered = None if again else edge_of(h)
             start = h.detach().requires_grad_()
             del h
             for way in self.ways:
@@ -70,10 +71,13 @@ class ForkedUnit(FunctionUnit):
             del start
             d_h, *d_parameters = gradients
             del gradients
-            with torch.enable_grad():
-                end = _Handing.apply(self.enter(*leaves) if kept is None else kept, [d_h])
-            del d_h
-            of_inputs = gradients_of((end,), (torch.ones_like(end),), leaves)
+            if not again:
+                of_inputs = gradients_of((entered,), (d_h,), leaves)
+            else:
+                with torch.enable_grad():
+                    end = _Handing.apply(self.enter(*leaves), [d_h])
+                del d_h
+                of_inputs = gradients_of((end,), (torch.ones_like(end),), leaves)
         return Reversal(inputs, of_inputs, tuple(d_parameters))
 
 

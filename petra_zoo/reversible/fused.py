@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.overrides import _pop_mode_temporarily
 
 Results = tuple[Tensor, ...]
 
@@ -41,8 +43,20 @@ class Fused:
         if self._compiled is None:  # not at import; one for all sizes: it sees the elements in a row
             self._compiled = torch.compile(self.written, dynamic=True, fullgraph=True)
         shape, stride = tensors[0].shape, tensors[0].stride()
-        found = self._compiled(*(x.as_strided((x.numel(),), (1,)) for x in tensors), **settings)
+        with _alone():
+            found = self._compiled(*(x.as_strided((x.numel(),), (1,)) for x in tensors), **settings)
         return tuple(x.as_strided(shape, stride) if x.ndim else x for x in found)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, no mode of functions and no autocast: each would make a variant of its own, and there is a limit."""
+    with ExitStack() as stack:
+        for _ in range(torch._C._len_torch_function_stack()):
+            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        yield
 
 
 def _lie_alike(tensors: tuple[Tensor, ...]) -> bool:

@@ -41,7 +41,12 @@ class Lent:
     """
 
     def __init__(self, tensors: Iterable[Tensor | None], storages: Iterable[int] = ()) -> None:
-        self._storages = {*storages, *(storage_of(x) for x in tensors if x is not None)}
+        self._storages = set(storages)
+        self.lend(tensors)
+
+    def lend(self, tensors: Iterable[Tensor | None]) -> None:
+        """Adds the memory of more tensors."""
+        self._storages.update(storage_of(x) for x in tensors if x is not None)
 
     def none_of(self, tensors: Iterable[Tensor | None]) -> bool:
         """Whether all of the tensors may be written over: each has memory of its own, for every element."""

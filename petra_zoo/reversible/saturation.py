@@ -12,10 +12,14 @@ class Saturation:
     """The largest values that streams on a grid were to take, in parts of its range.
 
     On the CPU a value beyond the range raises at once. A GPU's is noted in a tensor there, without waiting for it:
-    `check` reads it. Copies and pickles begin with nothing seen.
+    `check` reads it, `beyond` hands it on. Copies and pickles begin with nothing seen.
+
+    Attributes:
+        deferred: as on a GPU, wherever values are.
     """
 
     def __init__(self) -> None:
+        self.deferred = False
         self._seen: dict[torch.device, Tensor] = {}
         self._range = 0.0
 
@@ -37,7 +41,7 @@ class Saturation:
             return
         part = peak.detach().float() / most
         self._range = grid * most
-        if part.is_cpu:
+        if part.is_cpu and not self.deferred:
             self._judge(part.item())
             return
         seen = self._seen.get(part.device)
@@ -56,6 +60,10 @@ class Saturation:
             part = seen.item()
             seen.zero_()  # the tensor stays: a captured graph goes on writing there
             self._judge(part)
+
+    def beyond(self) -> list[Tensor]:
+        """Numbers, 0-d on their devices, that are finite where all values were in range; waits for nothing."""
+        return [torch.where(part <= 1.0, part, torch.inf) for part in self._seen.values()]
 
     def _judge(self, part: float) -> None:
         if not part <= 1.0:

@@ -20,6 +20,7 @@ from petra_zoo.reversible.activation import Activation
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
 from petra_zoo.reversible.operands import Operand
 from petra_zoo.reversible.ownership import apart
+from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
 
@@ -88,6 +89,10 @@ class Unit(nn.Module):
     def values(self, streams: Streams) -> Streams:
         """The streams that the unit gave as numbers, for whoever looks at them (see `StreamType.read`)."""
         return streams
+
+    def saturation(self) -> Saturation | None:
+        """Where it is noted what the unit's streams have seen of the range of their grid."""
+        return None
 
     def reverse(
         self,
@@ -169,6 +174,9 @@ class FunctionUnit(Unit):
     def values(self, streams: Streams) -> Streams:
         return streams if self.streams is None else tuple(map(self.streams().read, streams))
 
+    def saturation(self) -> Saturation | None:
+        return None if self.streams is None else self.streams().saturation
+
 
 class CoupledUnit(Unit):
     """A coupled block: b' = (1-g)*h + g*a + F(h), a' = b, with h = act(b).
@@ -223,6 +231,9 @@ class CoupledUnit(Unit):
     def values(self, streams: Streams) -> Streams:
         return tuple(map(self._streams_type().read, streams))
 
+    def saturation(self) -> Saturation | None:
+        return self._streams_type().saturation
+
     def _streams_type(self) -> StreamType:
         return self.streams.now(self.coupling, self.block) if isinstance(self.streams, StreamType) else self.streams()
 
@@ -256,7 +267,7 @@ class CoupledUnit(Unit):
         # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
         # be another number: forward and backward of a tick use one version of the parameters.
         with self.untouched():  # as in `recompute`
-            with torch.enable_grad(), activation.forgetting():
+            with torch.set_grad_enabled(d_b_out is not None), activation.forgetting():
                 # No name is bound to h, here or in a function between: only so it dies inside of the branch.
                 f = self.branch(streams_type.for_branch(activation.give(), self.block))
             value, graph = f.detach(), edge_of(f)
@@ -270,7 +281,10 @@ class CoupledUnit(Unit):
                 inputs = (a_out, a)
                 del step
             del value
-            d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])
+            d_h: Tensor | None = None
+            d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
+            if graph is not None:
+                d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])
             # (1 - g) * h, or h where a = h, is the part of b' beside F(h) and g * a.
             d_h = _sum(d_h, _times(1.0 if self.starts else 1.0 - g, d_b_out))
             d_b = None if d_h is None else activation.gradient(d_h)

@@ -52,11 +52,14 @@ class Augmentation(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _truth_is_no_number(cls, value: T, info: ValidationInfo) -> T:
-        """pydantic takes true for 1, and YAML yes and on for true."""
-        if isinstance(value, bool) and "bool" not in str(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("this setting is neither on nor off")
-        return value
+    def _truth_is_no_number(cls, value: T, info: ValidationInfo) -> T | str:
+        """pydantic takes true for 1, and YAML yes and on for true, off for false."""
+        annotation = str(cls.model_fields[str(info.field_name)].annotation)
+        if not isinstance(value, bool) or "bool" in annotation:
+            return value
+        if not value and "'off'" in annotation:
+            return "off"
+        raise ValueError("this setting is neither on nor off")
 
     @field_validator("aa")
     @classmethod

@@ -99,7 +99,9 @@ def test_stored_activations_are_counted_per_image() -> None:
     network = source("resnet18")
     model = PetraRevNet.from_resnet(network, coupling=0.5)
     found = conversion_memory(network, model, (3, 64, 64))
-    assert found["converted"].stored < found["source, checkpointed"].stored < found["source"].stored
+    # Up to its peak a reversible step keeps the graphs of its last units: what it saves is the peak.
+    assert found["converted"].peak < found["source, checkpointed"].peak < found["source"].peak
+    assert found["converted"].stored < found["source"].stored
     network.train()
     with LiveBytes([*network.parameters(), *network.buffers()]) as memory:
         logits = network(images(8))

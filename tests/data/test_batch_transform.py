@@ -14,12 +14,12 @@ from petra_zoo.data.transforms import seeded_generators
 from petra_zoo.settings.augmentation import Augmentation
 from tests.data.test_loader import FewSamples
 
-PREPROCESSING = Preprocessing((3, 8, 8), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_pct=1.0)
+PREPROCESSING = Preprocessing((3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_pct=1.0)
 
 
 def make_loader(augmentation: Augmentation | None, batch_size: int = 7) -> ImageLoader:
     return create_loader(
-        FewSamples(open_dataset("digits", "val"), 47),
+        FewSamples(open_dataset("shapes", "val"), 47),
         PREPROCESSING,
         batch_size=batch_size,
         augmentation=augmentation,
@@ -30,9 +30,9 @@ def make_loader(augmentation: Augmentation | None, batch_size: int = 7) -> Image
 def test_bytes_become_what_torchvision_makes_of_the_image() -> None:
     (images,), _ = next(iter(make_loader(None).read()))
     assert images.dtype == torch.uint8
-    digits = open_dataset("digits", "val")
+    shapes = open_dataset("shapes", "val")
     theirs = Compose([ToTensor(), Normalize(PREPROCESSING.mean, PREPROCESSING.std)])
-    expected = torch.stack([theirs(digits.read(i)[0].convert("RGB")) for i in range(len(images))])
+    expected = torch.stack([theirs(shapes.read(i)[0]) for i in range(len(images))])
     assert torch.equal(BatchTransform(PREPROCESSING)(images), expected)
 
 

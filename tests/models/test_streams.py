@@ -193,11 +193,28 @@ def test_the_grid_is_saved_and_a_state_without_one_has_the_default() -> None:
     model.layer2.set_exponent(11)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(images()), model(images()))
-    assert other.layer2.streams().fixed == 2.0**-11
+    assert int(other.layer2.exponent) == 11
     other.load_state_dict({key: x for key, x in model.state_dict().items() if "exponent" not in key})
-    assert other.layer2.streams().fixed == 2.0**-8
+    assert int(other.layer2.exponent) == 8
 
 
 def test_fixed16_is_refused_between_the_couplings_0_and_1() -> None:
     with pytest.raises(UserError, match=r"have an inverse at coupling 1 alone, not at 0\.5"):
         tiny(coupling=0.5, streams="fixed16")(images())
+
+
+def test_grids_are_chosen_by_magnitude_with_headroom() -> None:
+    model = tiny(coupling=1.0).train()
+    before = copy.deepcopy(model.state_dict())
+    model.choose_grids(images(8, 16))
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items() if "exponent" not in key)
+    seen = []
+    hooks = [
+        block.register_forward_hook(lambda *x: seen.append(float(x[2].detach().abs().max()))) for block in model.layer2
+    ]
+    model.set_streams("float32")
+    model(images(8, 16))
+    for hook in hooks:
+        hook.remove()
+    room = 32767 * 2.0 ** -int(model.layer2.exponent) / max(seen)
+    assert 4.0 <= room < 8.0

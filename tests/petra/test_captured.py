@@ -161,7 +161,8 @@ class Fused(torch.optim.SGD):
     """Whose future is told from its last step, for its type is not known."""
 
 
-@pytest.mark.parametrize("prediction", ["head", pytest.param("backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["head", "backward"])
 def test_predicted_weights_are_captured(prediction: Any) -> None:
     options: dict[str, Any] = {
         "optimizer": lambda named: Fused([p for _, p in named], 0.1, momentum=0.9, fused=True),
@@ -183,7 +184,10 @@ def lion(named: Any) -> torch.optim.Optimizer:
     return Lion([p for _, p in named], 0.01)
 
 
-@pytest.mark.parametrize(("optimizer", "inside"), [(sgd, True), (adamw, True), (lion, False)])
+@pytest.mark.parametrize(
+    ("optimizer", "inside"),
+    [(lion, False), *(pytest.param(make, True, marks=pytest.mark.slow) for make in (sgd, adamw))],
+)
 def test_an_optimizer_that_cannot_be_captured_updates_outside(
     optimizer: Callable[..., Any], inside: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -302,6 +306,13 @@ def test_probes_evaluation_and_saving_leave_captured_ticks_as_they_are() -> None
     assert_same(captured, plain, [data])
 
 
+def test_kinds_may_be_captured_at_different_times() -> None:
+    """Drains in between cut windows short, so that some kinds of ticks are met more often than others."""
+    captured, plain = (pipeline_of("petra", 2, on, accumulation_steps=2) for on in (True, False))
+    assert_same(captured, plain, [batches(*[4] * n) for n in (3, 3, 3, 3, 6, 9)])
+    assert replayed(captured)
+
+
 @pytest.mark.parametrize("of", ["module", "weight"])
 def test_a_hook_is_called_in_every_tick(of: str) -> None:
     pipeline, calls = pipeline_of("backprop", 1), []
@@ -336,7 +347,7 @@ def test_a_host_read_keeps_ticks_uncaptured_and_is_said_once(caplog: pytest.LogC
     assert "_local_scalar_dense" in caplog.text
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_capture_that_fails_has_done_nothing(k: int) -> None:
     """What is queued and never done must not be counted either."""
 

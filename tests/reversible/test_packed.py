@@ -1,11 +1,15 @@
 """Packed streams: the same bits as floats on the grid, as written and as compiled."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import packed
+from petra_zoo.reversible.batch_statistics import RememberStatistics, UseStatistics
 from petra_zoo.reversible.fixed_point import rounded
 from petra_zoo.reversible.fused import Fused
 from petra_zoo.reversible.saturation import Saturation
@@ -71,6 +75,17 @@ def test_without_a_compiler_a_function_runs_as_it_is_written(monkeypatch: pytest
     x = numbers(7).as_subclass(OnCuda)
     assert torch.equal(fused(x, grid=2.0)[0], x * 2.0)
     assert not fused.compiles
+
+
+def test_a_compiled_function_has_one_variant_whatever_is_around() -> None:
+    fused = Fused(lambda x, grid: (x * grid,))
+    variants = CompileCounter()
+    fused._compiled = torch.compile(fused.written, dynamic=True, fullgraph=True, backend=variants)
+    x = numbers(7)
+    for mode in (nullcontext(), RememberStatistics(), UseStatistics([]), torch.autocast("cpu", torch.bfloat16)):
+        with mode, torch.no_grad():
+            assert torch.equal(fused.compiled(x, grid=2.0)[0], x * 2.0)
+    assert variants.frame_count == 1
 
 
 @pytest.mark.slow  # inductor compiles C++

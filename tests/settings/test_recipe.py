@@ -90,6 +90,15 @@ def test_text_that_looks_like_a_number_stays_text_when_a_recipe_is_saved(tmp_pat
     assert older["opt_kwargs"] == recipe.opt_kwargs
 
 
+def test_off_is_a_word_where_a_setting_has_it(tmp_path: Path) -> None:
+    """To YAML it is a truth value, so that it reaches a recipe as false."""
+    recipe = load_recipe(DIGITS, ["cuda_graphs=off"])
+    assert recipe.cuda_graphs == "off"
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(str(tmp_path / "saved.yaml")) == recipe
+    assert "neither on nor off" in refusal("cuda_graphs=on")
+
+
 def test_a_home_is_expanded_in_every_setting_that_names_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     places = {name for name, field in Recipe.model_fields.items() if "Path" in str(field.annotation)}

@@ -14,21 +14,23 @@ from petra_zoo.bench.gpu.ticks import TickCase, Ticks
 from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, find_way
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.models.training_memory import step_bytes
-from petra_zoo.reversible import Dispatches
+from petra_zoo.reversible import Dispatches, StreamKind
 from petra_zoo.strict_json import JsonObject
 
 _CPU = torch.device("cpu")
 
 
-def operations_of_a_tick(network: str, methods: Sequence[str], image: int = 32) -> JsonObject:
+def operations_of_a_tick(
+    network: str, methods: Sequence[str], streams: StreamKind = "auto", image: int = 32
+) -> JsonObject:
     """Operations dispatched in a tick of four stages under bf16 autocast, whatever the size of the images."""
 
     found: JsonObject = {}
     for method in methods:
-        ticks = Ticks(TickCase(network, image, 2, method, capture="off"), _CPU)
+        ticks = Ticks(TickCase(network, image, 2, method, streams=streams, capture="off"), _CPU)
         with Dispatches() as dispatches:
             ticks.tick()
-        found[method] = dispatches.total
+        found[method] = dispatches.operations
     return found
 
 

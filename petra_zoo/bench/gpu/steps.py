@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +12,6 @@ from torch import Tensor, nn
 from petra_zoo.bench.gpu.device import MIB, busy_seconds_of, captured, peak_bytes, release, seconds_of, synchronize
 from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, Way, find_way
 from petra_zoo.bench.turns import median_ratio, take_turns
-from petra_zoo.reversible import replay
 from petra_zoo.strict_json import JsonObject
 
 REFERENCES = {PLAIN: "plain", CHECKPOINTED: "checkpointed"}  # by what a ratio to them is called
@@ -162,16 +158,3 @@ class StepBench:
 def reason(error: BaseException) -> str:
     """What went wrong, in a line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
-
-
-@contextmanager
-def generators_unread() -> Iterator[None]:
-    """Inside, a reversible step does not look whether a unit has drawn: the answer cannot be read in a capture.
-
-    None of the networks measured here draws.
-    """
-    if not hasattr(replay, "generator_states"):
-        yield
-        return
-    with mock.patch.object(replay, "generator_states", return_value={}):
-        yield

@@ -13,12 +13,14 @@ import torch
 from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.gpu.device import release
 from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
-from petra_zoo.bench.gpu.steps import StepBench, StepCase, generators_unread, reason
+from petra_zoo.bench.gpu.steps import StepBench, StepCase, reason
 from petra_zoo.bench.gpu.ticks import Capture, TickCase, measure_side_by_side, measure_tick
-from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, compiled_within, our_ways
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, STREAMS, Network, compiled_within, our_ways
 from petra_zoo.bench.results import Results, Trial
 from petra_zoo.bench.steps import number_of
 from petra_zoo.errors import Failure
+from petra_zoo.reversible import StreamKind
+from petra_zoo.reversible.stream_type import check_kind
 from petra_zoo.strict_json import JsonObject
 
 SECTIONS = ("facts", "step", "tick", "side_by_side", "tests")
@@ -72,30 +74,34 @@ class GpuStudy(BuiltInStudy):
         transformers = [each for each in networks if each.is_transformer]
         resnets = [each for each in networks if not each.is_transformer]
         yield Trial("facts", 0, {"section": "facts"})
-        wide = [name for name in our_ways() if name.endswith("float32")]
-        core = (PLAIN, CHECKPOINTED, *(name for name in our_ways() if name not in wide))
+        # The leanest kind first: a grid's kernels are compiled for every shape, which takes a while.
+        lean, others = our_ways()[:2], our_ways()[2:]
+        core = (PLAIN, CHECKPOINTED, *lean)
         yield from (_step(each, name) for each in resnets for name in core)
-        yield from self._ticks(METHODS[:2])
+        yield from self._ticks(METHODS[:2], "bfloat16")
         network, _, batches = self.side_by_side
         for batch in batches:
             beside: JsonObject = {"section": "side_by_side", "network": network, "batch": batch}
             yield Trial(f"batches of {batch}", 0, beside)
         yield from (_step(each, name) for each in transformers for name in core)
-        yield from self._ticks(METHODS[2:])
-        yield from (_step(each, name) for each in networks for name in (*wide, "timm, selective checkpointing"))
+        yield from self._ticks(METHODS[2:], "bfloat16")
+        yield from (_step(each, name) for each in networks for name in ("timm, selective checkpointing", *others))
+        yield from self._ticks(METHODS[:1], "fixed16")
         compiled = (f"{our_ways()[0]}, compiled", "timm, compiled", *map(compiled_within, self.budgets))
         yield from (_step(networks[0], name) for name in ("timm, saved tensors on the host", *compiled))
         yield Trial("pytest -m gpu", 0, {"section": "tests"})
         for resnet in resnets:
             yield Trial("live bytes", 0, {"section": STAND_INS, "network": resnet.name})
-        yield Trial("operations of a tick", 0, {"section": STAND_INS, "network": self.ticks[0][0]})
+        for kind in STREAMS:
+            yield Trial("operations of a tick", 0, {"section": STAND_INS, "network": self.ticks[0][0], "streams": kind})
         yield Trial("host time", 0, {"section": STAND_INS, "network": networks[0].name})
 
-    def _ticks(self, methods: Sequence[str]) -> Iterator[Trial]:
+    def _ticks(self, methods: Sequence[str], streams: StreamKind) -> Iterator[Trial]:
         for network, image, batch in self.ticks:
             for method in methods:
                 for name in (f"{method}, captured", method):
-                    yield Trial(name, 0, {"section": "tick", "network": network, "image": image, "batch": batch})
+                    of_network: JsonObject = {"network": network, "image": image, "batch": batch, "streams": streams}
+                    yield Trial(name, 0, {"section": "tick", **of_network})
 
     def run(self, trial: Trial) -> JsonObject:
         """Raises: Failure: the case broke down, whatever it was: the others go on without it."""
@@ -117,18 +123,19 @@ class GpuStudy(BuiltInStudy):
 
     def _measure_step(self, trial: Trial) -> JsonObject:
         case = next(case for case in self.steps if case.network.name == trial.settings["network"])
-        with generators_unread():
-            if not self._bench or self._bench[0].case != case:
-                self._bench.clear()  # first: two networks' references need not fit
-                self._bench.append(StepBench(case, _device()))
-            return self._bench[0].measure(trial.contender)
+        if not self._bench or self._bench[0].case != case:
+            self._bench.clear()  # first: two networks' references need not fit
+            self._bench.append(StepBench(case, _device()))
+        return self._bench[0].measure(trial.contender)
 
     def _measure_tick(self, trial: Trial) -> JsonObject:
         self._bench.clear()
         network, image, batch = next(case for case in self.ticks if case[0] == trial.settings["network"])
         method, _, captured = trial.contender.partition(", ")
         capture: Capture = "side by side" if captured else "off"
-        return measure_tick(TickCase(network, image, batch, method, capture=capture, rounds=self._rounds), _device())
+        streams = check_kind(str(trial.settings["streams"]))
+        case = TickCase(network, image, batch, method, streams=streams, capture=capture, rounds=self._rounds)
+        return measure_tick(case, _device())
 
     def _measure_side_by_side(self, trial: Trial) -> JsonObject:
         self._bench.clear()
@@ -138,7 +145,7 @@ class GpuStudy(BuiltInStudy):
     def _stand_in(self, trial: Trial) -> JsonObject:
         name = trial.settings["network"]
         if trial.contender == "operations of a tick":
-            return operations_of_a_tick(str(name), METHODS)
+            return operations_of_a_tick(str(name), METHODS[:2], check_kind(str(trial.settings["streams"])))
         network = next(case.network for case in self.steps if case.network.name == name)
         return live_mib(network) if trial.contender == "live bytes" else host_time(network, 2 * self._rounds)
 
@@ -179,7 +186,8 @@ def _driver() -> str:
 
 def gpu_tests() -> JsonObject:
     """What `pytest -m gpu` says at its end; run in a checkout."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    without = ("-p", "no:cacheprovider", "-p", "no:benchmark")  # the latter warns beside xdist, which is an error here
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *without, "tests"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = [line for line in ended.stdout.splitlines() if line.strip()]
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -44,7 +44,7 @@ def _ticks(runs: Sequence[Record]) -> str:
         busy = 100 * run.number("busy_ms") / run.number("tick_ms")
         rows.append(
             [
-                f"{run.settings['network']}, {run.settings['batch']} at {run.settings['image']}",
+                f"{_subject(run)}, {run.settings['batch']} at {run.settings['image']}",
                 run.contender + (" (it cannot be)" if "not_captured" in run.result else ""),
                 cell(run.number("tick_ms"), 1),
                 cell(run.number("over_replay"), 2),
@@ -89,10 +89,14 @@ def _live(runs: Sequence[Record]) -> str:
 def _by_name(first: str, digits: int) -> Callable[[Sequence[Record]], str]:
     def table(runs: Sequence[Record]) -> str:
         names = [*runs[0].result] if runs else []
-        rows = ([str(run.settings["network"]), *_cells(run, [(name, digits) for name in names])] for run in runs)
+        rows = ([_subject(run), *_cells(run, [(name, digits) for name in names])] for run in runs)
         return markdown_table([first, *(name.replace("_", " ") for name in names)], rows)
 
     return table
+
+
+def _subject(run: Record) -> str:
+    return ", ".join(str(run.settings[name]) for name in ("network", "streams") if name in run.settings)
 
 
 def _cells(run: Record, numbers: Iterable[tuple[str, int]]) -> list[str]:

@@ -22,6 +22,7 @@ from petra_zoo.petra import Layout, Optimization, Pipeline
 from petra_zoo.petra.capture import Graphs
 from petra_zoo.petra.cuda_graph import CudaGraph, Device
 from petra_zoo.petra.optimization import NamedParameters
+from petra_zoo.reversible import StreamKind
 from petra_zoo.strict_json import JsonObject
 
 Capture = Literal["off", "one stream", "side by side"]
@@ -42,6 +43,7 @@ class TickCase:
         stages: all in this process.
         capture: `off`; `one stream`: a tick is a CUDA graph; `side by side`: with a stream for each stage inside it,
             where they have no need to wait for each other.
+        streams: what carries them.
         rounds: how often it is timed.
     """
 
@@ -50,6 +52,7 @@ class TickCase:
     batch: int
     method: str
     stages: int = 4
+    streams: StreamKind = "auto"
     capture: Capture = "side by side"
     rounds: int = 10
 
@@ -85,7 +88,7 @@ class Ticks:
 
     def _pipeline(self) -> Pipeline:
         case = self.case
-        model = timm.create_model(case.network, num_classes=100).to(self.device).train()
+        model = timm.create_model(case.network, num_classes=100, streams=case.streams).to(self.device).train()
         model = model.to(memory_format=torch.channels_last)
         assert isinstance(model, PetraRevNet)
         return Pipeline(
@@ -151,16 +154,16 @@ def measure_tick(case: TickCase, device: torch.device) -> JsonObject:
 
 
 def measure_side_by_side(network: str, image: int, batch: int, rounds: int, device: torch.device) -> JsonObject:
-    """PETRA in four stages beside backpropagation of the whole network, both captured, on one GPU.
+    """PETRA in four stages beside backpropagation of the whole network, both captured, bfloat16 streams, on one GPU.
 
     Returns:
         Times and peaks of `backprop`, of petra in `one_stream` and `side_by_side`, in turns; of both the time over
         backprop's, of ticks and of bare replays.
     """
     cases = {
-        "backprop": TickCase(network, image, batch, "backprop", stages=1),
-        "one_stream": TickCase(network, image, batch, "petra", capture="one stream"),
-        "side_by_side": TickCase(network, image, batch, "petra", capture="side by side"),
+        "backprop": TickCase(network, image, batch, "backprop", stages=1, streams="bfloat16"),
+        "one_stream": TickCase(network, image, batch, "petra", streams="bfloat16", capture="one stream"),
+        "side_by_side": TickCase(network, image, batch, "petra", streams="bfloat16", capture="side by side"),
     }
     made = {name: Ticks(case, device) for name, case in cases.items()}
     timers = {each: timer for name, ticks in made.items() for each, timer in ticks.timers(f"{name}_").items()}

@@ -40,7 +40,7 @@ from petra_zoo.reversible import StreamKind
 from petra_zoo.settings.merging import nearest
 
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
-STREAMS: tuple[StreamKind, ...] = get_args(StreamKind)
+STREAMS: tuple[StreamKind, ...] = tuple(kind for kind in get_args(StreamKind) if kind != "auto")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Way:
 
 def our_ways() -> list[str]:
     """Reversible and plain, for every type of the streams; narrow ones first."""
-    kinds = sorted((kind for kind in STREAMS if kind != "auto"), key=lambda kind: kind == "float32")
+    kinds = sorted(STREAMS, key=lambda kind: kind == "float32")
     return [f"petra-zoo, {memory}, {kind}" for kind in kinds for memory in ("reversible", "plain")]
 
 
@@ -105,7 +105,8 @@ def find_way(name: str) -> Way:
         "timm, compiled": Way(_compiled),
     }
     memories: tuple[Memory, ...] = ("plain", "reversible")
-    for memory, kind in product(memories, STREAMS):
+    kinds: tuple[StreamKind, ...] = ("auto", *STREAMS)
+    for memory, kind in product(memories, kinds):
         ours = f"petra-zoo, {memory}" + (f", {kind}" if kind != "auto" else "")
         known[ours] = Way(partial(_ours, memory, kind, False))
         known[f"{ours}, compiled"] = Way(partial(_ours, memory, kind, True))
