@@ -29,6 +29,8 @@ class ChangeWatch:
         optimizers: whose state and settings are, but for the learning rate.
         units: whose couplings are, wherever they come from.
         rings: whose buffers are.
+        updates_beside: whether parameters are updated beside what is captured, which reads them as they are then: to
+            write into one is no change.
 
     Attributes:
         hooked: whether a module or a parameter had a hook at the last look, which wants to be called in every tick.
@@ -40,8 +42,10 @@ class ChangeWatch:
         optimizers: Sequence[Optimizer] = (),
         units: Sequence[Unit] = (),
         rings: Callable[[], Iterable[Ring]] = tuple,
+        updates_beside: bool = False,
     ) -> None:
         self.modules, self.optimizers, self.units, self.rings = modules, optimizers, units, rings
+        self.updates_beside = updates_beside
         self.hooked = False
         self._facts: list[object] | None = None
 
@@ -71,9 +75,11 @@ class ChangeWatch:
         self._objects = list(self._objects_now())
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
         # A running statistic may be filled anew: graphs read what it is then. A number may have been read by the host.
-        self._counted = [x for x in self._tensors if isinstance(x, nn.Parameter) or x.ndim == 0]
+        self._parameters = [x for x in self._tensors if isinstance(x, nn.Parameter)]
+        self._counted = [x for x in self._tensors if x.ndim == 0 and not isinstance(x, nn.Parameter)]
+        self._counted += [] if self.updates_beside else self._parameters
         self._facts = self._facts_now()
-        self.hooked = any(map(carries_hook, self._modules)) or any(x._backward_hooks for x in self._counted)
+        self.hooked = any(map(carries_hook, self._modules)) or any(x._backward_hooks for x in self._parameters)
 
     def changed(self) -> bool:
         """Whether something is not as it was at the last look; nothing is before the first."""
@@ -94,10 +100,10 @@ class ChangeWatch:
         return [
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(_changes, self._counted)),
-            list(map(_trains, self._counted)),
+            list(map(_trains, self._parameters)),
             list(map(_mode, self._modules)),
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules],
-            [len(x._backward_hooks or ()) for x in self._counted],
+            [len(x._backward_hooks or ()) for x in self._parameters],
             [vars(m).get("forward") for m in self._modules],
             [values.get(key) for values, key in self._numbers],
             list(map(_of_unit, self.units)),

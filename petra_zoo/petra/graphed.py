@@ -66,7 +66,7 @@ class GraphedStep:
                 f"the update of {type(optimizer).__name__} cannot be captured: call optimizer.step() behind the step, "
                 "and leave it out here"
             )
-        self._watch = ChangeWatch(model.modules, [optimizer] if optimizer else [])
+        self._watch = ChangeWatch(model.modules, [optimizer] if optimizer else [], updates_beside=optimizer is None)
         self._forget()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ class GraphedStep:
 
     def _forget(self) -> None:
         self._graph: Graph | None = None
+        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
         self._calls = 0
         self._odd = 0
 
@@ -134,6 +135,7 @@ class GraphedStep:
         except RuntimeError as error:
             raise UserError(f"the step cannot be captured: {str(error).strip().splitlines()[0]}") from error
         self._graph = graph
+        self._gradients = [(p, p.grad) for p in self.model.parameters()]
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         assert self._graph
@@ -142,6 +144,8 @@ class GraphedStep:
         if self._rates:
             self._rates.refresh()
         self._graph.replay(())
+        for p, gradient in self._gradients:  # a call that ran as ever, or whoever updates, has put others there
+            p.grad = gradient
         return self._output.clone()
 
 

@@ -81,6 +81,31 @@ def test_a_graph_of_a_form_that_is_not_met_again_makes_way() -> None:
     assert len(calls) == count
 
 
+def test_an_update_behind_the_step_finds_the_gradients_of_its_call() -> None:
+    found = []
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        model, calls = nn.Linear(3, 2), []
+        optimizer = Lion(model.parameters(), 0.1)
+
+        def step(x: Tensor, model: nn.Module = model, calls: list[int] = calls) -> Tensor:
+            calls.append(len(x))
+            model.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        run = GraphedStep(step, model, make_graph=FakeGraph) if graphed else step
+        losses = []
+        for size in (5, 5, 5, 5, 5, 3, 5, 5):
+            losses.append(run(torch.randn(size, 3)))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(calls) == (5 if graphed else 8)
+        found.append(losses)
+    assert found[0] == found[1]
+
+
 def test_what_cannot_be_captured_is_told() -> None:
     model = nn.Linear(3, 2)
 
