@@ -279,5 +279,6 @@ def weight_of(module: nn.Module) -> Tensor | None:
 
 def _autocast(device: str) -> torch.dtype | None:
     # A meta weight is of another rank, which computes under the same autocast: its streams come in here.
-    devices = ("cuda", "cpu") if device == "meta" else (device,)
-    return next((torch.get_autocast_dtype(x) for x in devices if torch.is_autocast_enabled(x)), None)
+    if device == "meta":
+        device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None  # TorchScript reads it too
