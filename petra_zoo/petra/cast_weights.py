@@ -37,8 +37,12 @@ class _Copy(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Not where somebody has put another tensor or method: functional calls, surgery."""
-        return self.module._parameters.get(self.name) is self.weight and "forward" not in vars(self.module)
+        """Not where somebody has put another tensor or method (functional calls, surgery), or hooks on the gradient."""
+        return (
+            self.module._parameters.get(self.name) is self.weight
+            and "forward" not in vars(self.module)
+            and not self.weight._backward_hooks
+        )
 
 
 class CastWeights:

@@ -25,13 +25,13 @@ class ChangeWatch:
     is not noticed. A look takes some ten microseconds for a hundred tensors, and every tick takes one.
 
     Args:
-        modules: whose parameters, buffers and modes are watched, as they are now.
+        modules: whose parameters, buffers, modes and plain numbers (a dropout's rate) are watched, as they are now.
         optimizers: whose state and settings are, but for the learning rate.
         units: whose couplings are, wherever they come from.
         rings: whose buffers are.
 
     Attributes:
-        hooked: whether a module had a hook at the last look, which wants to be called in every tick.
+        hooked: whether a module or a parameter had a hook at the last look, which wants to be called in every tick.
     """
 
     def __init__(
@@ -49,8 +49,10 @@ class ChangeWatch:
     def of(cls, stages: Sequence[Stage]) -> ChangeWatch:
         """Over the stages of a pipeline."""
         units = [unit for stage in stages for unit in stage.units]
+        losses = {stage.settings.loss for stage in stages}
+        of_losses = [m for loss in losses if isinstance(loss, nn.Module) for m in loss.modules()]
         return cls(
-            lambda: (m for unit in units for m in unit.state.modules),
+            lambda: chain((m for unit in units for m in unit.state.modules), of_losses),
             [stage.optimizer for stage in stages if stage.optimizer],
             units,
             lambda: (kept for stage in stages for kept in stage.kept if isinstance(kept, Ring)),
@@ -64,12 +66,14 @@ class ChangeWatch:
         for m in self._modules:
             held = (vars(m)["_parameters"], vars(m)["_buffers"], vars(m)["_modules"])
             self._holders += [x for x in held if x]
+        values = list(map(vars, self._modules))
+        self._numbers = [(x, key) for x in values for key in x if type(x[key]) in (float, int)]
         self._objects = list(self._objects_now())
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
         # A running statistic may be filled anew: graphs read what it is then. A number may have been read by the host.
         self._counted = [x for x in self._tensors if isinstance(x, nn.Parameter) or x.ndim == 0]
         self._facts = self._facts_now()
-        self.hooked = any(map(carries_hook, self._modules))
+        self.hooked = any(map(carries_hook, self._modules)) or any(x._backward_hooks for x in self._counted)
 
     def changed(self) -> bool:
         """Whether something is not as it was at the last look; nothing is before the first."""
@@ -83,6 +87,7 @@ class ChangeWatch:
         return chain(
             chain.from_iterable(map(dict.values, self._holders)),
             chain.from_iterable(ring.buffers for ring in self._rings),
+            chain.from_iterable(map(_kept_by, self.optimizers)),
         )
 
     def _facts_now(self) -> list[object]:
@@ -92,10 +97,14 @@ class ChangeWatch:
             list(map(_trains, self._counted)),
             list(map(_mode, self._modules)),
             [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self._modules],
+            [len(x._backward_hooks or ()) for x in self._counted],
+            [vars(m).get("forward") for m in self._modules],
+            [values.get(key) for values, key in self._numbers],
             list(map(_of_unit, self.units)),
             list(map(_of_optimizer, self.optimizers)),
             (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
-            (torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")),
+            (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
+            [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu")],
         ]
 
 
@@ -108,4 +117,10 @@ def _of_unit(unit: Unit) -> object:
 def _of_optimizer(optimizer: Optimizer) -> object:
     groups: Iterable[dict[str, object]] = optimizer.param_groups
     settings = [[x for key, x in group.items() if key not in ("params", "lr")] for group in groups]
-    return id(optimizer.state), id(optimizer.param_groups), settings
+    return settings
+
+
+def _kept_by(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The tensors of an optimizer's state: updates read and write those that were there at the capture."""
+    states: Iterable[dict[str, Tensor]] = optimizer.state.values()
+    return (x for state in states for x in state.values() if isinstance(x, Tensor))

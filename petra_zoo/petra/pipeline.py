@@ -168,6 +168,7 @@ class Pipeline:
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
+            self.settings.finite.look()
         with own_generators(self.world.device), self.captured.aside() if self.captured else nullcontext():
             for stage in reversed(self.stages):
                 stage.update(partial=True)

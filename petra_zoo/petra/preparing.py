@@ -34,6 +34,9 @@ class PreparedUnit(Unit):
     def forward(self, *streams: Tensor) -> Streams:
         return self.unit(self.prepare(*streams))
 
+    def values(self, streams: Streams) -> Streams:
+        return self.unit.values(streams)
+
 
 def prepared_units(units: Sequence[Unit], prepare: Prepare | None) -> list[Unit]:
     """A model's units, the first of them with what is done to images in front of it."""

@@ -239,7 +239,9 @@ class Stage:
 
     def precision(self, device: torch.device) -> AbstractContextManager[torch.autocast | None]:
         """Inside, units compute in autocast's type, with weights that are cast to it already."""
-        self.casts.refresh(self.updates, lasting=self.prediction is None)
+        # Without an optimizer here somebody else updates: through `weight.data`, perhaps, which nobody counts.
+        counted = self.settings.optimization.optimizer is not None
+        self.casts.refresh(self.updates, lasting=counted and self.prediction is None)
         return precision(device, self.settings.autocast)
 
     def surroundings(

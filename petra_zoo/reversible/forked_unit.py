@@ -49,16 +49,17 @@ class ForkedUnit(FunctionUnit):
         *,
         owned: bool = False,
     ) -> Reversal:
-        leaves = tuple(x.detach().requires_grad_() for x in inputs)
-        with torch.enable_grad():
-            h = self.enter(*leaves)
-        if not (needs_input_gradient and (h is leaves[0] or is_pure(h))):  # what draws is evaluated once
+        if not needs_input_gradient:
             return super().recompute(inputs, output_gradients, parameters, needs_input_gradient)
-        start = h.detach().requires_grad_()
-        entered = edge_of(h) if is_light(h) else None
-        del h
+        leaves = tuple(x.detach().requires_grad_() for x in inputs)
         gradients: list[Tensor | None] = [None] * (1 + len(parameters))
         with self.untouched():
+            with torch.enable_grad():
+                h = self.enter(*leaves)
+            again = h is leaves[0] or (is_pure(h) and not is_light(h))  # what draws is evaluated once
+            entered = None if again else edge_of(h)
+            start = h.detach().requires_grad_()
+            del h
             for way in self.ways:
                 with torch.enable_grad():
                     end = edge_of(way(start))
@@ -70,7 +71,7 @@ class ForkedUnit(FunctionUnit):
             del start
             d_h, *d_parameters = gradients
             del gradients
-            if entered is not None:
+            if not again:
                 of_inputs = gradients_of((entered,), (d_h,), leaves)
             else:
                 with torch.enable_grad():

@@ -1,6 +1,7 @@
 """What draws random numbers is replayed, wherever it is: gradients are those of the plain path."""
 
 from collections.abc import Callable
+from functools import reduce
 from types import MethodType
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.coupled_block import CoupledBasicBlock
 from petra_zoo.models.memory_modes import Memory
-from petra_zoo.reversible import CoupledUnit, FunctionUnit, Unit, backpropagate
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, Unit, backpropagate, units_of
 from tests.models.networks import images, tiny
 
 RATES = {"drop_rate": 0.5, "drop_path_rate": 0.5, "drop_block_rate": 0.3}
@@ -100,3 +101,15 @@ def test_units_on_their_own(make: Callable[[], Unit]) -> None:
         found.append(torch.autograd.grad(loss, wanted))
     for plain, reversible in zip(*found, strict=True):
         assert torch.allclose(plain, reversible, atol=1e-10)
+
+
+def test_an_activation_that_draws_in_front_of_a_block_with_two_ways() -> None:
+    model = tiny(act_layer=nn.RReLU).double().train()
+    parameters, x = list(model.parameters()), images(2, 16).double()
+    found = []
+    for run in (backpropagate, lambda units, streams: reduce(lambda s, unit: unit(*s), units, streams)):
+        torch.manual_seed(0)
+        (logits,) = run(units_of(model), (x,))
+        found.append(torch.autograd.grad(logits.square().sum(), parameters))
+    for ours, expected in zip(*found, strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-6, atol=1e-8)

@@ -247,18 +247,35 @@ def change_coupling(pipeline: Pipeline) -> None:
     pipeline.model.g = 0.5  # type: ignore[assignment]
 
 
+def change_dropout(pipeline: Pipeline) -> None:
+    pipeline.model.get_submodule("blocks.1.2").p = 0.5  # type: ignore[assignment]
+
+
+def forget_momentum(pipeline: Pipeline) -> None:
+    for stage in pipeline.stages:
+        assert stage.optimizer
+        stage.optimizer.state.clear()
+
+
+def smooth_labels(pipeline: Pipeline) -> None:
+    vars(pipeline.settings.loss)["label_smoothing"] = 0.1
+
+
 @pytest.mark.parametrize(
     "change",
     [
         load,
         restore,
         change_coupling,
+        change_dropout,
+        forget_momentum,
+        smooth_labels,
         *(pytest.param(change, marks=pytest.mark.slow) for change in (reload_optimizer, freeze_statistics)),
         *(pytest.param(change, marks=pytest.mark.slow) for change in (move, change_momentum)),
     ],
 )
 def test_what_replaces_a_tensor_drops_the_graphs(change: Callable[[Pipeline], None]) -> None:
-    captured, plain = (pipeline_of("petra", 2, on) for on in (True, False))
+    captured, plain = (pipeline_of("petra", 2, on, loss=nn.CrossEntropyLoss()) for on in (True, False))
     data = batches(*[4] * 8)
     for pipeline in (captured, plain):
         for batch in data:
@@ -296,13 +313,20 @@ def test_kinds_may_be_captured_at_different_times() -> None:
     assert replayed(captured)
 
 
-def test_a_hook_is_called_in_every_tick() -> None:
+@pytest.mark.parametrize("of", ["module", "weight"])
+def test_a_hook_is_called_in_every_tick(of: str) -> None:
     pipeline, calls = pipeline_of("backprop", 1), []
     data = batches(*[4] * 6)
     trained(pipeline, data)
     count = replayed(pipeline)
     assert count
-    handle = pipeline.model.get_submodule("blocks.1.0").register_forward_hook(lambda *args: calls.append(1))
+    layer = pipeline.model.get_submodule("blocks.1.0")
+    count_call = lambda *args: calls.append(1)  # noqa: E731
+    handle = (
+        layer.register_forward_hook(count_call)
+        if of == "module"
+        else layer.get_parameter("weight").register_hook(count_call)
+    )
     trained(pipeline, data)
     assert len(calls) == len(data)
     assert replayed(pipeline) == count

@@ -102,6 +102,25 @@ def test_what_replaces_weights_is_seen_at_once(change: Callable[[nn.Module], Non
     assert found[0] == found[1]
 
 
+def test_a_hook_on_the_gradient_of_a_weight_is_called() -> None:
+    model = make_model(torch.float32)
+    weight = model.layer1[0].conv1.weight
+    weight.register_hook(torch.zeros_like)
+    before = weight.detach().clone()
+    run(make_pipeline(model, 2, autocast=torch.bfloat16), batches(3, dtype=torch.float32))
+    assert torch.equal(weight, before)
+
+
+def test_what_an_update_elsewhere_writes_through_data_is_seen_at_once() -> None:
+    pipeline = make_pipeline(make_model(torch.float32), 1, method="backprop", autocast=torch.bfloat16, optimizer=None)
+    ((images, labels),) = batches(1, dtype=torch.float32)
+    pipeline.step(images, labels)
+    pipeline.model.get_parameter("fc.weight").data.zero_()
+    logits = pipeline.step(images, labels).logits
+    assert logits is not None
+    assert torch.equal(logits, logits[:1].expand_as(logits)), "the bias is all that is left"
+
+
 def test_a_layer_that_computes_with_its_weight_keeps_it() -> None:
     class Standardised(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -70,6 +70,22 @@ def test_a_gradient_of_any_micro_batch_of_the_window_counts() -> None:
     assert pipeline.fed == 3 + 1 + 2  # the window of the last stage ends with its fourth micro-batch
 
 
+def test_a_loss_that_is_looked_at_later_counts_while_the_pipeline_drains() -> None:
+    calls: list[int] = []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(1)
+        return F.cross_entropy(logits, labels) + (float("inf") if len(calls) == 1 else 0.0)
+
+    pipeline = make_pipeline(make_model(), 3, loss=loss)
+    pipeline.settings.finite.deferred = True
+    for batch in batches(2):
+        pipeline.step(*batch)
+    assert not calls
+    with pytest.raises(NotFiniteError, match="the loss of stage 2 is inf"):
+        pipeline.drain()
+
+
 def test_what_is_not_finite_in_a_model_is_found_by_name() -> None:
     model = make_model()
     assert first_not_finite(model) is None

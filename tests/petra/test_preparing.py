@@ -8,6 +8,8 @@ from torch import Tensor
 from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.petra import Optimization, Pipeline
+from petra_zoo.petra.preparing import prepared_units
+from petra_zoo.reversible import units_of
 from tests.petra.chain import CLASSES, WIDTH, Chain, make_chain_pipeline
 from tests.petra.fake_graph import FakeGraph
 
@@ -65,6 +67,16 @@ def test_what_waits_for_the_backward_is_what_was_fed() -> None:
     assert len(kept) == 2 * (len(pipeline.stages) - 1)
     assert all(images.dtype == torch.uint8 for images, _ in kept)
     assert sum(x.nbytes for streams in kept for x in streams) == len(kept) * (5 * WIDTH + 8)
+
+
+def test_packed_streams_of_a_prepared_unit_are_read_as_the_units() -> None:
+    model = timm.create_model("petra_revnet_tiny", num_classes=CLASSES, streams="fixed16").bfloat16().train()
+    stem = units_of(model)[0]
+    (prepared,) = prepared_units([stem], lambda x: x / 2)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16, generator=GENERATOR)
+    (found,), (expected,) = prepared.values(prepared(images)), stem.values(stem(images / 2))
+    assert torch.equal(found, expected)
+    assert float(found.detach().abs().max()) > 0.1
 
 
 def test_an_evaluation_takes_what_training_is_fed() -> None:
