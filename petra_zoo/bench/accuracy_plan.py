@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from petra_zoo.bench.results import Record, Results
 from petra_zoo.bench.study import Trial, interleaved
@@ -81,6 +82,17 @@ class AccuracyPlan(_Frozen):
     contenders: tuple[Contender, ...]
     search: Search | None = None
     probe: int | None = None
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        """A plan is read from results files, too, which anybody can change."""
+        names = {contender.name for contender in self.contenders}
+        for contender in self.contenders:
+            if unknown := {contender.rates_of, contender.paired_with} - names - {""}:
+                raise ValueError(f"'{contender.name}' names '{unknown.pop()}', which there is not")
+            if contender.rates and self.search is None:
+                raise ValueError(f"'{contender.name}' has rates to choose from, but there is no search")
+        return self
 
     @property
     def tasks(self) -> list[str]:

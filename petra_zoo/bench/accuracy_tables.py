@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -58,7 +59,19 @@ def top1_values(plan: AccuracyPlan, contender: Contender, results: Results) -> l
 
 
 def _by_seed(runs: Sequence[Record]) -> dict[int, float]:
-    return {run.repeat: run.number("top1") for run in runs if not run.failed}
+    return {run.repeat: _top1(run) for run in runs if not run.failed}
+
+
+def _top1(run: Record) -> float:
+    """What every run that did not fail has measured.
+
+    Raises:
+        UserError: it is not in the file, which somebody has changed.
+    """
+    top1 = run.number("top1")
+    if not math.isfinite(top1):
+        raise UserError(f"results: the run {run.trial} has no top1: take it out, and petra-zoo bench repeats it")
+    return top1
 
 
 def _accuracy(plan: AccuracyPlan, results: Results) -> str:
@@ -77,7 +90,7 @@ def _accuracy(plan: AccuracyPlan, results: Results) -> str:
                 f"{contender.delay:g}",
                 _rate(plan, contender, results),
                 f"{len(good)}{failed}",
-                mean_and_range([run.number("top1") for run in good]),
+                mean_and_range([_top1(run) for run in good]),
                 "" if difference is None else shown_interval(difference),
                 "" if difference is None else verdict(difference),
             ]

@@ -15,7 +15,12 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "|" + "".join(f" {text} |" if text else " |" for text in cells)
+    return "|" + "".join(f" {_escaped(text)} |" if text else " |" for text in cells)
+
+
+def _escaped(text: str) -> str:
+    """Text that ends neither its cell nor its line."""
+    return " ".join(text.replace("|", "\\|").splitlines())
 
 
 def group_runs(runs: Iterable[Record], name: Callable[[Record], str]) -> dict[str, list[Record]]:

@@ -31,7 +31,7 @@ from petra_zoo.files import write_whole
 
 _TABLE = re.compile(r"<!-- table: (?P<file>\S+) (?P<name>.+?) -->\n(?P<text>.*?)(?P<end><!-- /table -->|\Z)", re.DOTALL)
 _PLOT = re.compile(r"<!-- plot: (?P<file>\S+) (?P<name>.+?) -->\n!\[(?P<alt>[^\]]*)\]\((?P<picture>[^)\s]+)\)")
-_MARK = re.compile(r"<!-- (table|plot): .*")
+_MARK = re.compile(r"<!-- *(table|plot) *:.*")
 
 
 class Shown(ABC):
@@ -135,7 +135,7 @@ class Page:
                 raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def _table(self, found: re.Match[str]) -> Table:
-        if not found["end"]:
+        if not found["end"] or _MARK.search(found["text"]):  # else what follows would be lost
             raise self._wrong(found, "there is no <!-- /table --> behind it")
         try:
             rendered = find_table(self._results(found["file"]), found["name"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,14 +41,15 @@ def report_into(path: Path, directory: Path) -> Iterator[str]:
         UserError: it is no results file, or the directory cannot be written.
     """
     results = Results.read(path)
+    called = re.sub(r"[^\w.-]+", "-", results.study)  # no other folder, and no space, which ends a link
     drawn: dict[str, tuple[str, str]] = {}
     for name, chart in charts(results).items():
         try:
-            drawn[name] = f"{results.study}-{name}.svg", draw_chart(chart, Source(path.name, name, chart.digest))
+            drawn[name] = f"{called}-{name}.svg", draw_chart(chart, Source(path.name, name, chart.digest))
         except UserError as error:
             yield f"left out {name}: {error}"
     page = markdown_report(path, [(name, file) for name, (file, _) in drawn.items()])
-    for file, text in [*drawn.values(), (f"{results.study}.md", page)]:
+    for file, text in [*drawn.values(), (f"{called}.md", page)]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(directory / file, text)

@@ -118,7 +118,7 @@ class Results:
             content: Json = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"results file {path} cannot be read: {error.strerror}") from error
-        except ValueError as error:  # broken JSON, or not text at all
+        except (ValueError, RecursionError) as error:  # broken JSON, or not text at all
             raise UserError(f"{path} is no results file: {error}; move it away, or choose another file") from error
         try:
             return cls._of(content)

@@ -108,6 +108,8 @@ def resolve_study(file: StudyFile, called: str, seeds: int | None = None) -> Acc
         for name, task in tasks.items()
         for label, given in file.contenders.items()
     ]
+    if len({contender.name for contender in contenders}) < len(contenders):
+        raise UserError("a contender on a task has the name of another on another task: rename one")
     search = None if file.search is None else Search.model_validate(file.search.model_dump())
     return AccuracyPlan(name=file.name or called, contenders=tuple(contenders), search=search, probe=file.probe)
 
@@ -149,6 +151,8 @@ def _contender(
     listed_seeds = _seeds(own.pop("seeds", file.seeds), label, seeds)
     rates: list[Json] = []
     if isinstance(listed := own.get("lr"), list):
+        if not listed or any(rate in listed[:place] for place, rate in enumerate(listed)):
+            raise UserError(f"contender '{label}': lr={listed}: expected learning rates to choose from, each once")
         rates = listed
         del own["lr"]
     try:
@@ -159,11 +163,13 @@ def _contender(
             raise UserError("lr and lr_of are both given: give one of them")
         if rates_of and not isinstance((file.contenders[rates_of] or {}).get("lr"), list):
             raise UserError(f"lr_of: '{rates_of}' has no list for lr")
-        under_search = file.search.settings if file.search and rates else {}
+        under_search = _laid(file.search.settings) if file.search and rates else {}
+        if under_search.keys() & {"lr", "lr_base"}:  # every rate would be tried as this one
+            raise UserError("search: settings: lr and lr_base are what is searched: leave them out")
         for rate in rates or [None]:
             with_rate = settings if rate is None else lay_over(settings, {"lr": rate})
             recipe = make_recipe(lay_over(recipe_settings(task.recipe), with_rate))
-            make_recipe(lay_over(recipe_settings(task.recipe), lay_over(with_rate, known_names(under_search))))
+            make_recipe(lay_over(recipe_settings(task.recipe), lay_over(with_rate, under_search)))
     except UserError as error:
         raise UserError(f"contender '{label}': {error}") from error
     name = _name(label, task_name)
@@ -191,6 +197,8 @@ def _seeds(given: Json, label: str, count: int | None) -> tuple[int, ...]:
     except ValidationError as error:
         raise UserError(f"contender '{label}': seeds={given!r}: expected a number, or a list of seeds") from error
     seeds = list(range(listed)) if isinstance(listed, int) else listed
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"contender '{label}': seeds={seeds}: a seed stands twice; expected each once")
     return tuple(seeds if count is None else [*seeds, *range(max(seeds) + 1, max(seeds) + 1 + count)][:count])
 
 
@@ -209,11 +217,11 @@ def _other(name: Json, key: str, label: str, file: StudyFile) -> str:
     """Another contender that one names."""
     if name is None:
         return ""
-    if name == label or name not in file.contenders:
+    if name == label or not isinstance(name, str) or name not in file.contenders:
         others = [other for other in file.contenders if other != label]
         near = f"; did you mean {nearest(str(name), others)}?" if others else ""
         raise UserError(f"contender '{label}': {key}: there is no other contender '{name}'{near}")
-    return str(name)
+    return name
 
 
 def _name(label: str, task: str) -> str:

@@ -39,9 +39,9 @@ def widened(x: Tensor) -> Tensor:
 
 def to_branch(h: Tensor, dtype: torch.dtype) -> Tensor:
     """An activation for weights of a type; one that autocast would give stays, operations take it as it is."""
-    if _autocast(h.device.type) == h.dtype:
-        return h
-    return h.to(dtype)
+    if torch.jit.is_scripting():  # it knows no autocast
+        return h.to(dtype)
+    return h if _autocast(h.device.type) == h.dtype else h.to(dtype)
 
 
 torch.fx.wrap("to_carrier")
@@ -279,5 +279,6 @@ def weight_of(module: nn.Module) -> Tensor | None:
 
 def _autocast(device: str) -> torch.dtype | None:
     # A meta weight is of another rank, which computes under the same autocast: its streams come in here.
-    devices = ("cuda", "cpu") if device == "meta" else (device,)
-    return next((torch.get_autocast_dtype(x) for x in devices if torch.is_autocast_enabled(x)), None)
+    if device == "meta":
+        device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

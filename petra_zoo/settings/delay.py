@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.update import bearable_size
 
 # Above which D_0 (delay of the first stage, in updates) people are warned, by timm's name of the optimizer.
 # Provisional: the study that is to find where a loss begins (docs/evidence.md) is under way, and has seen one at 6.5.
@@ -47,8 +48,11 @@ def above_border(delay: float, opt: str | None = None) -> str | None:
     return f"{say_delay(delay)}, and above {where} training is expected to lose accuracy"
 
 
-def advice(opt: str, images_per_update: int) -> str:
-    """What to do about it, as settings."""
-    better = [f"opt={name} (up to {most:g})" for name, most in BORDERS.items() if most > border(opt)]
-    same = f"update_size={images_per_update} max_delay={border(opt):g}"
-    return ", ".join([f"larger accumulation_steps at the same images per update ({same})", "fewer stages", *better])
+def advice(recipe: Recipe) -> str:
+    """What to do about it, as settings that training accepts."""
+    here = border(recipe.opt)
+    better = [f"opt={name} (up to {most:g})" for name, most in BORDERS.items() if most > here]
+    size = bearable_size(recipe.images_per_update, here, recipe.stages, recipe.data_parallel)
+    images = "the same" if size == recipe.images_per_update else "more"
+    larger = f"larger accumulation_steps at {images} images per update (update_size={size} max_delay={here:g})"
+    return ", ".join([larger, "fewer stages", *better])

@@ -86,6 +86,16 @@ def nearest_choices(update_size: int, max_delay: float, stages: int, replicas: i
     return " or ".join(nearest)
 
 
+def bearable_size(update_size: int, max_delay: float, stages: int, replicas: int) -> int:
+    """The images of an update, as many or the nearest more, whose micro-batches are large enough for batch norm."""
+    fewest = math.ceil(_delay(stages, 1) / max_delay)
+    share = update_size // replicas
+    if any(k >= fewest and share // k >= SMALLEST_FOR_BATCH_NORM for k in _divisors(share)):
+        return update_size
+    parts = fewest * replicas
+    return parts * max(SMALLEST_FOR_BATCH_NORM, math.ceil(update_size / parts))
+
+
 def _delay(stages: int, accumulation_steps: int, method: str = "petra") -> float:
     """D_0 in updates."""
     from petra_zoo.petra.methods import find_method  # with torch behind it: only where a recipe is used

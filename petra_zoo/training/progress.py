@@ -63,7 +63,7 @@ class Reporter:
             self.line(f"  {recipe.data_parallel} replicas of it")
         self.line(say_update(recipe))
         if above := above_border(recipe.delay[0], recipe.opt):
-            self.line(f"warning: {above}: {advice(recipe.opt, recipe.images_per_update)}")
+            self.line(f"warning: {above}: {advice(recipe)}")
         if self.console.is_terminal and not self.quiet:
             self._bar = Progress(
                 SpinnerColumn(),

@@ -2,6 +2,7 @@
 
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender, Search
 from petra_zoo.bench.charts import Source
 from petra_zoo.bench.drawing import draw_chart
+from petra_zoo.bench.markdown import markdown_table
 from petra_zoo.bench.pages import Page
 from petra_zoo.bench.plots import charts
+from petra_zoo.bench.report import report_into
 from petra_zoo.bench.results import Record, Results
 from petra_zoo.bench.tables import tables
 from petra_zoo.errors import UserError
@@ -144,17 +147,55 @@ def test_tables_are_printed(tmp_path: Path, results: Results) -> None:
         ("<!-- table: results/none.json accuracy -->\n<!-- /table -->", "there is no file results/none.json"),
         ("<!-- table: results/delays.json acuracy -->\n<!-- /table -->", "did you mean 'accuracy'"),
         ("<!-- table: results/delays.json accuracy -->\n| a |", "there is no <!-- /table --> behind it"),
+        ("<!-- table: results/delays.json accuracy -->\nmine\n<!-- table: results/delays.json spread -->\n"
+         "<!-- /table -->", "there is no <!-- /table --> behind it"),
+        ("<!--table: results/delays.json accuracy-->\n<!--/table-->", "expected <!-- table: FILE NAME -->"),
         ("<!-- table: results/delays.json -->\n| a |", "expected <!-- table: FILE NAME -->"),
         ("<!-- plot: results/delays.json delay -->\ntext", "expected <!-- table: FILE NAME -->"),
         ("<!-- plot: results/delays.json dely -->\n![](a.svg)", "has no plot 'dely'; did you mean 'delay'"),
     ],
-)
+)  # fmt: skip
 def test_a_mark_that_means_nothing_is_said_with_its_place(page: Path, text: str, words: str) -> None:
     page.write_text(f"# Page\n\n{text}\n")
     done = petra_zoo("report", "--check", page)
     assert done.returncode == 2
     assert f"{page}, line 3: " in done.stderr
     assert words in done.stderr
+
+
+def test_a_studys_name_leads_to_no_other_folder_and_breaks_no_link(tmp_path: Path, results: Results) -> None:
+    results.study = "../mine, too"
+    results.write(tmp_path / "delays.json")
+    written = list(report_into(tmp_path / "delays.json", tmp_path / "there"))
+    assert [Path(line) for line in written] == [
+        tmp_path / "there" / f"..-mine-too{end}" for end in ("-delay.svg", ".md")
+    ]
+    assert "](..-mine-too-delay.svg)" in (tmp_path / "there" / "..-mine-too.md").read_text()
+
+
+def test_a_name_ends_neither_its_cell_nor_its_line() -> None:
+    assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[2:] == ["| x\\|y z |"]
+
+
+def test_a_run_whose_top1_is_gone_is_named(results: Results) -> None:
+    run = results.runs[-1]
+    results.add(replace(run, result={"loss": 1.0}))
+    with pytest.raises(UserError, match=f"the run {run.trial} has no top1"):
+        tables(results)
+
+
+@pytest.mark.parametrize("change", [{"paired_with": "petr"}, {"rates_of": "petr"}])
+def test_a_plan_whose_names_are_damaged_is_refused(results: Results, change: dict[str, str]) -> None:
+    contenders = AccuracyPlan.model_validate(results.about).model_dump(mode="json")["contenders"]
+    results.about = {**results.about, "contenders": [{**contenders[0], **change}, *contenders[1:]]}
+    with pytest.raises(UserError, match="'backprop' names 'petr', which there is not"):
+        tables(results)
+
+
+def test_json_that_is_too_deep_is_no_results_file(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no results file"):
+        Results.read(tmp_path / "deep.json")
 
 
 def probed(plan: AccuracyPlan) -> Results:

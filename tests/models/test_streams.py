@@ -163,7 +163,7 @@ def test_an_unknown_kind_and_one_beside_exact_are_refused() -> None:
 
 
 def test_fixed16_reconstructs_every_stream_to_the_bit() -> None:
-    model = tiny(coupling=1.0).train()
+    model = tiny(coupling=1.0, streams="fixed16").train()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         units, _ = model.layer2.units("layer2", lambda h: h)
         states: list[tuple[Tensor, ...]] = [(images(4, 8, 16).bfloat16(),)]

@@ -1,13 +1,15 @@
 """What an update takes: `update_size` and `max_delay` choose micro-batch and k; what cannot be chosen is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from petra_zoo.errors import UserError
+from petra_zoo.settings.delay import advice
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe, recipe_yaml, save_recipe
-from petra_zoo.settings.update import choose_accumulation_steps, nearest_choices
+from petra_zoo.settings.update import SMALLEST_FOR_BATCH_NORM, choose_accumulation_steps, nearest_choices
 
 SHAPES = "shapes/petra_revnet_tiny"  # 4 stages, micro-batches of 64
 BOTH = ["update_size=64", "max_delay=3"]
@@ -98,6 +100,16 @@ def test_what_is_said_to_be_nearest_works() -> None:
     for setting in nearest_choices(64, 0.5, 14, 2, smallest=8).split(" or "):
         recipe = load_recipe(SHAPES, ["update_size=64", "max_delay=0.5", "stages=14", "data_parallel=2", setting])
         assert recipe.batch_size >= 8, setting
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(64, "the same"), (16, "more")])
+def test_what_the_warning_advises_leaves_batch_norm_enough_images(batch_size: int, images: str) -> None:
+    late = load_recipe("shapes/petra_revnet_tiny", ["stages=14", f"batch_size={batch_size}"])
+    found = re.search(r"at (.*) images per update \((.*?)\)", advice(late))
+    assert found is not None
+    better = override_recipe(late, found[2].split())
+    assert found[1] == images
+    assert (better.batch_size >= SMALLEST_FOR_BATCH_NORM, better.delay[0] <= 6) == (True, True)
 
 
 def test_on_the_command_line_they_take_the_place_of_what_a_recipe_says(tmp_path: Path) -> None:
