@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from petra_zoo.reversible import Streams, Unit
+from petra_zoo.reversible.saturation import Saturation
 
 Prepare = Callable[..., Tensor]  # what was fed -> the images that the first unit takes
 Images = Tensor | Streams  # as they are fed: images, or these and what else a `Prepare` takes
@@ -36,6 +37,9 @@ class PreparedUnit(Unit):
 
     def values(self, streams: Streams) -> Streams:
         return self.unit.values(streams)
+
+    def saturation(self) -> Saturation | None:
+        return self.unit.saturation()
 
 
 def prepared_units(units: Sequence[Unit], prepare: Prepare | None) -> list[Unit]:

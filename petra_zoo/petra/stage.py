@@ -168,6 +168,7 @@ class Stage:
         if count == 0 or (count < self.settings.optimization.accumulation_steps and not partial):
             return False
         self.gradients_in_window = 0
+        self.finite.see_ranges(self.saturations, f"stage {self.index}")
         if self.optimizer is None:
             return True
         gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
@@ -175,7 +176,6 @@ class Stage:
             torch._foreach_div_(gradients, float(count))
         if self.settings.across is not None:
             average(gradients, self.settings.across)
-        self.finite.see_ranges(self.saturations, f"stage {self.index}")
         # Before clipping, which would spread one infinite value over all gradients as nan.
         self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
         if self.settings.optimization.clip_grad is not None:

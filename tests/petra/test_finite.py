@@ -9,6 +9,7 @@ from torch import Tensor
 
 from petra_zoo.petra import METHODS, NotFiniteError, first_not_finite
 from petra_zoo.petra.finite import FiniteCheck, pooled
+from tests.petra.fake_graph import FakeGraph
 from tests.petra.test_pipeline import batches, make_model, make_pipeline, run
 
 
@@ -84,6 +85,14 @@ def test_a_loss_that_is_looked_at_later_counts_while_the_pipeline_drains() -> No
     assert not calls
     with pytest.raises(NotFiniteError, match="the loss of stage 2 is inf"):
         pipeline.drain()
+
+
+def test_a_stream_beyond_its_range_is_told_where_nothing_is_updated_too() -> None:
+    model = make_model(torch.float32, streams="fixed16")
+    model.get_parameter("bn1.weight").data.fill_(1e4)
+    pipeline = make_pipeline(model, 2, autocast=torch.bfloat16, optimizer=None, graphs=FakeGraph)
+    with pytest.raises(NotFiniteError, match="range of its grid"):
+        run(pipeline, batches(2, dtype=torch.float32))
 
 
 def test_what_is_not_finite_in_a_model_is_found_by_name() -> None:

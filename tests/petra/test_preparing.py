@@ -77,6 +77,7 @@ def test_packed_streams_of_a_prepared_unit_are_read_as_the_units() -> None:
     (found,), (expected,) = prepared.values(prepared(images)), stem.values(stem(images / 2))
     assert torch.equal(found, expected)
     assert float(found.detach().abs().max()) > 0.1
+    assert prepared.saturation() is stem.saturation() is not None
 
 
 def test_an_evaluation_takes_what_training_is_fed() -> None:
