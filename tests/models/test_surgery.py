@@ -208,16 +208,17 @@ def with_adapters(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", ["petra_revnet_tiny", "petra_revnet18_paper_cifar"])
 def test_wrapped_convolutions_train(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model = with_adapters(with_trained_statistics(timm.create_model(name, num_classes=10))).to(dtype).train()
+    trained = with_trained_statistics(timm.create_model(name, num_classes=10, streams="float32"))  # exact enough
+    model = with_adapters(trained).to(dtype).train()
     plain = copy.deepcopy(model)
     plain.set_memory("plain")
     found, gradients = step(model, images(4, 8).to(dtype))
     expected, expected_gradients = step(plain, images(4, 8).to(dtype))
     assert torch.equal(found, expected)
     tolerance = 2e-3 if dtype == torch.float32 else 0.3
-    trained = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
-    assert any(gradients[i] is not None for i in trained)
-    assert all(difference(gradients[i], expected_gradients[i]) < tolerance for i in trained)
+    wanted = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
+    assert any(gradients[i] is not None for i in wanted)
+    assert all(difference(gradients[i], expected_gradients[i]) < tolerance for i in wanted)
 
 
 def test_pefts_lora_trains_like_plain() -> None:
