@@ -225,7 +225,7 @@ def move(pipeline: Pipeline) -> None:
 def reload_optimizer(pipeline: Pipeline) -> None:
     for stage in pipeline.stages:
         assert stage.optimizer
-        stage.optimizer.load_state_dict(stage.optimizer.state_dict())
+        stage.optimizer.load_state_dict(copy.deepcopy(stage.optimizer.state_dict()))  # its own tensors would stay
 
 
 def freeze_statistics(pipeline: Pipeline) -> None:
