@@ -45,7 +45,7 @@ def restore(b_out: Tensor, step: Tensor, low: Tensor, dropped: int, over: bool =
     return b_out.copy_(a) if over else a
 
 
-def whole_steps(b: Tensor) -> Tensor:
+def as_integers(b: Tensor) -> Tensor:
     """A packed stream as int16."""
     return b.detach().view(torch.int16)
 

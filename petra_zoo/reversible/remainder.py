@@ -36,7 +36,7 @@ def check_exact_coupling(g: float) -> float:
     raise UserError(f"exact inversion takes couplings of 1, 1/2, 1/4, ... and 0, not {g:g}: the nearest is {nearest:g}")
 
 
-def pack(low: Tensor, bits: int) -> Tensor:
+def pack_bits(low: Tensor, bits: int) -> Tensor:
     """Numbers below 2**bits, one a byte, as few bytes as they fill.
 
     Args:
@@ -59,8 +59,8 @@ def pack(low: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
-    """The inverse of `pack`: uint8 of the shape that was packed."""
+def unpack_bits(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """The inverse of `pack_bits`: uint8 of the shape that was packed."""
     width = _width(bits)
     parts = 8 // width
     if parts == 1:

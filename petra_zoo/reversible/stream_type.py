@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import fixed_point, packed
 from petra_zoo.reversible.reading import Coupling, readable
-from petra_zoo.reversible.remainder import check_exact_coupling, dropped_bits, pack, unpack
+from petra_zoo.reversible.remainder import check_exact_coupling, dropped_bits, pack_bits, unpack_bits
 from petra_zoo.reversible.saturation import Saturation
 
 StreamKind = Literal["auto", "float32", "bfloat16", "fixed16"]
@@ -203,13 +203,14 @@ class StreamType:
         bits = dropped_bits(g) if self.on_grid else None
         if not bits:
             return None
-        whole = packed.whole_steps(a) if self._bits else fixed_point.whole_steps(a, self._spacing)
-        return pack(whole.to(torch.uint8).bitwise_and_(2**bits - 1), bits)  # two's complement: modulo 256, then 2**m
+        whole = packed.as_integers(a) if self._bits else fixed_point.whole_steps(a, self._spacing)
+        low = whole.to(torch.uint8)  # modulo 256, below zero as well
+        return pack_bits(low.bitwise_and_(2**bits - 1), bits)
 
     def restored(self, b_out: Tensor, step: Tensor, g: float, remainder: Tensor, over: bool = False) -> Tensor:
         """The stream a of b' = snap(step) + g * a: the inverse of `sum_on_grid`; `over`: it is written over b'."""
         bits = dropped_bits(g) or 0
-        low = unpack(remainder, bits, b_out.shape)
+        low = unpack_bits(remainder, bits, b_out.shape)
         if self._bits:
             return packed.restore(b_out, step, low, bits, over)
         return self.difference(b_out, step, over).div_(g).add_(low, alpha=self._spacing)

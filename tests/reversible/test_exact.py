@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import CoupledUnit, Streams, StreamType, Unit, backpropagate
 from petra_zoo.reversible.checksum import checksum
-from petra_zoo.reversible.remainder import dropped_bits, pack, unpack
+from petra_zoo.reversible.remainder import dropped_bits, pack_bits, unpack_bits
 from petra_zoo.reversible.saturation import NotRecomputedError, Ranges, Saturation
 from tests.reversible.blocks import Coupling, gradients, parameters_of, run_plainly, worst
 
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_autograd(bits: int) -> None:
 @given(bits=st.integers(1, 8), values=st.lists(st.integers(0, 255), max_size=70))
 def test_packed_bits_come_back(bits: int, values: list[int]) -> None:
     low = torch.tensor(values, dtype=torch.uint8) & (2**bits - 1)
-    assert torch.equal(unpack(pack(low, bits), bits, low.shape), low)
+    assert torch.equal(unpack_bits(pack_bits(low, bits), bits, low.shape), low)
 
 
 @pytest.mark.parametrize(("bits", "kept"), [(0, 0), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])
