@@ -117,7 +117,8 @@ def example_of(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
             f"{type(model).__name__} does not say what it takes: give example=, a tensor of one input, "
             "for instance torch.zeros(1, 3, 224, 224)"
         )
-    return (torch.zeros(1, *size),)
+    weight = next(model.parameters())
+    return (torch.zeros(1, *size, device=weight.device, dtype=weight.dtype),)
 
 
 # -- watching ---------------------------------------------------------------------------------------------------------

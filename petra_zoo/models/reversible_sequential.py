@@ -144,10 +144,9 @@ class ReversibleSequential(RunBuffers):
             shared: as in `forward`.
             named: likewise.
         """
-        arguments = SharedArguments(shared, named)
         if saves_memory(self, x):
-            return self._by_units(x, set(indices), arguments)
-        return self._plainly(x, set(indices), arguments)
+            return self._by_units(x, set(indices), SharedArguments(shared, named))
+        return self._plainly(x, set(indices), shared, named)
 
     @torch.jit.unused
     def arguments(self, name: str, shared: Positional, named: Named) -> tuple[Positional, Named]:
@@ -155,7 +154,7 @@ class ReversibleSequential(RunBuffers):
         return shared, named
 
     @torch.jit.unused
-    def _plainly(self, x: Tensor, indices: set[int], arguments: SharedArguments) -> list[Tensor]:
+    def _plainly(self, x: Tensor, indices: set[int], shared: Positional, named: Named) -> list[Tensor]:
         """As ordinary operations."""
         g, gain, streams = self._coupling_now(), self._gain_or_tensor(), self.streams().as_floats()
         found: list[Tensor] = []
@@ -164,7 +163,8 @@ class ReversibleSequential(RunBuffers):
             self._check_hooks(step)
             if not step.in_run and a is not None:
                 h, a = merge(h, a, g), None
-            f = _Function(self, step, arguments)(streams.for_branch(h, step.block))
+            given, by_name = self.arguments(step.key, shared, named)
+            f = step.function(streams.for_branch(h, step.block), *given, **by_name)
             if step.in_run:
                 b = coupled(h, f, None if step.starts else a, g, streams, gain, step.whole)
                 h, a = b, None if _is_zero(g) else h
