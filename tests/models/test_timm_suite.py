@@ -173,7 +173,9 @@ def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
     mine = [record for record in records if record["model"] == model]
     if not mine:
         pytest.fail(f"timm's tests never got to {model}:\n{output}", pytrace=False)
-    failed = [record for record in mine if record["outcome"] != "passed"]  # a skip, too: none of ours is too large
+    # A skip counts as a failure, except that timm leaves out a network that takes large images only.
+    too_large = [record for record in mine if "Fixed input size model > limit" in record["details"]]
+    failed = [record for record in mine if record["outcome"] != "passed" and record not in too_large]
     if failed:
         details = "\n\n".join(f"{record['test']}: {record['outcome']}\n{record['details']}" for record in failed)
         pytest.fail(f"{model}: {len(failed)} of timm's {len(mine)} tests did not pass\n\n{details}", pytrace=False)
@@ -181,6 +183,8 @@ def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
     if not model.startswith("petra_revnet"):  # features that are no map: timm tests other things of such a network
         expected = expected - {"test_model_default_cfgs", "test_model_features_pretrained"}
         expected |= {"test_model_default_cfgs_non_std"}
+    if "distilled" in model:
+        expected = expected - {"test_model_forward_fx_torchscript"}
     missing = sorted(expected - {record["test"] for record in mine})
     assert not missing, f"{model}: timm's suite did not select {missing}"
 
