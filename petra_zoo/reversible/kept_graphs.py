@@ -10,6 +10,7 @@ computed: a function of the two alone, so that a resumed run goes on with the sa
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
@@ -25,9 +26,9 @@ BATCH = 2**12  # images, so many that what belongs to none of them, a weight's g
 # Of the peak. Counted are activations in the type of the weights; under bfloat16 autocast on a GPU, graphs kept up to
 # the counted peak raised the measured one by a fifth (benchmarks/gpu/kept_graphs.json against results.json).
 _SHARE = 0.8
-_MOST = 64  # structures and shapes; to a network that is fed ever new ones its next ones are not worth a count
+_MOST = 64  # structures and shapes that are remembered: those that were asked for last
 
-_known: dict[Hashable, int] = {}
+_known: OrderedDict[Hashable, int] = OrderedDict()
 
 
 def kept_units(units: Sequence[Unit], images: Tensor) -> int:
@@ -39,9 +40,12 @@ def kept_units(units: Sequence[Unit], images: Tensor) -> int:
     """
     lowest = _first_to_go_backward(units, images)
     key = (lowest, images.shape[1:], images.dtype, *(_structure(unit) for unit in units))
-    if key not in _known and len(_known) < _MOST:
+    if key not in _known:  # counted however many others have been: what a process did before changes no bits
         _known[key] = _count(units, images, lowest)
-    return _known.get(key, 0)
+        if len(_known) > _MOST:
+            _known.popitem(last=False)
+    _known.move_to_end(key)
+    return _known[key]
 
 
 def _count(units: Sequence[Unit], images: Tensor, lowest: int) -> int:
