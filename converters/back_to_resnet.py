@@ -6,8 +6,8 @@ import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.identity import constructor_arguments
+from petra_zoo.converters.families import name_of
+from petra_zoo.converters.resnet_identity import constructor_arguments
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.classifier import as_classifier, config_of

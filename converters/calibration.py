@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from petra_zoo.data.datasets import ImageDataset, Split, open_dataset
 from petra_zoo.data.loader import ImageLoader, Reading, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier, config_of
+from petra_zoo.models.classifier import config_of
 from petra_zoo.settings.types import BadImagePolicy
 
 BATCH_SIZE = 64
@@ -45,12 +44,12 @@ def image_batches(images: Batches) -> Iterator[Tensor]:
             yield batch
 
 
-def noise(model: ResNet | Classifier) -> Tensor:
+def noise(model: nn.Module) -> Tensor:
     """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
-    _, *size = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
+    channels, *size = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
     height, width = (min(NOISE_SIZE, n) for n in size)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
+    return torch.randn(NOISE_IMAGES, getattr(model, "in_chans", channels), height, width, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,13 @@ running a layer forward and back.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from petra_zoo.converters.reconstruction import CoupledRun, InversionTrial, behind, behind_the_stem
-from petra_zoo.models import CoupledLayer, PetraRevNet
-from petra_zoo.models.branch_scaling import scale_branches
-from petra_zoo.models.petra_revnet import LAYERS
+from petra_zoo.converters.reconstruction import CoupledRun, InversionTrial, describe, with_calls
+from petra_zoo.converters.runs import BlockRun, Call, calls_of
 from petra_zoo.models.resnet_weights import SHORT_RUN
 
 Purpose = Literal["one-device", "petra"]
@@ -32,85 +29,72 @@ def candidates(coupling: float | Literal["auto"], blocks: int, purpose: Purpose)
     return CANDIDATES
 
 
-def couple_layers(
-    model: PetraRevNet,
+def couple_runs(
+    model: nn.Module,
+    runs: Sequence[BlockRun],
     images: Tensor,
     coupling: Sequence[float | Literal["auto"]],
     purpose: Purpose,
     tolerance: float,
 ) -> list[CoupledRun]:
-    """Gives every layer of an unconverted model its coupling, anchors and scaled branches, in place.
+    """Gives every run of an unconverted model its coupling, anchors and scaled branches, in place.
 
-    Per layer the first candidate whose error stays within `tolerance` without anchors is taken; where none does, the
-    last one with the widest spacing of anchors that does. Each layer is measured behind the converted ones before it,
+    Per run the first candidate whose error stays within `tolerance` without anchors is taken; where none does, the
+    last one with the widest spacing of anchors that does. Each run is measured behind the converted ones before it,
     with batch statistics (training) and with running ones (fine-tuning with frozen norms); the larger error counts.
 
     Args:
-        model: as `PetraRevNet.from_resnet` makes it, coupling 0.
+        model: as a family makes it, coupling 0.
+        runs: the model's.
         images: [B, C, H, W], normalised images or noise.
-        coupling: one per layer.
+        coupling: one per run.
         purpose: what 'auto' should do with short runs.
         tolerance: the largest relative error of a reconstructed input.
 
     Returns:
-        The runs, one per layer.
+        The runs as they are now.
 
     Raises:
-        UserError: activations are not finite, or a layer's branches cannot be scaled.
+        UserError: activations are not finite, or a run's branches cannot be scaled.
     """
-    runs = []
-    inputs = behind_the_stem(model, images)
-    for name, wanted in zip(LAYERS, coupling, strict=True):
-        layer: CoupledLayer = getattr(model, name)
-        blocks = len(layer.in_run())
-        layer, run = _choose(name, layer, inputs, candidates(wanted, blocks, purpose), tolerance)
-        setattr(model, name, layer)
-        runs.append(run)
-        inputs = behind(name, layer, inputs)
-    return runs
+    coupled = []
+    for i, (run, wanted) in enumerate(zip(runs, coupling, strict=True)):
+        (calls,) = calls_of(model, [run], images, behind=runs[:i])
+        coupled.append(_choose(run, calls, candidates(wanted, run.blocks, purpose), tolerance))
+    calls_of(model, [], images, behind=runs)
+    return coupled
 
 
-def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[CoupledRun]:
+def anchor_runs(model: nn.Module, runs: Sequence[BlockRun], images: Tensor, tolerance: float) -> list[CoupledRun]:
     """Anchors every run anew, as widely as `tolerance` allows (not at all where it can), its coupling as it is.
 
     For a model whose statistics have changed since its couplings were chosen. Anchors do not change its function.
 
     Args:
         model: converted.
+        runs: the model's.
         images: [B, C, H, W].
         tolerance: the largest relative error of a reconstructed input.
     """
-    runs = []
-    inputs = behind_the_stem(model, images)
-    for name in LAYERS:
-        layer: CoupledLayer = getattr(model, name)
-        runs.append(_anchor(name, layer, InversionTrial(layer, inputs), tolerance))
-        inputs = behind(name, layer, inputs)
-    return runs
+    return [_anchor(run, InversionTrial(run, calls), tolerance) for run, calls in with_calls(model, runs, images)]
 
 
-def _choose(
-    name: str, layer: CoupledLayer, inputs: list[Tensor], couplings: Sequence[float], tolerance: float
-) -> tuple[CoupledLayer, CoupledRun]:
-    blocks = len(layer.in_run())
+def _choose(run: BlockRun, calls: Sequence[Call], couplings: Sequence[float], tolerance: float) -> CoupledRun:
     for g in couplings:
-        coupled = copy.deepcopy(layer)
-        coupled.set_coupling(g)
-        coupled.asked_for = None  # a coupling that was chosen or measured may be replaced by a checkpoint's
-        if g > 0.0:
-            scale_branches(coupled, g)
-        trial = InversionTrial(coupled, inputs)
-        error = trial.error(0, tolerance)
+        run.couple(g)
+        run.anchor_every = 0
+        trial = InversionTrial(run, calls)
+        error = trial.error(tolerance)
         if error <= tolerance:
-            return coupled, CoupledRun(name, blocks, g, 0, error)
-    return coupled, _anchor(name, coupled, trial, tolerance)
+            return describe(run, error)
+    return _anchor(run, trial, tolerance)
 
 
-def _anchor(name: str, layer: CoupledLayer, trial: InversionTrial, tolerance: float) -> CoupledRun:
-    blocks = len(layer.in_run())
-    for anchor_every in (0, *reversed(range(1, blocks))):
-        error = trial.error(anchor_every, tolerance)
+def _anchor(run: BlockRun, trial: InversionTrial, tolerance: float) -> CoupledRun:
+    """The widest spacing whose error passes; the narrowest where none does."""
+    for anchor_every in (0, *reversed(range(1, run.blocks))):
+        run.anchor_every = anchor_every
+        error = trial.error(tolerance)
         if error <= tolerance:
             break
-    layer.anchor_every = anchor_every
-    return CoupledRun(name, blocks, layer.g(), anchor_every, error)
+    return describe(run, error)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 
-from timm.models.resnet import ResNet
+from torch import nn
 
-from petra_zoo.models import PetraRevNet
+from petra_zoo.models.classifier import as_classifier
 from petra_zoo.models.training_memory import StepBytes, step_bytes
 
 
-def conversion_memory(source: ResNet, converted: PetraRevNet, size: tuple[int, int, int]) -> dict[str, StepBytes]:
+def conversion_memory(source: nn.Module, converted: nn.Module, size: tuple[int, int, int]) -> dict[str, StepBytes]:
     """Bytes of activations per image [C, H, W] of `size` in a training step; the networks stay as they are.
 
     Returns:
         'source'; 'source, checkpointed' (`set_grad_checkpointing`: every block recomputed); 'converted'.
     """
-    checkpointed = copy.deepcopy(source)
+    checkpointed = as_classifier(copy.deepcopy(source))
     checkpointed.set_grad_checkpointing()
     networks = {"source": source, "source, checkpointed": checkpointed, "converted": converted}
     return {name: step_bytes(network, size) for name, network in networks.items()}

@@ -4,8 +4,8 @@ import pytest
 import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from petra_zoo.converters.checks import check_blocks
-from petra_zoo.converters.identity import take_identity
+from petra_zoo.converters.families import family_for
+from petra_zoo.converters.resnet_identity import take_identity
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 
@@ -22,9 +22,9 @@ def test_every_resnet_of_plain_blocks_converts_and_all_but_the_pruned_can_be_sav
         blocks = {type(block) for i in range(1, 5) for block in getattr(network, f"layer{i}")}
         if type(network) is not ResNet or not blocks <= {BasicBlock, Bottleneck}:
             with pytest.raises(UserError, match=f"{name} cannot be converted"):
-                check_blocks(network)
+                family_for(network)
             continue
-        check_blocks(network)
+        family_for(network)
         model = PetraRevNet.from_resnet(network)
         take_identity(model, {})
         assert model.pretrained_cfg["architecture"].startswith("petra_revnet") == (name not in PRUNED), name
@@ -47,4 +47,4 @@ def test_every_resnet_of_plain_blocks_converts_and_all_but_the_pruned_can_be_sav
 )
 def test_other_residual_networks_are_refused_with_what_to_use_instead(name: str, kind: str) -> None:
     with pytest.raises(UserError, match=rf"^{name} cannot be converted, {kind}: use a ResNet .*, such as resnet50"):
-        check_blocks(timm.create_model(name, device="meta"))
+        family_for(timm.create_model(name, device="meta"))

@@ -1,0 +1,114 @@
+"""Families of networks: all that the converter does not know of a network by itself.
+
+A family says which networks it takes, makes a coupled copy that computes the same (coupling 0), lists its runs, and
+knows the way back and the name under which timm builds it. `register_family` plugs one in; packages do so through the
+entry points ``petra_zoo.converter_families``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import nn
+
+from petra_zoo.converters.runs import BlockRun
+from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import config_of
+from petra_zoo.models.memory_modes import MemoryModes
+from petra_zoo.models.run_buffers import RunBuffers
+from petra_zoo.registry import Registry
+
+
+class Family(ABC):
+    """Networks that are converted in one way.
+
+    Attributes:
+        name: for the registry.
+        instead: what to use instead of a network that cannot be converted, for messages.
+        part: what holds a run, for messages: "layer".
+    """
+
+    name: str
+    instead: str
+    part: str = "chain"
+
+    @abstractmethod
+    def refusal(self, network: nn.Module) -> str | None:
+        """Why the family does not take a network, such as "it is a DenseNet"; None: it does. Works on meta devices."""
+
+    @abstractmethod
+    def couple(self, network: nn.Module) -> nn.Module:
+        """A copy with coupling 0: it computes what the network computes, to the bit."""
+
+    @abstractmethod
+    def owns(self, model: nn.Module) -> bool:
+        """Whether a model is one that the family couples (or that is built like one)."""
+
+    @abstractmethod
+    def runs(self, model: nn.Module) -> Sequence[BlockRun]:
+        """The runs of a coupled model in the order in which it calls them."""
+
+    @abstractmethod
+    def identify(self, model: nn.Module, exact: bool) -> None:
+        """Gives a coupled model the name and the arguments under which `timm.create_model` rebuilds it.
+
+        Where there are none, its ``architecture`` stays that of its source, and it cannot be saved for timm.
+        """
+
+    @abstractmethod
+    def plain(self, model: nn.Module) -> nn.Module:
+        """The plain network that a coupled one with coupling 0 computes, in eval mode on the CPU; the way back.
+
+        Raises:
+            UserError: there is none.
+        """
+
+
+FAMILIES = Registry[Family]("converter family", "petra_zoo.converter_families")
+
+
+def register_family(family: Family) -> Family:
+    """Has the converter know a family; one that is registered later is asked earlier."""
+    FAMILIES.add(family.name, family)
+    return family
+
+
+def family_for(network: nn.Module) -> Family:
+    """The family that converts a network; works on the meta device.
+
+    Raises:
+        UserError: there is none: says what the network is made of, and what could be used instead.
+    """
+    name = name_of(network)
+    if isinstance(network, MemoryModes) or any(isinstance(module, RunBuffers) for module in network.modules()):
+        raise UserError(f"{name} is reversible already: train it as it is, or convert the network it came from")
+    why_not = ""
+    for family in reversed([*FAMILIES.values()]):
+        reason = family.refusal(network)
+        if reason is None:
+            return family
+        why_not = f"{reason}: use {family.instead}"  # the last one asked takes most
+    raise UserError(f"{name} cannot be converted, {why_not}")
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a reversible model.
+
+    Raises:
+        UserError: it is of none.
+    """
+    for family in reversed([*FAMILIES.values()]):
+        if family.owns(model):
+            return family
+    raise UserError(f"{name_of(model)} is a {type(model).__name__}, and no network that petra-zoo convert makes")
+
+
+def runs_of(model: nn.Module) -> Sequence[BlockRun]:
+    """The runs of a converted model."""
+    return family_of(model).runs(model)
+
+
+def name_of(network: nn.Module) -> str:
+    """The architecture's name where timm made the network, else its class."""
+    return config_of(network).get("architecture") or type(network).__name__
