@@ -1,7 +1,8 @@
-"""What a run of coupled blocks keeps beside its weights: the coupling, and the grid of its streams."""
+"""What a run of coupled blocks keeps beside its weights: the coupling, the gain, and the grid of its streams."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.run_slices import RunSlices
 from petra_zoo.reversible import COUPLING_STEPS, Coupling, StreamKind, StreamType, nearest_coupling, readable
 from petra_zoo.reversible.reading import BufferReading
 from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.stream_type import check_kind
 
 FIXED_EXPONENT = 8  # of the default grid
+LARGEST_GAIN = 4.0
 
 
-class RunBuffers(nn.Sequential):
+class RunBuffers(RunSlices):
     """Blocks with a coupling, and with streams of some kind between them.
 
     Args:
@@ -26,13 +29,25 @@ class RunBuffers(nn.Sequential):
         coupling: g; None: 1, and whatever a checkpoint says.
         grid: > 0: of float32 streams.
         streams: what carries them.
+        gain: s, where there `has_gain`; None: 1, and whatever a checkpoint says.
+        has_gain: whether the gain is a buffer; else it is 1.
     """
 
     if TYPE_CHECKING:
         coupling: Tensor
         exponent: Tensor
+        gain: Tensor
 
-    def __init__(self, blocks: Sequence[nn.Module], coupling: float | None, grid: float, streams: StreamKind) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        coupling: float | None,
+        grid: float,
+        streams: StreamKind,
+        *,
+        gain: float | None = None,
+        has_gain: bool = False,
+    ) -> None:
         super().__init__(*blocks)
         self.grid = grid
         self.kind: str  # TorchScript knows no literals
@@ -45,6 +60,12 @@ class RunBuffers(nn.Sequential):
         weight = next(self.parameters())
         self.register_buffer("coupling", torch.full((), g, device=weight.device, dtype=weight.dtype))
         self.register_buffer("exponent", torch.full((), FIXED_EXPONENT, device=weight.device, dtype=torch.int64))
+        self.has_gain = has_gain
+        self.asked_for_gain = gain
+        s = check_gain(1.0 if gain is None else gain)
+        self._gain = BufferReading(s, nearest_gain)
+        if has_gain:
+            self.register_buffer("gain", torch.full((), s, device=weight.device, dtype=weight.dtype))
 
     # -- the streams ----------------------------------------------------------------------------------------------
 
@@ -122,9 +143,43 @@ class RunBuffers(nn.Sequential):
         """Sets g as a newly built layer has it."""
         self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
         self.set_exponent(FIXED_EXPONENT)
+        if self.has_gain:
+            self.set_gain(1.0 if self.asked_for_gain is None else self.asked_for_gain)
+
+    # -- the gain -------------------------------------------------------------------------------------------------
+
+    @torch.jit.unused
+    def gain_now(self) -> float:
+        """The gain that the run's blocks have, a number read as `g` is: 1 at g = 0, where blocks are ordinary ones."""
+        return self._gain.now(self.gain) if self.has_gain and self.g() > 0.0 else 1.0
+
+    @torch.jit.unused
+    def _gain_or_tensor(self) -> Coupling:
+        """`gain_now` where it can be read, else a tensor (see `_coupling_now`)."""
+        if not self.has_gain:
+            return 1.0
+        if readable(self.gain) or self.gain.is_meta:
+            return self.gain_now()
+        gain = self.gain.to(torch.promote_types(self.gain.dtype, torch.float32))
+        return torch.where(self.coupling > 0.0, torch.round(gain * COUPLING_STEPS) / COUPLING_STEPS, 1.0)
+
+    @torch.jit.unused
+    def set_gain(self, s: float) -> None:
+        """Sets s, a multiple of 1/256 above 0; in bfloat16 those below 2 that are one of 1/128 alone are exact.
+
+        Raises:
+            UserError: it is none, or these blocks have no gain.
+        """
+        if not self.has_gain:
+            raise UserError("these blocks keep no gain: scale the last affine of their branches by it")
+        with torch.no_grad():
+            self.gain.fill_(check_gain(s))
+        self._gain.value = s
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.g()  # on the meta device it could not be read any more
+        if self.has_gain:
+            self._gain.now(self.gain)
         self._exponent.now(self.exponent)
         return super()._apply(fn, recurse)
 
@@ -140,35 +195,62 @@ class RunBuffers(nn.Sequential):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "coupling"
-        if key not in state_dict and self._is_in(state_dict, prefix):
-            # A plain ResNet's layer: the ResNet's function. On the weights' device: with assign=True it stays there.
-            like = next(value for name, value in state_dict.items() if name.startswith(prefix))
-            state_dict[key] = torch.zeros((), device=like.device, dtype=self.coupling.dtype)
-        if prefix + "exponent" not in state_dict and self._is_in(state_dict, prefix):  # older than the buffer
-            state_dict[prefix + "exponent"] = torch.full_like(state_dict[key], FIXED_EXPONENT, dtype=torch.int64)
-        g = None
-        if key in state_dict and not state_dict[key].is_meta:
-            try:  # an average of state dicts: off by a rounding error, or between two couplings
-                g = nearest_coupling(float(state_dict[key]))
-            except ValueError as error:
-                error_msgs.append(f"{key}: {error}")
-                return
-            state_dict[key] = torch.full_like(state_dict[key], g)
-        if self.asked_for is not None and g is not None and g != self.asked_for:
-            error_msgs.append(
-                f"{key} is {g:g} in the checkpoint (0: a plain ResNet), but the model was built "
-                f"with coupling={self.asked_for:g}: leave coupling out, or convert the checkpoint"
-            )
+        before = len(error_msgs)
+        self._complete(state_dict, prefix)
+        g = self._loaded(state_dict, prefix + "coupling", nearest_coupling, error_msgs)
+        s = self._loaded(state_dict, prefix + "gain", nearest_gain, error_msgs) if self.has_gain else None
+        asked = [
+            (g, self.asked_for, "coupling", " (0: a plain network)"),
+            (s, self.asked_for_gain, "gain", ""),
+        ]
+        for value, wanted, name, note in asked:
+            if wanted is not None and value is not None and value != wanted:
+                error_msgs.append(
+                    f"{prefix}{name} is {value:g} in the checkpoint{note}, but the model was built with "
+                    f"{name}={wanted:g}: leave {name} out, or convert the checkpoint"
+                )
+        if len(error_msgs) > before:
             return
         if g is not None:
             self._g.value = g
+        if s is not None:
+            self._gain.value = s
         exponent = state_dict.get(prefix + "exponent")
         if exponent is not None and not exponent.is_meta:
             self._exponent.value = float(exponent)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    @torch.jit.unused
+    def _complete(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Adds what a state dict that is older than a buffer, or a plain network's, lacks."""
+        if not self._is_in(state_dict, prefix):
+            return
+        key = prefix + "coupling"
+        if key not in state_dict:
+            # A plain network's blocks: its function. On the weights' device: with assign=True it stays there.
+            like = next(value for name, value in state_dict.items() if name.startswith(prefix))
+            state_dict[key] = torch.zeros((), device=like.device, dtype=self.coupling.dtype)
+        if prefix + "exponent" not in state_dict:
+            state_dict[prefix + "exponent"] = torch.full_like(state_dict[key], FIXED_EXPONENT, dtype=torch.int64)
+        if self.has_gain and prefix + "gain" not in state_dict:
+            state_dict[prefix + "gain"] = torch.ones_like(state_dict[key])
+
+    @torch.jit.unused
+    def _loaded(
+        self, state_dict: dict[str, Tensor], key: str, nearest: Callable[[float], float], error_msgs: list[str]
+    ) -> float | None:
+        """A number of a state dict, put right there: an average of two is off by a rounding error, or in between."""
+        if key not in state_dict or state_dict[key].is_meta:
+            return None
+        try:
+            value = nearest(float(state_dict[key]))
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}")
+            return None
+        state_dict[key] = torch.full_like(state_dict[key], value)
+        return value
 
     @torch.jit.unused
     def _is_in(self, state_dict: dict[str, Tensor], prefix: str) -> bool:
@@ -178,7 +260,9 @@ class RunBuffers(nn.Sequential):
         """
         parameters = [prefix + name in state_dict for name, _ in self.named_parameters()]
         buffers = [
-            prefix + name in state_dict for name, _ in self.named_buffers() if name not in ("coupling", "exponent")
+            prefix + name in state_dict
+            for name, _ in self.named_buffers()
+            if name not in ("coupling", "exponent", "gain")
         ]
         return any(parameters) and all(2 * sum(found) >= len(found) for found in (parameters, buffers))
 
@@ -192,3 +276,26 @@ def check_coupling(g: float) -> float:
     if not (0.0 <= g <= 1.0 and g * COUPLING_STEPS == int(g * COUPLING_STEPS)):
         raise UserError(f"a coupling is a multiple of 1/256 between 0 and 1, not {g!r}")
     return float(g)
+
+
+def nearest_gain(s: float) -> float:
+    """The multiple of 1/256 nearest to a gain (see `nearest_coupling`).
+
+    Raises:
+        ValueError: it is not between 1/256 and 4.
+    """
+    steps = round(s * COUPLING_STEPS) if math.isfinite(s) else 0
+    if not 1 <= steps <= LARGEST_GAIN * COUPLING_STEPS:
+        raise ValueError(f"a gain lies between 1/{COUPLING_STEPS} and {LARGEST_GAIN:g}, not at {s!r}")
+    return steps / COUPLING_STEPS
+
+
+def check_gain(s: float) -> float:
+    """Returns s.
+
+    Raises:
+        UserError: it is not a multiple of 1/256 between 1/256 and 4.
+    """
+    if not (0.0 < s <= LARGEST_GAIN and s * COUPLING_STEPS == int(s * COUPLING_STEPS)):
+        raise UserError(f"a gain is a multiple of 1/{COUPLING_STEPS} above 0, {LARGEST_GAIN:g} at most, not {s!r}")
+    return float(s)

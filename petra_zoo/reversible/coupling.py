@@ -2,14 +2,17 @@
 
 State: two streams (a, b). A coupled block with input activation h = act(b) and residual branch F computes
 
-    b' = (1 - g) * h + g * a + F(h)        a' = b
+    b' = (1 - g) * h + g * a + s * F(h)        a' = b
 
 g is the coupling. g = 1 is the coupling of RevNet (Gomez et al. 2017) and PETRA (arXiv 2406.02052, Eq. 5), g = 0 is
-the ordinary ResNet. For g > 0 the block has an inverse: b = a', and a = (b' - (1 - g) * h - F(h)) / g follows with one
-evaluation of F.
+the ordinary ResNet. For g > 0 the block has an inverse: b = a', and a = (b' - (1 - g) * h - s * F(h)) / g follows with
+one evaluation of F. The gain s is 1 unless a conversion sets it: 1 + g keeps the effect of a trained branch.
 
-A run of blocks *starts* from one stream (a = h, which makes the first block an ordinary residual block) and ends with
-the *merge* of both streams into one activation. Rounding errors grow by about 1/g per inverted block.
+A *whole* block B of which no branch is known has F = B - id, that is b' = s * B(h) + (1 - g - s) * h + g * a.
+
+A run of blocks *starts* from one stream (a = h, which makes the first block an ordinary residual block, without a
+gain) and ends with the *merge* of both streams into one activation. Rounding errors grow by about 1/g per inverted
+block.
 
 `coupled` states the formula, for units and blocks alike, on the grid of the streams' type; `step_of` is the part of it
 that the inverse computes again. What they are made of is plain tensor arithmetic, scripted, traced and exported with
@@ -23,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
+from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType, widened
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
 
@@ -36,14 +39,24 @@ else:
     Coupling = float
 
 
-def advance(h: Tensor, f: Tensor, g: Coupling) -> Tensor:
-    """(1 - g) * h + F(h): what a block adds to g * a. Both tensors have the shape of a stream."""
+def advance(h: Tensor, f: Tensor, g: Coupling, gain: Coupling = 1.0, whole: bool = False) -> Tensor:
+    """(1 - g) * h + s * F(h): what a block adds to g * a.
+
+    Args:
+        h: the block's activation, in the shape of a stream.
+        f: F(h), or B(h) of a whole block, likewise.
+        g: the coupling.
+        gain: s.
+        whole: f is B(h).
+    """
+    if whole:  # what is left of B(h) - h is small beside both: not in 16 bits
+        return _scaled(widened(f), gain) + (1.0 - g - gain) * widened(h)
     if _is_number(g):
         if g == 1.0:
-            return f
-        if g == 0.0:
+            return _scaled(f, gain)
+        if g == 0.0 and _is_one(gain):
             return h + f
-    return (1.0 - g) * h + f
+    return (1.0 - g) * h + _scaled(f, gain)
 
 
 def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
@@ -78,39 +91,57 @@ def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:
     return (h + g * h_before) / (1.0 + g)
 
 
-def step_of(h: Tensor, f: Tensor, g: Coupling, streams: StreamType) -> Tensor:
-    """(1 - g) * h + F(h) as it is added to g * a, in the forward and, the same bits, in the inverse.
+def step_of(
+    h: Tensor, f: Tensor, g: Coupling, streams: StreamType, gain: Coupling = 1.0, whole: bool = False
+) -> Tensor:
+    """(1 - g) * h + s * F(h) as it is added to g * a, in the forward and, the same bits, in the inverse.
 
     Args:
         h: the block's activation, as a stream.
-        f: F(h).
+        f: F(h), or B(h).
         g: the coupling.
         streams: their type.
+        gain: s.
+        whole: f is B(h) of a whole block.
     """
-    if _is_number(g):
-        if g == 1.0:
-            return streams.snap(f)
-        if g == 0.0:
-            return streams.sum_at_0(h, f)
-    return streams.snap(advance(h, f, g))
+    return streams.snap(advance(h, f, g, gain, whole))
 
 
-def coupled(h: Tensor, f: Tensor, a: Tensor | None, g: Coupling, streams: StreamType) -> Tensor:
-    """The formula: b' = (1 - g) * h + g * a + F(h), all of them [B, ...] of one shape.
+def coupled(
+    h: Tensor,
+    f: Tensor,
+    a: Tensor | None,
+    g: Coupling,
+    streams: StreamType,
+    gain: Coupling = 1.0,
+    whole: bool = False,
+) -> Tensor:
+    """The formula: b' = (1 - g) * h + g * a + s * F(h), all of them [B, ...] of one shape.
 
     Args:
         h: the block's activation, as a stream.
-        f: F(h).
-        a: None where there is no second stream: the block starts its run (a = h) or is no part of one, and
-            b' = h + F(h).
+        f: F(h), or B(h).
+        a: None where there is no second stream: the block starts its run (a = h) or is no part of one, and is an
+            ordinary block, without a gain: b' = h + F(h), or B(h) itself.
         g: the coupling.
         streams: their type.
+        gain: s.
+        whole: f is B(h) of a whole block.
     """
     if a is None:
-        return step_of(h, f, 0.0, streams)
+        return streams.enter(f) if whole else streams.sum_at_0(h, f)
     if _is_number(g) and g == 1.0:
-        return streams.sum_at_1(f, a)
-    return streams.in_range(couple(step_of(h, f, g, streams), a, g))
+        return streams.sum_at_1(advance(h, f, g, gain, whole), a)
+    return streams.in_range(couple(step_of(h, f, g, streams, gain, whole), a, g))
+
+
+def _scaled(f: Tensor, gain: Coupling) -> Tensor:
+    """s * F(h); a product in 16 bits would be rounded before it is added."""
+    return f if _is_one(gain) else gain * widened(f)
+
+
+def _is_one(x: Coupling) -> bool:
+    return not isinstance(x, Tensor) and x == 1.0
 
 
 def _is_number(g: Coupling) -> bool:

@@ -178,21 +178,29 @@ class FunctionUnit(Unit):
         return None if self.streams is None else self.streams().saturation
 
 
-class CoupledUnit(Unit):
-    """A coupled block: b' = (1-g)*h + g*a + F(h), a' = b, with h = act(b).
+def no_gain() -> float:
+    """The gain of branches that are what they were trained as."""
+    return 1.0
 
-    Given one stream it starts a run: a = h, so that b' = h + F(h), the ordinary residual block.
-    At g = 0 the second stream has no part in the function and is neither taken nor given.
+
+class CoupledUnit(Unit):
+    """A coupled block: b' = (1-g)*h + g*a + s*F(h), a' = b, with h = act(b).
+
+    Given one stream it starts a run: a = h, so that b' = h + F(h), the ordinary residual block, without a gain.
+    At g = 0, where it is that too, the second stream has no part in the function and is neither taken nor given.
 
     Args:
         name: the unit's place in its model.
         block: holds the branch's parameters.
-        branch: F, block's own method or a function over it; takes h, gives a tensor of the same shape.
+        branch: F, block's own method or a function over it; takes h, gives a tensor of the same shape. Of a whole
+            block it is B = id + F.
         activate: act; must not write into its argument and has no parameters of its own.
         coupling: reads g.
         starts: whether the block starts its run, that is, takes one stream.
         anchor: see `Unit`.
         streams: their type, or what reads it; on a grid, the streams that enter must lie on it (exact inversion).
+        gain: reads s.
+        whole: whether the branch is a whole block.
     """
 
     def __init__(
@@ -206,6 +214,8 @@ class CoupledUnit(Unit):
         starts: bool = False,
         anchor: bool = False,
         streams: StreamType | Callable[[], StreamType] = FLOAT_STREAMS,
+        gain: Callable[[], float] = no_gain,
+        whole: bool = False,
     ) -> None:
         super().__init__(name, anchor)
         self.block = block
@@ -214,6 +224,8 @@ class CoupledUnit(Unit):
         self.coupling = coupling
         self.starts = starts
         self.streams = streams
+        self.gain = gain
+        self.whole = whole
 
     @property
     def reversible(self) -> bool:
@@ -225,7 +237,7 @@ class CoupledUnit(Unit):
         a = None if self.starts or g == 0.0 else streams[1]
         streams_type = self._streams_type()
         h = streams_type.activated(b, self.activate, self.block)
-        b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type)
+        b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type, self.gain(), self.whole)
         return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
 
     def values(self, streams: Streams) -> Streams:
@@ -258,7 +270,7 @@ class CoupledUnit(Unit):
         let go of meanwhile, F's value as soon as a is known, and where all are `owned` a is written over b', the
         gradient of b over that of a', and the gradient of a is that of b'.
         """
-        g = self.coupling()
+        g, gain = self.coupling(), 1.0 if self.starts else self.gain()
         streams_type = self._streams_type()
         b_out, a_out = outputs  # [B, ...] each; a' = b: this half of the inverse is a copy
         d_b_out, d_a_out = output_gradients
@@ -274,8 +286,8 @@ class CoupledUnit(Unit):
             del f
             inputs: Streams = (a_out,)  # of a block that starts its run: the one stream b
             if not self.starts:
-                h = value if g == 1.0 else activation.value()  # no part of the step at g = 1
-                step = step_of(h, value, g, streams_type)
+                h = value if g == 1.0 and not self.whole else activation.value()  # no part of the step at g = 1
+                step = step_of(h, value, g, streams_type, gain, self.whole)
                 del h
                 a = uncouple(b_out, step, g, streams_type, over=owned)  # divides by g, and so do rounding errors
                 inputs = (a_out, a)
@@ -284,9 +296,11 @@ class CoupledUnit(Unit):
             d_h: Tensor | None = None
             d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
             if graph is not None:
-                d_h, *d_parameters = gradients_of((graph,), (d_b_out,), [activation.start, *parameters])
-            # (1 - g) * h, or h where a = h, is the part of b' beside F(h) and g * a.
-            d_h = _sum(d_h, _times(1.0 if self.starts else 1.0 - g, d_b_out))
+                d_f = _times(gain, d_b_out)
+                d_h, *d_parameters = gradients_of((graph,), (d_f,), [activation.start, *parameters])
+            # (1 - g) * h, or h where a = h, is the part of b' beside s * F(h) and g * a; F = B - id of a whole block.
+            beside = (1.0 if self.starts else 1.0 - g) - (gain if self.whole else 0.0)
+            d_h = _sum(d_h, _times(beside, d_b_out))
             d_b = None if d_h is None else activation.gradient(d_h)
         # b went two ways: through h, and, as it is, into a'.
         d_b = d_a_out.add_(d_b) if owned and d_a_out is not None and d_b is not None else _sum(d_a_out, d_b)
