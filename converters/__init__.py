@@ -2,7 +2,7 @@
 
 from petra_zoo.converters.back_to_resnet import to_resnet
 from petra_zoo.converters.conversion import convert
-from petra_zoo.converters.families import Family, register_family
+from petra_zoo.converters.families import NetworkFamily, register_family
 from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
 from petra_zoo.converters.reconstruction import CoupledRun
 from petra_zoo.converters.reestimation import re_estimate
@@ -14,8 +14,8 @@ from petra_zoo.converters.source import load_source
 __all__ = [
     "BlockRun",
     "CoupledRun",
-    "Family",
     "Fidelity",
+    "NetworkFamily",
     "convert",
     "load_source",
     "measure_fidelity",

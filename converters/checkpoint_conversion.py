@@ -162,7 +162,7 @@ def count_blocks(number: int) -> str:
 
 
 def convert_back(source: str, output: Path) -> str:
-    """Writes the plain network of timm that a reversible one with coupling 0 computes; see `Family.plain`.
+    """Writes the plain network of timm that a reversible one with coupling 0 computes; see `NetworkFamily.plain`.
 
     Args:
         source: what `load_model` takes: a run directory, ``hf-hub:``, ``local-dir:`` or a pretrained name.

@@ -11,7 +11,7 @@ from torch import nn
 from petra_zoo.converters.calibration import Batches, image_batches, noise
 from petra_zoo.converters.checks import check_source
 from petra_zoo.converters.choose import Purpose, anchor_runs, couple_runs
-from petra_zoo.converters.families import Family, family_for
+from petra_zoo.converters.families import NetworkFamily, family_for
 from petra_zoo.converters.reconstruction import MEASURED_IMAGES
 from petra_zoo.converters.reestimation import re_estimate
 from petra_zoo.converters.runs import BlockRun
@@ -99,7 +99,7 @@ def _set_grid(runs: Sequence[BlockRun], exact: bool) -> None:
 
 
 def _per_run(
-    coupling: Literal["auto"] | float | Sequence[float], runs: int, family: Family
+    coupling: Literal["auto"] | float | Sequence[float], runs: int, family: NetworkFamily
 ) -> list[float | Literal["auto"]]:
     if coupling == "auto":
         return ["auto"] * runs

@@ -20,7 +20,7 @@ from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.registry import Registry
 
 
-class Family(ABC):
+class NetworkFamily(ABC):
     """Networks that are converted in one way.
 
     Attributes:
@@ -65,16 +65,16 @@ class Family(ABC):
         """
 
 
-FAMILIES = Registry[Family]("converter family", "petra_zoo.converter_families")
+FAMILIES = Registry[NetworkFamily]("converter family", "petra_zoo.converter_families")
 
 
-def register_family(family: Family) -> Family:
+def register_family(family: NetworkFamily) -> NetworkFamily:
     """Has the converter know a family; one that is registered later is asked earlier."""
     FAMILIES.add(family.name, family)
     return family
 
 
-def family_for(network: nn.Module) -> Family:
+def family_for(network: nn.Module) -> NetworkFamily:
     """The family that converts a network; works on the meta device.
 
     Raises:
@@ -92,7 +92,7 @@ def family_for(network: nn.Module) -> Family:
     raise UserError(f"{name} cannot be converted, {why_not}")
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> NetworkFamily:
     """The family of a reversible model.
 
     Raises:

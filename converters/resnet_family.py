@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.families import Family
+from petra_zoo.converters.families import NetworkFamily
 from petra_zoo.converters.resnet_identity import take_identity
 from petra_zoo.converters.runs import BlockRun, Call
 from petra_zoo.models import CoupledLayer, PetraRevNet
@@ -18,7 +18,7 @@ from petra_zoo.models.petra_revnet import LAYERS
 from petra_zoo.reversible import Streams, Unit
 
 
-class ResNetFamily(Family):
+class ResNetFamily(NetworkFamily):
     """Reversible ResNets: `PetraRevNet`."""
 
     name = "resnet"
