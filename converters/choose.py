@@ -3,21 +3,42 @@
 Inverting a block divides rounding errors by g, so that a small coupling (close to the source) needs a short run, and a
 long run a large coupling or anchors: inputs that are kept. No estimate is trusted: what counts is the error found by
 running a layer forward and back.
+
+How far a coupled run is from the source's grows with its coupling. Batch-norm statistics that are estimated anew bring
+it back; where there are none, anchors that are not too close are the better price (`Limits.closest_anchors`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
 from petra_zoo.converters.reconstruction import CoupledRun, InversionTrial, describe, with_calls
-from petra_zoo.converters.runs import BlockRun, Call, calls_of
+from petra_zoo.converters.runs import BlockRun, Call, calls_of, outputs_of, relative_error
 from petra_zoo.models.resnet_weights import SHORT_RUN
 
 Purpose = Literal["one-device", "petra"]
 CANDIDATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run must keep within.
+
+    Attributes:
+        tolerance: the largest relative error of a reconstructed input.
+        closest_anchors: 'auto' takes a coupling whose inverse needs anchors if they are at least so many blocks apart;
+            None: only where no coupling does without.
+        largest_drift: 'auto' leaves a run as it is whose outputs would move by more than this part of their size; None:
+            by whatever.
+    """
+
+    tolerance: float
+    closest_anchors: int | None = None
+    largest_drift: float | None = None
 
 
 def candidates(coupling: float | Literal["auto"], blocks: int, purpose: Purpose) -> Sequence[float]:
@@ -35,13 +56,14 @@ def couple_runs(
     images: Tensor,
     coupling: Sequence[float | Literal["auto"]],
     purpose: Purpose,
-    tolerance: float,
+    limits: Limits,
 ) -> list[CoupledRun]:
     """Gives every run of an unconverted model its coupling, anchors and scaled branches, in place.
 
-    Per run the first candidate whose error stays within `tolerance` without anchors is taken; where none does, the
-    last one with the widest spacing of anchors that does. Each run is measured behind the converted ones before it,
-    with batch statistics (training) and with running ones (fine-tuning with frozen norms); the larger error counts.
+    Per run the first candidate whose error stays within the tolerance without anchors, or with anchors far enough apart
+    (`limits`), is taken; where none does, the last one with the widest spacing of anchors that does. Each run is
+    measured behind the converted ones before it, with batch statistics (training) and with running ones (fine-tuning
+    with frozen norms); the larger error counts.
 
     Args:
         model: as a family makes it, coupling 0.
@@ -49,7 +71,7 @@ def couple_runs(
         images: [B, C, H, W], normalised images or noise.
         coupling: one per run.
         purpose: what 'auto' should do with short runs.
-        tolerance: the largest relative error of a reconstructed input.
+        limits: what a run must keep within.
 
     Returns:
         The runs as they are now.
@@ -60,7 +82,12 @@ def couple_runs(
     coupled = []
     for i, (run, wanted) in enumerate(zip(runs, coupling, strict=True)):
         (calls,) = calls_of(model, [run], images, behind=runs[:i])
-        coupled.append(_choose(run, calls, candidates(wanted, run.blocks, purpose), tolerance))
+        couplings = candidates(wanted, run.blocks, purpose) if calls else (0.0,)
+        before = outputs_of(run, calls) if wanted == "auto" and limits.largest_drift is not None else []
+        chosen = _choose(run, calls, couplings, limits)
+        if before and _drift(run, calls, before) > (limits.largest_drift or 0.0):
+            chosen = _choose(run, calls, (0.0,), limits)
+        coupled.append(chosen)
     calls_of(model, [], images, behind=runs)
     return coupled
 
@@ -79,22 +106,26 @@ def anchor_runs(model: nn.Module, runs: Sequence[BlockRun], images: Tensor, tole
     return [_anchor(run, InversionTrial(run, calls), tolerance) for run, calls in with_calls(model, runs, images)]
 
 
-def _choose(run: BlockRun, calls: Sequence[Call], couplings: Sequence[float], tolerance: float) -> CoupledRun:
+def _choose(run: BlockRun, calls: Sequence[Call], couplings: Sequence[float], limits: Limits) -> CoupledRun:
     for g in couplings:
         run.couple(g)
-        run.anchor_every = 0
         trial = InversionTrial(run, calls)
-        error = trial.error(tolerance)
-        if error <= tolerance:
-            return describe(run, error)
-    return _anchor(run, trial, tolerance)
+        found = _anchor(run, trial, limits.tolerance, limits.closest_anchors or run.blocks)
+        if found.error <= limits.tolerance:
+            return found
+    return _anchor(run, trial, limits.tolerance)
 
 
-def _anchor(run: BlockRun, trial: InversionTrial, tolerance: float) -> CoupledRun:
-    """The widest spacing whose error passes; the narrowest where none does."""
-    for anchor_every in (0, *reversed(range(1, run.blocks))):
+def _anchor(run: BlockRun, trial: InversionTrial, tolerance: float, closest: int = 1) -> CoupledRun:
+    """The widest spacing, down to the closest, whose error passes; the closest where none does."""
+    for anchor_every in (0, *reversed(range(closest, run.blocks))):
         run.anchor_every = anchor_every
         error = trial.error(tolerance)
         if error <= tolerance:
             break
     return describe(run, error)
+
+
+def _drift(run: BlockRun, calls: Sequence[Call], before: Sequence[Tensor]) -> float:
+    """How far a run's outputs have moved, in parts of their size."""
+    return max(relative_error(now, then) for now, then in zip(outputs_of(run, calls), before, strict=True))

@@ -10,13 +10,14 @@ from torch import nn
 
 from petra_zoo.converters.calibration import Batches, image_batches, noise
 from petra_zoo.converters.checks import check_source
-from petra_zoo.converters.choose import Purpose, anchor_runs, couple_runs
-from petra_zoo.converters.families import NetworkFamily, family_for
-from petra_zoo.converters.reconstruction import MEASURED_IMAGES
+from petra_zoo.converters.choose import Limits, Purpose, anchor_runs, couple_runs
+from petra_zoo.converters.families import NetworkFamily, family_for, name_of
+from petra_zoo.converters.reconstruction import MEASURED_IMAGES, CoupledRun
 from petra_zoo.converters.reestimation import re_estimate
 from petra_zoo.converters.runs import BlockRun
 from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
+from petra_zoo.models.resnet_weights import SHORT_RUN
 from petra_zoo.models.run_buffers import check_coupling
 
 EXACT_BITS = 12  # the models' default grid
@@ -82,8 +83,11 @@ def convert(
     if first is None and calibration is not None:
         raise UserError("there is not one batch of images to calibrate on")
     images = noise(model) if first is None else first[:MEASURED_IMAGES]
-    coupled = couple_runs(model, runs, images, wanted, purpose, tolerance)
+    limits = Limits(tolerance, family.closest_anchors, family.largest_drift)
+    coupled = couple_runs(model, runs, images, wanted, purpose, limits)
     if not any(run.g > 0.0 for run in coupled):
+        if coupling == "auto" and family.largest_drift is not None:
+            raise UserError(_pays_nothing(name_of(network), coupled))
         exact = False  # nothing is reconstructed: keep the source's function to the bit
         _set_grid(runs, exact)
     elif first is not None:
@@ -109,3 +113,17 @@ def _per_run(
     if not all(isinstance(g, int | float) for g in values):
         raise UserError(f"coupling={coupling!r}: expected 'auto' or multiples of 1/256 between 0 and 1")
     return [check_coupling(g) for g in values]
+
+
+def _pays_nothing(name: str, runs: Sequence[CoupledRun]) -> str:
+    """Why no run of a network has an inverse though nobody has asked for that."""
+    long = [run.layer for run in runs if run.blocks > SHORT_RUN]
+    if not long:
+        return (
+            f"{name} has no {SHORT_RUN + 1} blocks of one shape in a row: on one device an inverse would save nothing; "
+            "--for petra makes every run reversible"
+        )
+    return (
+        f"{name} would become another network: what {', '.join(long)} gives moves too far, its blocks are not near the "
+        "identity; --coupling 0.5, for instance, converts it all the same"
+    )

@@ -27,11 +27,15 @@ class NetworkFamily(ABC):
         name: for the registry.
         instead: what to use instead of a network that cannot be converted, for messages.
         part: what holds a run, for messages: "layer".
+        closest_anchors: see `petra_zoo.converters.choose.Limits`.
+        largest_drift: likewise; where a family has one, a network of which no run is coupled is refused.
     """
 
     name: str
     instead: str
     part: str = "chain"
+    closest_anchors: int | None = None
+    largest_drift: float | None = None
 
     @abstractmethod
     def refusal(self, network: nn.Module) -> str | None:

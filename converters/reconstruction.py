@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from petra_zoo.converters.families import runs_of
 from petra_zoo.converters.reestimation import batch_statistics
-from petra_zoo.converters.runs import BlockRun, Call, calls_of
+from petra_zoo.converters.runs import BlockRun, Call, calls_of, relative_error
 from petra_zoo.reversible import Residue, Streams, untouched
 
 MEASURED_IMAGES = 16  # are enough to find the error of a reconstruction
@@ -106,12 +106,7 @@ class InversionTrial:
                     if unit.anchor:
                         found = states[i]
                     pairs = zip(unit.values(found), unit.values(states[i]), strict=True)
-                    worst = max([worst, *(_relative_error(x, expected) for x, expected in pairs)])
+                    worst = max([worst, *(relative_error(x, expected) for x, expected in pairs)])
                     if worst > tolerance:
                         return worst
         return worst
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
-    return error if error == error else float("inf")

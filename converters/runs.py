@@ -103,6 +103,22 @@ def calls_of(
     return list(found.values())
 
 
+def outputs_of(run: BlockRun, calls: Sequence[Call]) -> list[Tensor]:
+    """What the run's container gives when it is called so."""
+    found = []
+    for call in calls:
+        container = run.container
+        with batch_statistics(container, call.training), untouched(container), torch.no_grad():
+            found.append(container(*call.args, **call.kwargs))
+    return found
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, Euclidean norms; infinite where something is not finite."""
+    error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
+    return error if error == error else float("inf")
+
+
 class _AllSeen(Exception):
     """Nothing further down the model is wanted."""
 
