@@ -41,13 +41,14 @@ class Limits:
     largest_drift: float | None = None
 
 
-def candidates(coupling: float | Literal["auto"], blocks: int, purpose: Purpose) -> Sequence[float]:
-    """The couplings to try for a run of `blocks` blocks, in order of preference."""
+def candidates(coupling: float | Literal["auto"], blocks: int, purpose: Purpose, exact: bool) -> Sequence[float]:
+    """The couplings to try for a run of `blocks` blocks, in order of preference; `exact`: its streams lie on a grid."""
     if coupling != "auto":
         return (coupling,)
     if blocks == 0 or (purpose == "one-device" and blocks <= SHORT_RUN):
         return (0.0,)
-    return CANDIDATES
+    # Under PETRA parameters change between the forward and the inverse, which below 1 is as exact as they are alike.
+    return (1.0,) if exact and purpose == "petra" else CANDIDATES
 
 
 def couple_runs(
@@ -82,7 +83,7 @@ def couple_runs(
     coupled = []
     for i, (run, wanted) in enumerate(zip(runs, coupling, strict=True)):
         (calls,) = calls_of(model, [run], images, behind=runs[:i])
-        couplings = candidates(wanted, run.blocks, purpose) if calls else (0.0,)
+        couplings = candidates(wanted, run.blocks, purpose, run.container.grid > 0.0) if calls else (0.0,)
         before = outputs_of(run, calls) if wanted == "auto" and limits.largest_drift is not None else []
         chosen = _choose(run, calls, couplings, limits)
         if before and _drift(run, calls, before) > (limits.largest_drift or 0.0):

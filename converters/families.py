@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
 from petra_zoo.converters.runs import BlockRun
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import config_of
+from petra_zoo.models.layer_arguments import Arguments
 from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.registry import Registry
+
+DEFAULT_EXACT_BITS = 12  # of the models' default grid
 
 
 class NetworkFamily(ABC):
@@ -29,6 +33,7 @@ class NetworkFamily(ABC):
         part: what holds a run, for messages: "layer".
         closest_anchors: see `petra_zoo.converters.choose.Limits`.
         largest_drift: likewise; where a family has one, a network of which no run is coupled is refused.
+        exact: whether runs get an exact inverse where nobody says so.
     """
 
     name: str
@@ -36,6 +41,7 @@ class NetworkFamily(ABC):
     part: str = "chain"
     closest_anchors: int | None = None
     largest_drift: float | None = None
+    exact: bool | Literal["auto"] = "auto"
 
     @abstractmethod
     def refusal(self, network: nn.Module) -> str | None:
@@ -54,10 +60,14 @@ class NetworkFamily(ABC):
         """The runs of a coupled model in the order in which it calls them."""
 
     @abstractmethod
-    def identify(self, model: nn.Module, exact: bool) -> None:
+    def identify(self, model: nn.Module, exact_bits: int | None) -> None:
         """Gives a coupled model the name and the arguments under which `timm.create_model` rebuilds it.
 
         Where there are none, its ``architecture`` stays that of its source, and it cannot be saved for timm.
+
+        Args:
+            model: coupled; its anchors are final.
+            exact_bits: its streams lie on the grid 2**-exact_bits; None: on none.
         """
 
     @abstractmethod
@@ -116,3 +126,10 @@ def runs_of(model: nn.Module) -> Sequence[BlockRun]:
 def name_of(network: nn.Module) -> str:
     """The architecture's name where timm made the network, else its class."""
     return config_of(network).get("architecture") or type(network).__name__
+
+
+def exact_arguments(exact_bits: int | None) -> Arguments:
+    """The arguments of a network of the zoo whose streams lie on a grid, the default one or another."""
+    if exact_bits is None:
+        return {}
+    return {"exact": True} if exact_bits == DEFAULT_EXACT_BITS else {"exact": True, "exact_bits": exact_bits}

@@ -30,6 +30,7 @@ class CoupledRun:
         g: the coupling.
         anchor_every: after how many blocks the streams are kept; 0: never.
         error: largest relative error of a reconstructed input, 0 where nothing is reconstructed.
+        bits: how many low bits of each element every unit keeps, for an exact inverse.
     """
 
     layer: str
@@ -37,6 +38,7 @@ class CoupledRun:
     g: float
     anchor_every: int
     error: float
+    bits: int = 0
 
 
 def measure_runs(model: nn.Module, images: Tensor) -> list[CoupledRun]:
@@ -52,15 +54,37 @@ def with_calls(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> li
 
 def describe(run: BlockRun, error: float) -> CoupledRun:
     """A run as it stands."""
-    return CoupledRun(run.name, run.blocks, run.g(), run.anchor_every, error)
+    return CoupledRun(run.name, run.blocks, run.g(), run.anchor_every, error, run.bits)
 
 
-class _Forward(NamedTuple):
+def largest_stream(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> float:
+    """The largest absolute value in the runs' streams, for images [B, C, H, W]; infinite where one is not finite."""
+    found = 0.0
+    for run, calls in with_calls(model, runs, images):
+        states = [streams for call in calls for streams in run_forward(run, call).states]
+        found = max([found, *(float(x.abs().max()) for streams in states for x in streams)])
+    return found if found == found else float("inf")
+
+
+class RunForward(NamedTuple):
     """A container run forward: the streams in front of each unit and behind the last, and the units' residues."""
 
     call: Call
     states: list[Streams]
     residues: list[Residue]
+
+
+def run_forward(run: BlockRun, call: Call) -> RunForward:
+    """A run's units one after the other, with the statistics of the call."""
+    units, streams = run.units(call)
+    states: list[Streams] = [streams]
+    residues: list[Residue] = []
+    with batch_statistics(run.container, call.training), untouched(run.container), torch.no_grad():
+        for unit in units:
+            streams, residue = unit.evaluate(*streams)
+            states.append(streams)
+            residues.append(residue)
+    return RunForward(call, states, residues)
 
 
 class InversionTrial:
@@ -73,18 +97,7 @@ class InversionTrial:
 
     def __init__(self, run: BlockRun, calls: Sequence[Call]) -> None:
         self._run = run
-        self._forwards = [self._forward(call) for call in calls] if run.g() > 0.0 and run.blocks else []
-
-    def _forward(self, call: Call) -> _Forward:
-        container = self._run.container
-        units, streams = self._run.units(call)
-        states, residues = [streams], []
-        with batch_statistics(container, call.training), untouched(container), torch.no_grad():
-            for unit in units:
-                streams, residue = unit.evaluate(*streams)
-                states.append(streams)
-                residues.append(residue)
-        return _Forward(call, states, residues)
+        self._forwards = [run_forward(run, call) for call in calls] if run.g() > 0.0 and run.blocks else []
 
     def error(self, tolerance: float = float("inf")) -> float:
         """The largest relative error among the inputs that the backward pass hands from unit to unit.

@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.families import NetworkFamily
+from petra_zoo.converters.families import NetworkFamily, exact_arguments
 from petra_zoo.converters.resnet_identity import take_identity
 from petra_zoo.converters.runs import BlockRun, Call
 from petra_zoo.models import CoupledLayer, PetraRevNet
@@ -24,6 +24,7 @@ class ResNetFamily(NetworkFamily):
     name = "resnet"
     instead = "a ResNet of timm's BasicBlock or Bottleneck instead, such as resnet50, seresnet50 or resnext50_32x4d"
     part = "layer"
+    exact = False  # statistics that are estimated anew make up for a larger coupling
 
     def refusal(self, network: nn.Module) -> str | None:
         if type(network) is not ResNet:
@@ -47,9 +48,9 @@ class ResNetFamily(NetworkFamily):
         assert isinstance(model, PetraRevNet)
         return [ResNetRun(name, layer) for name, layer in model.named_layers().items()]
 
-    def identify(self, model: nn.Module, exact: bool) -> None:
+    def identify(self, model: nn.Module, exact_bits: int | None) -> None:
         assert isinstance(model, PetraRevNet)
-        take_identity(model, {"exact": True} if exact else {})
+        take_identity(model, exact_arguments(exact_bits))
 
     def plain(self, model: nn.Module) -> ResNet:
         return to_resnet(model)

@@ -21,6 +21,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.reversible import Streams, Unit, untouched
 from petra_zoo.reversible.operands import Operand
+from petra_zoo.reversible.remainder import dropped_bits
 
 
 class Call(NamedTuple):
@@ -77,6 +78,12 @@ class BlockRun(ABC):
     def g(self) -> float:
         """The coupling."""
         return self.container.g()
+
+    @property
+    def bits(self) -> int:
+        """How many low bits of each element of a stream every unit keeps, so that its inverse is exact."""
+        g = self.g()
+        return (dropped_bits(g) or 0) if g > 0.0 and self.container.streams().on_grid else 0
 
 
 def calls_of(
