@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters
+from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters, require_one_stage_each
 from petra_zoo.petra.capture import CapturedTicks, Graphs, graphs_for
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.finite import FiniteCheck
@@ -101,6 +101,7 @@ class Pipeline:
         units = units_of(model)
         require_all_parameters(model, units)
         self.layout = Layout.of(model, layout, method=self.method, ranks=self.world.size)
+        require_one_stage_each(model, units, self.layout)
         if self.world.size > 1:
             keep_only(units, self.layout.units_of_rank(self.world.rank), self.world.device)
         make_graph = graphs_for(graphs, self.world, delayed=self.method.delayed, stages=len(self.layout.stages))
