@@ -10,6 +10,7 @@ from petra_zoo.converters.resnet_family import ResNetFamily
 from petra_zoo.converters.runs import BlockRun
 from petra_zoo.converters.save import save_converted
 from petra_zoo.converters.source import load_source
+from petra_zoo.converters.transformer_family import TransformerFamily
 
 __all__ = [
     "BlockRun",
@@ -25,4 +26,5 @@ __all__ = [
     "to_resnet",
 ]
 
+register_family(TransformerFamily())
 register_family(ResNetFamily())

@@ -16,12 +16,9 @@ from torch import nn
 from petra_zoo.converters.runs import BlockRun
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import config_of
-from petra_zoo.models.layer_arguments import Arguments
 from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.registry import Registry
-
-DEFAULT_EXACT_BITS = 12  # of the models' default grid
 
 
 class NetworkFamily(ABC):
@@ -126,10 +123,3 @@ def runs_of(model: nn.Module) -> Sequence[BlockRun]:
 def name_of(network: nn.Module) -> str:
     """The architecture's name where timm made the network, else its class."""
     return config_of(network).get("architecture") or type(network).__name__
-
-
-def exact_arguments(exact_bits: int | None) -> Arguments:
-    """The arguments of a network of the zoo whose streams lie on a grid, the default one or another."""
-    if exact_bits is None:
-        return {}
-    return {"exact": True} if exact_bits == DEFAULT_EXACT_BITS else {"exact": True, "exact_bits": exact_bits}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.converters.choose import Limits, Purpose, couple_runs
-from petra_zoo.converters.families import DEFAULT_EXACT_BITS, NetworkFamily, name_of
+from petra_zoo.converters.families import NetworkFamily, name_of
+from petra_zoo.converters.identity import DEFAULT_EXACT_BITS
 from petra_zoo.converters.reconstruction import CoupledRun, largest_stream
 from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.converters.runs import BlockRun, relative_error

@@ -9,7 +9,8 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.families import NetworkFamily, exact_arguments
+from petra_zoo.converters.families import NetworkFamily
+from petra_zoo.converters.identity import exact_arguments
 from petra_zoo.converters.resnet_identity import take_identity
 from petra_zoo.converters.runs import BlockRun, Call
 from petra_zoo.models import CoupledLayer, PetraRevNet

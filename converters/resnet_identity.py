@@ -6,14 +6,14 @@ what the caller added, so the entry point is run once more with a recording stan
 
 from __future__ import annotations
 
-import json
 from types import FunctionType
 
 from timm.models import is_model, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
 
+from petra_zoo.converters.identity import give_identity
 from petra_zoo.models import PetraRevNet
-from petra_zoo.models.classifier import as_classifier, config_of
+from petra_zoo.models.classifier import config_of
 from petra_zoo.models.layer_arguments import Arguments, to_words
 
 _NAMES = {
@@ -65,11 +65,4 @@ def take_identity(model: PetraRevNet, added: Arguments) -> None:
     anchors = [layer.anchor_every for layer in model.coupled_layers()]
     if any(anchors):
         arguments["anchor_every"] = anchors
-    arguments = {key: value for key, value in {**arguments, **added}.items() if value is not None}
-    try:
-        arguments = json.loads(json.dumps(arguments))
-    except (TypeError, ValueError):
-        return
-    made = as_classifier(model)
-    made._model_args = arguments
-    made.pretrained_cfg = made.default_cfg = {**config, "architecture": name or _OTHER_DEPTHS[block]}
+    give_identity(model, name or _OTHER_DEPTHS[block], {**arguments, **added})
