@@ -4,11 +4,15 @@ Every name of timm's `beit` with ``petra_`` in front; see `petra_vit.py`. A rela
 is passed to each of them, and gets the sum of their gradients.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from timm.models import beit
-from timm.models.beit import Beit
-from torch import Tensor
+from timm.models.beit import Beit, Block
+from torch import Tensor, nn
 
+from petra_zoo.models.branches import Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import Family, register_twins
@@ -20,6 +24,24 @@ __all__ = ["PetraBeit"]
 
 STEM = ("patch_embed", "pos_drop")
 HEAD = ("fc_norm", "head_drop", "head")
+
+
+def _attention(block: Block, h: Tensor, bias: Tensor | None = None) -> Tensor:
+    attended: Tensor = block.attn(block.norm1(h), shared_rel_pos_bias=bias)
+    return block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
+
+
+def _mlp(block: Block, h: Tensor, bias: Tensor | None = None) -> Tensor:
+    f: Tensor = block.mlp(block.norm2(h))
+    return block.drop_path2(f if block.gamma_2 is None else block.gamma_2 * f)
+
+
+def _branches(block: nn.Module) -> Sequence[tuple[str, Branch]]:
+    assert isinstance(block, Block)
+    return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
+
+
+register_branches(Block, _branches)
 
 
 class PetraBeit(ReversibleTransformer, Beit):

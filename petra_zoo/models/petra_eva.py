@@ -4,14 +4,17 @@ Every name of timm's `eva` with ``petra_`` in front; see `petra_vit.py`. Blocks 
 their tokens, which gets gradients where its frequencies are learned.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Optional
 
 import torch
 from timm.models import eva
-from timm.models.eva import Eva
-from torch import Tensor
+from timm.models.eva import Eva, EvaBlock
+from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.branches import Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
 from petra_zoo.models.timm_twins import Family, register_twins
@@ -23,6 +26,30 @@ __all__ = ["PetraEva"]
 
 STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
 HEAD = ("attn_pool", "fc_norm", "head_drop", "head")
+
+
+def _attention(
+    block: EvaBlock,
+    h: Tensor,
+    rope: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    attended: Tensor = block.attn(block.norm1(h), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+    return block.drop_path1(attended if block.gamma_1 is None else block.gamma_1 * attended)
+
+
+def _mlp(block: EvaBlock, h: Tensor, *_: Argument) -> Tensor:
+    f: Tensor = block.mlp(block.norm2(h))
+    return block.drop_path2(f if block.gamma_2 is None else block.gamma_2 * f)
+
+
+def _branches(block: nn.Module) -> Sequence[tuple[str, Branch]]:
+    assert isinstance(block, EvaBlock)
+    return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
+
+
+register_branches(EvaBlock, _branches)
 
 
 class EachItsRotation(ReversibleSequential):

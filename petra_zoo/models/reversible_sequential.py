@@ -250,6 +250,11 @@ class ReversibleSequential(RunBuffers):
         return steps
 
     @torch.jit.unused
+    def in_run(self) -> list[int]:
+        """Indices of the blocks that have an inverse where g > 0."""
+        return sorted({step.index for step in self.steps() if step.in_run})
+
+    @torch.jit.unused
     def units(
         self,
         name: str,

@@ -17,7 +17,18 @@ from petra_zoo.petra import Pipeline
 from petra_zoo.reversible import LiveBytes, Streams, units_of
 from tests.models.transformers import KINDS, images, source, transformer
 
-EACH_KIND = pytest.mark.parametrize("kind", KINDS)
+QUICK = (
+    "vit",
+    "mixed rope",
+    "shared bias",
+)  # what they take beside tokens differs; the rest are of these three classes
+
+
+def kinds(quick: tuple[str, ...] = QUICK) -> list[Any]:
+    return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in KINDS]
+
+
+EACH_KIND = pytest.mark.parametrize("kind", kinds())
 DROPS = {"drop_rate": 0.1, "pos_drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "drop_path_rate": 0.3}
 
 
@@ -246,8 +257,10 @@ def test_features_train_without_stored_activations() -> None:
     assert largest_difference(found[1], found[0]) < 1e-9
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "shared bias"])  # timm's own cannot be scripted
+@pytest.mark.parametrize("kind", kinds(("vit",)))
 def test_a_script_computes_what_the_network_does(kind: str) -> None:
+    if kind == "shared bias":
+        pytest.skip("timm's own cannot be scripted either")
     model = coupled(kind).eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(images(kind)), model(images(kind)), rtol=0, atol=1e-6)
