@@ -268,7 +268,8 @@ class ReversibleSequential(RunBuffers):
         Args:
             name: the container's name in its model.
             enter: what the first unit applies to the streams it gets. It takes one, of the container's type (`enter`).
-            shared: what every block takes behind its stream, or what computes it, called in every unit.
+            shared: what every block takes behind its stream, without gradients; or what computes it, called in every
+                unit.
             reads: modules of which `shared` reads parameters, by their names.
             named: what every block takes by keyword, where `shared` is no function.
 
@@ -279,8 +280,11 @@ class ReversibleSequential(RunBuffers):
         units: list[Unit] = []
         leave: Enter = Leaving(self, enter, self.streams)
         if enter is not first_stream:
-            units.append(FunctionUnit(f"{name}.enter", lambda *streams: (self.enter(enter(*streams)),), {}))
-        for step, unit, behind in self._units(first_stream, arguments, reads or {}):
+            entering = enter = _Entering(self, enter)
+            if any(step.in_run for step in self.steps()[:1]):  # it takes a stream as it is
+                units.append(FunctionUnit(f"{name}.enter", lambda *streams: (entering(*streams),), {}, self.streams))
+                enter = first_stream
+        for step, unit, behind in self._units(enter, arguments, reads or {}):
             leave = behind
             unit.name = f"{name}.{step.name}"
             units.append(unit)
@@ -339,6 +343,17 @@ class _Opening:
     def __call__(self, *streams: Tensor) -> Streams:
         kind = self.kind()
         return (kind.enter(self.function(kind.for_branch(self.enter(*streams), self.block))),)
+
+
+@dataclass(frozen=True)
+class _Entering:
+    """In front of a container: from the streams there to its first stream."""
+
+    container: ReversibleSequential
+    enter: Enter
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        return self.container.enter(self.enter(*streams))
 
 
 @dataclass(frozen=True)
