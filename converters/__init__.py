@@ -1,6 +1,7 @@
 """Installed as petra_zoo.converters: from trained networks to reversible ones."""
 
 from petra_zoo.converters.back_to_resnet import to_resnet
+from petra_zoo.converters.chain_family import ChainFamily
 from petra_zoo.converters.conversion import convert
 from petra_zoo.converters.families import NetworkFamily, register_family
 from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
@@ -26,5 +27,6 @@ __all__ = [
     "to_resnet",
 ]
 
+register_family(ChainFamily())
 register_family(TransformerFamily())
 register_family(ResNetFamily())

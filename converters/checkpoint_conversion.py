@@ -11,19 +11,21 @@ import torch
 from torch import nn
 
 from petra_zoo.checkpoints.load import check_image_size, load_model
-from petra_zoo.converters.calibration import CalibrationImages, noise, open_images
+from petra_zoo.converters.calibration import CalibrationImages, image_shape, noise, open_images
 from petra_zoo.converters.conversion import TOLERANCE, ConversionOptions, convert
 from petra_zoo.converters.families import family_of, name_of
 from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
-from petra_zoo.converters.memory_report import conversion_memory
-from petra_zoo.converters.reconstruction import CoupledRun, measure_runs
+from petra_zoo.converters.inverses import drift_of
+from petra_zoo.converters.memory_report import check_saving, conversion_memory
+from petra_zoo.converters.reconstruction import MEASURED_IMAGES, CoupledRun, measure_runs, measure_steps
+from petra_zoo.converters.reestimation import has_statistics
 from petra_zoo.converters.report import ConversionReport, check_report, write_report
 from petra_zoo.converters.save import check_output, save_converted, save_for_timm
 from petra_zoo.converters.source import load_source
-from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, config_of
 from petra_zoo.models.resnet_weights import SHORT_RUN
+from petra_zoo.models.training_memory import StepBytes
 from petra_zoo.strict_json import JsonObject
 
 
@@ -37,6 +39,9 @@ class Conversion:
         architecture: the name under which timm rebuilds the network.
         calibration_images: how many images the batch-norm statistics were estimated on; 0: they are the source's.
         runs: coupling, anchors and reconstruction error of each run, on validation images or noise.
+        steps: how much each block of the source adds to what it gets, |B(x) - x| / |x|, by run.
+        drift: how far the logits are from the source's, in parts of their size, on those images or noise.
+        memory: activations per image of source and converted network, where they were measured.
         fidelity: the comparison with the source; None without calibration images.
         report_files: what was written about it.
     """
@@ -48,6 +53,9 @@ class Conversion:
     architecture: str
     calibration_images: int
     runs: list[CoupledRun]
+    steps: dict[str, list[float]]
+    drift: float
+    memory: dict[str, StepBytes]
     fidelity: Fidelity | None
     report_files: list[Path]
 
@@ -62,6 +70,8 @@ class Conversion:
             return "its first block changes the shape, and there is no other"
         if self.coupling != "auto":
             return "as asked"
+        if run.blocks > SHORT_RUN:
+            return "its blocks are not near the identity, it would drift too far from the source"
         return f"a run of {count_blocks(run.blocks)} is too short to pay on one device"
 
     def why_nothing(self) -> str:
@@ -84,6 +94,9 @@ class Conversion:
             "reversible_blocks": self.reversible_blocks,
             "calibration_images": self.calibration_images,
             "runs": [asdict(run) for run in self.runs],
+            "steps": self.steps,
+            "drift": self.drift,
+            "activation_bytes_per_image": {name: found._asdict() for name, found in self.memory.items()},
             "fidelity": self.fidelity.as_dict() if self.fidelity else None,
             "report_files": [str(file) for file in self.report_files],
         }
@@ -120,20 +133,25 @@ def convert_checkpoint(
     network = load_source(source, architecture)
     if images is None:
         model, fidelity, seen = convert(network, **options), None, 0
-        runs = measure_runs(model, noise(model))
+        measured = noise(model)
+        runs = measure_runs(model, measured)
     else:
         loader = open_images(network, images, "train")
         check_image_size(network, source, config_of(network)["input_size"][-1])
         model, seen = convert(network, calibration=(batch for batch, _ in loader), **options), len(loader.dataset)
         fidelity = _compare(network, model, images)
         runs = fidelity.runs
-    if not any(run.g > 0.0 for run in runs):
+        measured = next(batch for batch, _ in loader)[:MEASURED_IMAGES]
+    must_pay = family_of(model).largest_drift is not None
+    size = image_shape(network)
+    memory = conversion_memory(network, model, size) if must_pay or report is not None else {}
+    if must_pay and options.get("coupling", "auto") == "auto":
+        check_saving(name_of(network), memory)
+    if not any(run.g > 0.0 for run in runs) or not has_statistics(model):
         seen = 0  # the source's own statistics are right
     save_converted(model, output)
     files = []
     if report is not None and images is not None and fidelity is not None:
-        size = Preprocessing.of(network).input_size
-        memory = conversion_memory(network, model, size)
         tolerance = options.get("tolerance", TOLERANCE)
         found = ConversionReport(source, str(output), images.dataset, tolerance, fidelity, size, memory)
         files = write_report(found, report)
@@ -145,6 +163,9 @@ def convert_checkpoint(
         architecture=name_of(model),
         calibration_images=seen,
         runs=runs,
+        steps=measure_steps(network, measured),
+        drift=drift_of(network, model, measured),
+        memory=memory,
         fidelity=fidelity,
         report_files=files,
     )

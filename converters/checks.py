@@ -12,13 +12,17 @@ from petra_zoo.errors import UserError
 N = TypeVar("N", bound=nn.Module)
 
 
-def check_source(network: N) -> N:
+def check_source(network: N, images: Tensor | None = None) -> N:
     """The same network; refuses what cannot be converted.
+
+    Args:
+        network: any.
+        images: see `family_for`.
 
     Raises:
         UserError: see `family_for`; or a weight or statistic is not finite.
     """
-    family_for(network)
+    family_for(network, images)
     bad = [name for name, x in network.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -14,7 +14,7 @@ from petra_zoo.converters.choose import Limits, Purpose, anchor_runs
 from petra_zoo.converters.families import family_for
 from petra_zoo.converters.inverses import Attempt, choose_inverse
 from petra_zoo.converters.reconstruction import MEASURED_IMAGES
-from petra_zoo.converters.reestimation import re_estimate
+from petra_zoo.converters.reestimation import has_statistics, re_estimate
 from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
 
@@ -71,19 +71,19 @@ def convert(
         UserError: the source has no reversible form or is one already, its weights are not finite, an argument is out
             of range, or 'auto' finds nothing that would pay.
     """
-    network = load_source(source) if isinstance(source, str) else check_source(source)
+    network = load_source(source) if isinstance(source, str) else source
     if not tolerance > 0.0:
         raise UserError(f"tolerance={tolerance:g}: expected a relative error above 0, such as 1e-4")
-    family = family_for(network)
     batches = image_batches(calibration if calibration is not None else ())
     first = next(batches, None)
     if first is None and calibration is not None:
         raise UserError("there is not one batch of images to calibrate on")
     images = noise(network) if first is None else first[:MEASURED_IMAGES]
+    family = family_for(check_source(network, images), images)
     limits = Limits(tolerance, family.closest_anchors, family.largest_drift)
     coupled = choose_inverse(Attempt(network, family, coupling, purpose, limits, images), exact)
     model, runs = coupled.model, coupled.runs
-    if any(run.g() > 0.0 for run in runs) and first is not None:
+    if any(run.g() > 0.0 for run in runs) and first is not None and has_statistics(model):
         re_estimate(model, chain([first], batches), network)
         anchor_runs(model, runs, images, tolerance)  # other statistics, other errors
     family.identify(model, coupled.exact_bits)

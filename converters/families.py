@@ -9,16 +9,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from petra_zoo.converters.calibration import image_shape
 from petra_zoo.converters.runs import BlockRun
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import config_of
 from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.registry import Registry
+
+
+class Refusal(NamedTuple):
+    """Why a family does not take a network.
+
+    Attributes:
+        what: the network is, such as "it is a DenseNet".
+        why: that does not do; "" where it goes without saying.
+    """
+
+    what: str
+    why: str = ""
 
 
 class NetworkFamily(ABC):
@@ -41,11 +55,16 @@ class NetworkFamily(ABC):
     exact: bool | Literal["auto"] = "auto"
 
     @abstractmethod
-    def refusal(self, network: nn.Module) -> str | None:
-        """Why the family does not take a network, such as "it is a DenseNet"; None: it does. Works on meta devices."""
+    def refusal(self, network: nn.Module, example: Tensor) -> Refusal | None:
+        """Why the family does not take a network; None: it does. Works on the meta device.
+
+        Args:
+            network: any.
+            example: an image [1, C, H, W] of a size that it takes.
+        """
 
     @abstractmethod
-    def couple(self, network: nn.Module) -> nn.Module:
+    def couple(self, network: nn.Module, example: Tensor) -> nn.Module:
         """A copy with coupling 0: it computes what the network computes, to the bit."""
 
     @abstractmethod
@@ -85,8 +104,12 @@ def register_family(family: NetworkFamily) -> NetworkFamily:
     return family
 
 
-def family_for(network: nn.Module) -> NetworkFamily:
+def family_for(network: nn.Module, images: Tensor | None = None) -> NetworkFamily:
     """The family that converts a network; works on the meta device.
+
+    Args:
+        network: any.
+        images: [B, C, H, W] that it takes; None: it was made by timm, and says so itself.
 
     Raises:
         UserError: there is none: says what the network is made of, and what could be used instead.
@@ -96,11 +119,17 @@ def family_for(network: nn.Module) -> NetworkFamily:
         raise UserError(f"{name} is reversible already: train it as it is, or convert the network it came from")
     why_not = ""
     for family in reversed([*FAMILIES.values()]):
-        reason = family.refusal(network)
-        if reason is None:
+        refused = family.refusal(network, example_for(network, images))
+        if refused is None:
             return family
-        why_not = f"{reason}: use {family.instead}"  # the last one asked takes most
+        # The last one asked takes most.
+        why_not = f"{refused.what}: use {family.instead}" + (f" ({refused.why})" if refused.why else "")
     raise UserError(f"{name} cannot be converted, {why_not}")
+
+
+def example_for(network: nn.Module, images: Tensor | None) -> Tensor:
+    """One image [1, C, H, W] that a network takes: the first one at hand, or an empty one of its own size."""
+    return torch.zeros(1, *image_shape(network)) if images is None else images[:1]
 
 
 def family_of(model: nn.Module) -> NetworkFamily:

@@ -99,7 +99,7 @@ def _check_exact(attempt: Attempt) -> None:
 
 
 def _couple(attempt: Attempt, exact: bool) -> Coupled:
-    model = attempt.family.couple(attempt.network)
+    model = attempt.family.couple(attempt.network, attempt.images[:1])
     runs = attempt.family.runs(model)
     wanted = _per_run(attempt.coupling, len(runs), attempt.family)
     exact_bits = _exact_bits(model, runs, attempt.images) if exact else None

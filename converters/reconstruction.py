@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.converters.families import runs_of
+from petra_zoo.converters.families import family_for, runs_of
 from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.converters.runs import BlockRun, Call, calls_of, relative_error
-from petra_zoo.reversible import Residue, Streams, untouched
+from petra_zoo.reversible import CoupledUnit, Residue, Streams, untouched
 
 MEASURED_IMAGES = 16  # are enough to find the error of a reconstruction
 
@@ -64,6 +64,30 @@ def largest_stream(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -
         states = [streams for call in calls for streams in run_forward(run, call).states]
         found = max([found, *(float(x.abs().max()) for streams in states for x in streams)])
     return found if found == found else float("inf")
+
+
+def measure_steps(network: nn.Module, images: Tensor) -> dict[str, list[float]]:
+    """How much each block of a plain network adds to what it gets, |B(x) - x| / |x|, by run.
+
+    A block that is far from the identity couples badly: above 0 its run drifts from the source's.
+
+    Args:
+        network: that some family takes; stays as it is.
+        images: [B, C, H, W].
+    """
+    family = family_for(network, images)
+    model = family.couple(network, images[:1])
+    steps = {}
+    for run, calls in with_calls(model, family.runs(model), images):
+        found = []
+        for call in calls[:1]:
+            units, _ = run.units(call)
+            states = run_forward(run, call).states
+            for unit, before, behind in zip(units, states, states[1:], strict=False):
+                if isinstance(unit, CoupledUnit):
+                    found.append(relative_error(behind[0], unit.activate(before[0])))
+        steps[run.name] = found
+    return steps
 
 
 class RunForward(NamedTuple):

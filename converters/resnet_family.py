@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from petra_zoo.converters.back_to_resnet import to_resnet
-from petra_zoo.converters.families import NetworkFamily
+from petra_zoo.converters.families import NetworkFamily, Refusal
 from petra_zoo.converters.identity import exact_arguments
 from petra_zoo.converters.resnet_identity import take_identity
 from petra_zoo.converters.runs import BlockRun, Call
@@ -27,18 +27,18 @@ class ResNetFamily(NetworkFamily):
     part = "layer"
     exact = False  # statistics that are estimated anew make up for a larger coupling
 
-    def refusal(self, network: nn.Module) -> str | None:
+    def refusal(self, network: nn.Module, example: Tensor) -> Refusal | None:
         if type(network) is not ResNet:
-            return f"it is a {type(network).__name__}"
+            return Refusal(f"it is a {type(network).__name__}")
         for layer in (getattr(network, name) for name in LAYERS):
             if not isinstance(layer, nn.Sequential) or not len(layer):
-                return "some of its layers are missing"
+                return Refusal("some of its layers are missing")
             for block in layer:
                 if type(block) not in (BasicBlock, Bottleneck):
-                    return f"its blocks are {type(block).__name__}"
+                    return Refusal(f"its blocks are {type(block).__name__}")
         return None
 
-    def couple(self, network: nn.Module) -> PetraRevNet:
+    def couple(self, network: nn.Module, example: Tensor) -> PetraRevNet:
         assert isinstance(network, ResNet)
         return PetraRevNet.from_resnet(network)
 

@@ -48,7 +48,7 @@ class SequentialRun(BlockRun):
 def sequential_runs(model: nn.Module) -> Sequence[SequentialRun]:
     """The runs of a network's `ReversibleSequential`s, in the order of its modules."""
     return [
-        SequentialRun(name, module)
+        SequentialRun(name or "blocks", module)
         for name, module in model.named_modules()
         if isinstance(module, ReversibleSequential)
     ]

@@ -9,9 +9,9 @@ from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from petra_zoo.converters.families import NetworkFamily, name_of
+from petra_zoo.converters.families import NetworkFamily, Refusal, name_of
 from petra_zoo.converters.identity import exact_arguments, give_identity, rebuild_plain
 from petra_zoo.converters.runs import BlockRun
 from petra_zoo.converters.sequential_run import sequential_runs
@@ -36,10 +36,10 @@ class TransformerFamily(NetworkFamily):
     closest_anchors = 4
     largest_drift = 0.5
 
-    def refusal(self, network: nn.Module) -> str | None:
-        return None if type(network) in _TWINS else f"it is a {type(network).__name__}"
+    def refusal(self, network: nn.Module, example: Tensor) -> Refusal | None:
+        return None if type(network) in _TWINS else Refusal(f"it is a {type(network).__name__}")
 
-    def couple(self, network: nn.Module) -> nn.Module:
+    def couple(self, network: nn.Module, example: Tensor) -> nn.Module:
         model = _TWINS[type(network)].from_timm(network)
         assert isinstance(model, nn.Module)
         return model

@@ -60,7 +60,7 @@ def test_the_network_takes_the_images_size() -> None:
 
 def test_images_that_are_no_multiple_of_the_patches_are_refused() -> None:
     recipe = Recipe(**{**QUICK, "model_kwargs": SMALL, "img_size": 10})
-    with pytest.raises(UserError, match="images of 10x10 are no multiple of .*'s patches of 4x4"):
+    with pytest.raises(UserError, match=r"images of 10x10 are no multiple of .*'s patches of 4x4"):
         build_model(recipe, open_data(recipe)[0])
 
 
