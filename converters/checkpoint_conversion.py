@@ -147,13 +147,14 @@ def convert_checkpoint(
     memory = conversion_memory(network, model, size) if must_pay or report is not None else {}
     if must_pay and options.get("coupling", "auto") == "auto":
         check_saving(name_of(network), memory)
+    steps = measure_steps(network, measured)
     if not any(run.g > 0.0 for run in runs) or not has_statistics(model):
         seen = 0  # the source's own statistics are right
     save_converted(model, output)
     files = []
     if report is not None and images is not None and fidelity is not None:
         tolerance = options.get("tolerance", TOLERANCE)
-        found = ConversionReport(source, str(output), images.dataset, tolerance, fidelity, size, memory)
+        found = ConversionReport(source, str(output), images.dataset, tolerance, fidelity, size, memory, steps)
         files = write_report(found, report)
     return Conversion(
         source=source,
@@ -163,7 +164,7 @@ def convert_checkpoint(
         architecture=name_of(model),
         calibration_images=seen,
         runs=runs,
-        steps=measure_steps(network, measured),
+        steps=steps,
         drift=drift_of(network, model, measured),
         memory=memory,
         fidelity=fidelity,

@@ -27,7 +27,7 @@ from petra_zoo.models.run_buffers import check_coupling
 from petra_zoo.models.training_memory import step_bytes
 
 _RANGE_BITS, _HEADROOM = 24, 4.0  # of float32 streams, and how much larger than what was measured they may get
-ABOUT_THE_SAME = 0.02  # parts of the peak by which two ways may differ before memory decides
+ABOUT_THE_SAME = 0.1  # parts of the peak by which two ways may differ before memory decides
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,18 @@ def choose_inverse(attempt: Attempt, exact: bool | Literal["auto"] | None) -> Co
         _check_exact(attempt)
     if exact != "auto":
         return _couple(attempt, exact)
-    anchored = _couple(attempt, exact=False)
-    if attempt.purpose == "petra" or not any(0.0 < run.g() < 1.0 for run in anchored.runs):
-        return anchored
-    try:
-        with_bits = _couple(attempt, exact=True)
-    except (UserError, Failure):  # a coupling that is no 2**-m, values beyond the grid, kernels that differ
-        return anchored
-    return _better(attempt, anchored, with_bits)
+    if attempt.purpose == "petra":
+        return _couple(attempt, exact=False)
+    ways: list[Coupled] = []
+    errors: list[UserError | Failure] = []
+    for bits in (False, True):
+        try:
+            ways.append(_couple(attempt, bits))
+        except (UserError, Failure) as error:  # also: no 2**-m, values beyond the grid, kernels that differ
+            errors.append(error)
+    if not ways:
+        raise errors[0]
+    return ways[0] if len(ways) == 1 or ways[1].exact_bits is None else _better(attempt, *ways)
 
 
 def _check_exact(attempt: Attempt) -> None:

@@ -23,7 +23,7 @@ def conversion_memory(source: nn.Module, converted: nn.Module, size: tuple[int, 
     networks = {"source": source, "source, checkpointed": _checkpointed(source), "converted": converted}
     try:
         return {name: step_bytes(network, size) for name, network in networks.items() if network is not None}
-    except NotImplementedError:
+    except (NotImplementedError, RuntimeError):
         return {}
 
 

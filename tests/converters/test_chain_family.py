@@ -27,10 +27,17 @@ class Adds(nn.Module):
         return x + self.size * self.conv(x).tanh()
 
 
-def foreign(size: float = 0.3, blocks: int = 5) -> nn.Module:
+class Grows(Adds):
+    """x + size * f(x), where f has no bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.size * self.conv(x)
+
+
+def foreign(size: float = 0.3, block: type[Adds] = Adds) -> nn.Module:
     """A network that timm has never seen."""
     torch.manual_seed(0)
-    chain = nn.Sequential(*(Adds(size) for _ in range(blocks)))
+    chain = nn.Sequential(*(block(size) for _ in range(5)))
     return nn.Sequential(nn.Conv2d(3, 8, 3), chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
 
 
@@ -86,8 +93,8 @@ def test_what_each_block_adds_is_measured() -> None:
 
 def test_a_network_that_would_become_another_one_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="Sequential would become another network: what 1 gives moves too far"):
-        convert(foreign(size=200.0), calibration=images())
-    assert convert(foreign(size=200.0), coupling=0.5, calibration=images()).coupled_layers()[0].g() == 0.5
+        convert(foreign(200.0, Grows), calibration=images())
+    assert convert(foreign(200.0, Grows), coupling=0.5, calibration=images()).coupled_layers()[0].g() == 0.5
 
 
 def test_a_conversion_that_saves_next_to_nothing_is_refused() -> None:
