@@ -120,7 +120,7 @@ def _couple(attempt: Attempt, exact: bool) -> Coupled:
 def _exact_bits(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> int:
     """The finest grid, down to the models' default, on which the streams of an uncoupled model have room."""
     largest = largest_stream(model, runs, images)
-    return min(DEFAULT_EXACT_BITS, math.floor(_RANGE_BITS - math.log2(max(1.0, _HEADROOM * largest))))
+    return min(DEFAULT_EXACT_BITS, math.floor(_RANGE_BITS - math.log2(max(1.0, _HEADROOM * min(largest, 1e9)))))
 
 
 def _set_grid(runs: Sequence[BlockRun], exact_bits: int | None) -> None:

@@ -7,12 +7,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.checkpoints.load import create_any_model
 from petra_zoo.converters import convert, save_converted
 from petra_zoo.converters.families import family_for, family_of
 from petra_zoo.converters.inverses import drift_of
 from petra_zoo.converters.memory_report import check_saving
 from petra_zoo.converters.reconstruction import measure_runs, measure_steps
 from petra_zoo.errors import UserError
+from petra_zoo.evaluation.export import export_model
+from petra_zoo.hub.card import make_card
+from petra_zoo.hub.checkpoint import read_checkpoint
+from petra_zoo.models.classifier import as_unit_classifier
+from petra_zoo.models.describe import describe_model
 from petra_zoo.models.training_memory import StepBytes
 
 
@@ -65,6 +71,17 @@ def test_timms_network_is_converted_saved_and_brought_back(convnext: nn.Module, 
     back = family_of(same).plain(same)
     assert type(back) is type(convnext)
     assert torch.equal(back(images()), convnext(images()))
+
+
+def test_what_is_converted_can_be_described_exported_and_published(convnext: nn.Module, tmp_path: Path) -> None:
+    save_converted(convert(convnext), tmp_path / "out")
+    model = create_any_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    described = describe_model(as_unit_classifier(model), "petra_any")
+    assert described.reversible_units >= 3
+    done = export_model(str(tmp_path / "out"), tmp_path / "model.pt2", format="torch-export")
+    assert done.path.is_file()
+    card = make_card(read_checkpoint(tmp_path / "out"), "you/converted")
+    assert "you/converted" in str(card)
 
 
 def test_a_foreign_network_is_converted_and_trains_alike() -> None:
