@@ -26,11 +26,12 @@ def make_reversible(
     model: nn.Module,
     coupling: float | None = None,
     gain: float | None = None,
-    anchor_every: int = 0,
+    anchor_every: int | Sequence[int] = 0,
     exact: bool = False,
     units: Units = "auto",
     streams: StreamKind = "auto",
     *,
+    exact_bits: int = 12,
     shortest: int = 3,
     example: Example | None = None,
 ) -> nn.Module:
@@ -45,10 +46,11 @@ def make_reversible(
         model: any network; those of timm say themselves what they take.
         coupling: g of all chains; None: 1, and whatever a checkpoint says.
         gain: s of all chains; None: 1 + g below coupling 1, which keeps the effect of trained blocks, and 1 at it.
-        anchor_every: keep the streams every so many blocks of a run; 0: never.
+        anchor_every: keep the streams every so many blocks of a run, or one number per chain; 0: never.
         exact: reconstruct to the bit.
         units: see `ReversibleSequential`.
         streams: likewise.
+        exact_bits: the grid of `exact` (see `ReversibleSequential`).
         shortest: a network without a run of so many blocks is refused; beside one, runs of two are taken too.
         example: a tensor [1, ...], or several, that the network can be called with; not needed for timm's.
 
@@ -70,14 +72,15 @@ def make_reversible(
     passed_by = goes_through_blocks(model, [chain.path for chain in chains], example)
     if callable(switch := getattr(model, "set_grad_checkpointing", None)):
         switch(False)  # it would call the blocks itself
-    for chain in chains:
+    for chain, apart in zip(chains, _one_per_chain(anchor_every, len(chains)), strict=True):
         old = model.get_submodule(chain.path)
         new = ReversibleSequential(
             {name: block for name, block in old._modules.items() if block is not None},
             coupling=coupling,
             gain=gain,
-            anchor_every=anchor_every,
+            anchor_every=apart,
             exact=exact,
+            exact_bits=exact_bits,
             streams=streams,
             units=units,
             opening=[old.get_submodule(name) for name in chain.opening],
@@ -90,6 +93,13 @@ def make_reversible(
     assert isinstance(model, ReversibleChains)
     model._spine = _spine(model, [chain.path for chain in chains], example)
     return model
+
+
+def _one_per_chain(anchor_every: int | Sequence[int], chains: int) -> list[int]:
+    values = [anchor_every] * chains if isinstance(anchor_every, int) else list(anchor_every)
+    if len(values) != chains:
+        raise UserError(f"anchor_every is one number or {chains}, one per chain; got {len(values)}")
+    return values
 
 
 class ReversibleChains(MemoryModes):
@@ -132,10 +142,11 @@ class ReversibleChains(MemoryModes):
             layer.set_gain(gain)
 
     @torch.jit.unused
-    def set_anchors(self, anchor_every: int) -> None:
-        """Keeps the streams every so many blocks, in this network and in copies that are saved; 0: never."""
-        for layer in self.coupled_layers():
-            layer.anchor_every = anchor_every
+    def set_anchors(self, anchor_every: int | Sequence[int]) -> None:
+        """Keeps the streams every so many blocks, of all chains or of each, in copies that are saved too; 0: never."""
+        layers = self.coupled_layers()
+        for layer, apart in zip(layers, _one_per_chain(anchor_every, len(layers)), strict=True):
+            layer.anchor_every = apart
         self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": anchor_every}  # for config.json
 
     @torch.jit.unused

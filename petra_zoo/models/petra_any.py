@@ -19,7 +19,16 @@ from petra_zoo.models.make_reversible import make_reversible
 Configuration: TypeAlias = "str | Arguments | None"
 
 default_cfgs = generate_default_cfgs({"petra_any.untrained": {"num_classes": 1000, "input_size": (3, 224, 224)}})
-_CHAINS = ("coupling", "gain", "anchor_every", "exact", "units", "streams", "shortest")  # of `make_reversible`
+_CHAINS = (
+    "coupling",
+    "gain",
+    "anchor_every",
+    "exact",
+    "exact_bits",
+    "units",
+    "streams",
+    "shortest",
+)  # of `make_reversible`
 
 
 @register_model

@@ -261,6 +261,7 @@ class ReversibleSequential(RunBuffers):
         enter: Enter = first_stream,
         shared: Positional | Callable[[], Positional] = (),
         reads: Mapping[str, nn.Module] | None = None,
+        named: Named | None = None,
     ) -> tuple[list[Unit], Enter]:
         """The blocks as units, for a model's own `units()`.
 
@@ -270,11 +271,12 @@ class ReversibleSequential(RunBuffers):
             shared: what every block takes behind its stream, without gradients; or what computes it, called in every
                 unit.
             reads: modules of which `shared` reads parameters, by their names.
+            named: what every block takes by keyword, where `shared` is no function.
 
         Returns:
             The units, and what turns the last one's streams into the output [B, ...].
         """
-        arguments: Arguments = called(shared) if callable(shared) else SharedArguments(shared, {})
+        arguments: Arguments = called(shared) if callable(shared) else SharedArguments(shared, named or {})
         units: list[Unit] = []
         leave: Enter = Leaving(self, enter, self.streams)
         if enter is not first_stream:
