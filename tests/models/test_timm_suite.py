@@ -3,7 +3,7 @@
 timm ships its tests in the source distribution only, so the one of the *installed* version is fetched with pip, once,
 into pytest's cache. The tests run in a process of their own because they narrow timm's registry
 (`timm_suite_plugin.py`) and go by timm's pytest settings, not ours. What they load as pretrained weights are ResNets
-initialised here, on a loopback Hub.
+initialised here, on a loopback Hub, and what torch keeps of files that come by their address.
 """
 
 import importlib.metadata
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
@@ -30,6 +31,7 @@ OUTER_SECONDS = FETCH_SECONDS + RUN_SECONDS + 30
 SMALL = (
     "petra_revnet_tiny",
     "petra_revnet18_paper_cifar",
+    "petra_revvit_micro",
 )
 LARGE = (
     "petra_revnet18",
@@ -47,6 +49,9 @@ LARGE = (
     "petra_revnet101_paper",
     "petra_revnet101_paper_cifar",
     "petra_revnet152",
+    "petra_revvit_tiny",
+    "petra_revvit_small",
+    "petra_revvit_base",
 )
 
 # What must have run for every model, by the names of timm 1.0.31. A test that timm no longer selects is a failure too:
@@ -108,11 +113,14 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
     unwanted = {"GITHUB_ACTIONS", "TORCH_BACKEND", "TORCH_DEVICE", "PYTEST_ADDOPTS"}
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     with tempfile.TemporaryDirectory() as scratch, LoopbackHub(Path(scratch) / "server") as hub:
+        kept = Path(scratch) / "torch" / "hub" / "checkpoints"
+        kept.mkdir(parents=True)
         for model in models:
-            _serve_weights(hub, model)
+            _serve_weights(hub, kept, model)
         report = Path(scratch) / "report.json"
         environment |= hub.environment(Path(scratch) / "client")
         environment |= {
+            "TORCH_HOME": str(Path(scratch) / "torch"),
             "PETRA_ZOO_TIMM_SUITE_MODELS": ",".join(models),
             "PETRA_ZOO_TIMM_SUITE_REPORT": str(report),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
@@ -139,10 +147,12 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
     return records, (done.stdout + done.stderr)[-4000:]
 
 
-def _serve_weights(hub: LoopbackHub, model: str) -> None:
-    """Puts a ResNet with initial weights where timm publishes the trained ones of the model's default tag."""
+def _serve_weights(hub: LoopbackHub, kept: Path, model: str) -> None:
+    """Puts initial weights where the trained ones of the model's default tag are published, or kept: a ResNet's."""
     cfg = timm.get_pretrained_cfg(model)
-    if cfg.hf_hub_id:
+    if cfg.url:
+        torch.save({"model_state": timm.create_model(model).state_dict()}, kept / Path(cfg.url).name)
+    elif cfg.hf_hub_id:
         network = timm.create_model(cfg.hf_hub_id.removeprefix("timm/").partition(".")[0])
         hub.add(cfg.hf_hub_id, {"model.safetensors": save(network.state_dict())})
 
