@@ -6,6 +6,8 @@ which models to test while it is imported, so the registry's listing is narrowed
 
 import json
 import os
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,23 @@ def _is_default(name: str) -> bool:
     return not tag or tag == timm.get_pretrained_cfg(architecture).tag
 
 
-def _list_chosen(filter: Any = "", module: Any = "", *args: Any, **kwargs: Any) -> list[str]:
+def _timms(name: str) -> str:
+    """What timm would call a model of ours: its filters tell transformers, which give tokens, by their names."""
+    return re.sub(r"^petra_(rev)?(?=vit)", "", name)
+
+
+def _list_chosen(filter: Any = "", module: Any = "", *args: Any, exclude_filters: Any = "", **kwargs: Any) -> list[str]:
     # `module` is dropped: timm selects the forward_intermediates and pruning tests by the file names of its own
     # families, so that a model from elsewhere would never meet them.
     # Of an architecture's tags, which come with `pretrained=True`, the default one stands for all.
-    names = _list_models(filter, "", *args, **kwargs)
-    return [name for name in names if _architecture(name) in CHOSEN and _is_default(name)]
+    wanted, unwanted = ([f] if isinstance(f, str) and f else list(f) for f in (filter, exclude_filters))
+    return [
+        name
+        for name in _list_models("", "", *args, **kwargs)
+        if _architecture(name) in CHOSEN and _is_default(name)
+        if not wanted or any(fnmatch(_timms(name), f) for f in wanted)
+        if not any(fnmatch(_timms(name), f) for f in unwanted)
+    ]
 
 
 def _list_pretrained_chosen(filter: Any = "", exclude_filters: Any = "") -> list[str]:
