@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 
@@ -94,33 +93,12 @@ class CoupledLayer(RunBuffers):
         @overload
         def __getitem__(self, idx: int) -> CoupledBlock: ...
 
-    def __getitem__(self, idx: int | slice) -> nn.Module:
-        """A block, or a slice as a layer that shares blocks and coupling with this one."""
-        if not isinstance(idx, slice):
-            return super().__getitem__(idx)
-        return self.with_blocks(dict(list(self._modules.items())[idx]))
-
-    @torch.jit.unused
-    def __add__(self, other: nn.Sequential) -> CoupledLayer:
-        """A layer of these blocks and the others behind them, with this layer's coupling."""
-        if not isinstance(other, nn.Sequential):
-            raise ValueError(f"only a Sequential can be added to a layer, not {type(other).__name__}")
-        if isinstance(other, CoupledLayer) and other.g() != self.g():
-            raise ValueError(f"layers with couplings {self.g():g} and {other.g():g} cannot become one")
-        return self.with_blocks({str(i): block for i, block in enumerate([*self, *other])})
-
-    @torch.jit.unused
-    def __mul__(self, times: int) -> CoupledLayer:
-        """A layer of these blocks so many times over, with this layer's coupling."""
-        if not isinstance(times, int) or times < 1:
-            raise ValueError(f"a layer can be multiplied by 1, 2, ..., not by {times!r}")
-        return self.with_blocks({str(i): block for i, block in enumerate([*self] * times)})
+        def __getitem__(self, idx: int | slice) -> nn.Module: ...
 
     @torch.jit.unused
     def with_blocks(self, blocks: Mapping[str, nn.Module]) -> CoupledLayer:
         """A layer of other blocks that shares this one's coupling."""
-        other = copy.copy(self)  # shares the dict of buffers: its coupling stays this layer's
-        other._modules = dict(blocks)
+        other = super().with_blocks(blocks)
         other.starts = self.starts and len(other) > 0 and other[0] is self[0]
         return other
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.run_slices import RunSlices
 from petra_zoo.reversible import COUPLING_STEPS, Coupling, StreamKind, StreamType, nearest_coupling, readable
 from petra_zoo.reversible.reading import BufferReading
 from petra_zoo.reversible.saturation import Saturation
@@ -20,7 +21,7 @@ FIXED_EXPONENT = 8  # of the default grid
 LARGEST_GAIN = 4.0
 
 
-class RunBuffers(nn.Sequential):
+class RunBuffers(RunSlices):
     """Blocks with a coupling, and with streams of some kind between them.
 
     Args:

@@ -55,13 +55,16 @@ class FiniteCheck:
             self._places[what] = value.to(torch.float64, copy=True)
 
     def see_ranges(self, saturations: Sequence[Saturation], where: str) -> None:
-        """Takes note of what streams on a grid have seen of its range.
+        """Takes note of what streams on a grid have seen of its range, and of recomputations that were to be exact.
 
         Raises:
-            NotFiniteError: a value was beyond it; see `see`.
+            NotFiniteError: a value was beyond it, or a branch was not recomputed to the bit; see `see`.
         """
         for i, part in enumerate(part for saturation in saturations for part in saturation.beyond()):
             self.see(part, f"a stream of {where} ({i}), in parts of the range of its grid, which is too fine for it,")
+        for saturation in saturations:
+            for unit, differs in saturation.differing().items():
+                self.see(differs, f"how far the branch of {unit}, recomputed for exact inversion, is off its bits")
 
     def look(self) -> None:
         """Sends for the numbers of a tick and judges those of earlier ones that have arrived; waits for none.

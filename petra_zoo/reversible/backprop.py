@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petra_zoo.reversible.ownership import Lent, storage_of
 from petra_zoo.reversible.replay import Replay
@@ -171,6 +171,7 @@ class _Segment(torch.autograd.Function):
         streams: Streams = kept[ctx.outputs] if place.reverse else ()
         lent = _lent(ctx, kept, gradients)
         parameter_gradients: list[Tensor | None] = []
+        shared: dict[int, Tensor] = {}  # of no parameter, but of what units take beside their streams
         for i in reversed(range(len(ctx.units))):
             unit = ctx.units[i]
             count = place.counts[i]
@@ -188,8 +189,20 @@ class _Segment(torch.autograd.Function):
             streams, gradients = reversal.inputs, reversal.input_gradients
             if i in ctx.anchors:  # exact again: the errors of the units above do not reach those below
                 streams = kept[ctx.anchors[i]]
-            parameter_gradients[:0] = reversal.parameter_gradients
+            parameter_gradients[:0] = _summed(own, reversal.parameter_gradients, shared)
+        for i, p in enumerate(ctx.parameters):
+            parameter_gradients[i] = shared.pop(id(p), parameter_gradients[i])
         return None, None, None, *lent.returned(gradients), *parameter_gradients
+
+
+def _summed(tensors: Sequence[Tensor], gradients: Gradients, sums: dict[int, Tensor]) -> Gradients:
+    """The parameters' gradients; those of other tensors, which may be as wide as streams, are added up instead."""
+    kept = list(gradients)
+    for i, (x, d) in enumerate(zip(tensors, gradients, strict=True)):
+        if d is not None and not isinstance(x, nn.Parameter):
+            sums[id(x)] = sums[id(x)] + d if id(x) in sums else d
+            kept[i] = None
+    return tuple(kept)
 
 
 def _lent(ctx: _Context, kept: Streams, gradients: Gradients) -> Lent:

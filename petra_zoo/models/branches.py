@@ -1,0 +1,61 @@
+"""Which branches the blocks of known classes are made of, one after the other: for units finer than a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from petra_zoo.errors import UserError
+
+Branch = Callable[..., Tensor]  # F: (h [B, ...], what all blocks take beside it) -> [B, ...]
+Branches = Callable[[nn.Module], Sequence[tuple[str, Branch]]]
+
+_KNOWN: dict[type[nn.Module], Branches] = {}
+
+
+def register_branches(block: type[nn.Module], branches: Branches) -> None:
+    """Makes known what a class of blocks is made of: x -> x + F1(x) -> x + F2(x), and so on.
+
+    Args:
+        block: the class, exactly: a subclass may compute something else.
+        branches: from a block to the names and functions of its branches, in their order. Each takes h [B, ...] and
+            what the container's blocks take beside it, and leaves the addition to its caller.
+    """
+    _KNOWN[block] = branches
+
+
+def has_branches(block: nn.Module) -> bool:
+    """Whether the branches of a block's class are registered."""
+    return type(block) in _KNOWN
+
+
+def branches_of(block: nn.Module) -> Sequence[tuple[str, Branch]]:
+    """The branches of a block.
+
+    Raises:
+        UserError: its class is not registered.
+    """
+    if not has_branches(block):
+        known = ", ".join(sorted(kind.__name__ for kind in _KNOWN))
+        raise UserError(f"{type(block).__name__} is not known by its branches ({known} are): units='block' needs none")
+    return _KNOWN[type(block)](block)
+
+
+def _attention(block: Block, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    attended: Tensor = block.attn(block.norm1(h), attn_mask=attn_mask, is_causal=is_causal)
+    return block.drop_path1(block.ls1(attended))
+
+
+def _mlp(block: Block, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+
+
+def _of_transformer(block: nn.Module) -> Sequence[tuple[str, Branch]]:
+    assert isinstance(block, Block)
+    return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
+
+
+register_branches(Block, _of_transformer)
