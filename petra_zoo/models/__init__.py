@@ -1,7 +1,16 @@
 """Reversible networks in timm's registry; importing this package registers them, and those of extensions."""
 
 from petra_zoo.extensions import load_entry_points
-from petra_zoo.models import petra_any, petra_beit, petra_deit, petra_eva, petra_revnet, petra_revnet_paper, petra_vit
+from petra_zoo.models import (
+    petra_any,
+    petra_beit,
+    petra_deit,
+    petra_eva,
+    petra_revnet,
+    petra_revnet_paper,
+    petra_revvit,
+    petra_vit,
+)
 from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.make_reversible import ReversibleChains
 from petra_zoo.models.petra_beit import PetraBeit
@@ -9,6 +18,7 @@ from petra_zoo.models.petra_deit import PetraVitDistilled
 from petra_zoo.models.petra_eva import PetraEva
 from petra_zoo.models.petra_revnet import PetraRevNet
 from petra_zoo.models.petra_revnet_paper import PetraPaperRevNet
+from petra_zoo.models.petra_revvit import PetraRevViT
 from petra_zoo.models.petra_vit import PetraVit
 from petra_zoo.models.reversible_sequential import ReversibleSequential
 
@@ -18,6 +28,7 @@ __all__ = [
     "PetraEva",
     "PetraPaperRevNet",
     "PetraRevNet",
+    "PetraRevViT",
     "PetraVit",
     "PetraVitDistilled",
     "ReversibleChains",
@@ -28,6 +39,7 @@ __all__ = [
     "petra_eva",
     "petra_revnet",
     "petra_revnet_paper",
+    "petra_revvit",
     "petra_vit",
 ]
 
