@@ -28,7 +28,7 @@ from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.preparation import prepare
 
 RESULTS, README = (Path(__file__).with_name(name) for name in ("results.json", "README.md"))
-SETTINGS = ["img_size=16", "stages=4", "epochs=6", "warmup_epochs=1", "workers=0", "lr_base=null"]
+SETTINGS = ["img_size=16", "stages=4", "epochs=6", "warmup_epochs=1", "workers=0", "batch_size=64"]
 OPTIMIZERS = {"sgd": 0.1, "adamw": 0.002, "nadamw": 0.002, "muon": 0.02}  # and their learning rates
 AHEAD = (1, 2, 3, 6, 13)
 FIRST, EVERY = 30, 3  # of the updates that are looked at

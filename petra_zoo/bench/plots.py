@@ -7,7 +7,7 @@ from collections.abc import Callable
 from petra_zoo.bench.accuracy_charts import accuracy_charts
 from petra_zoo.bench.charts import Chart
 from petra_zoo.bench.memory import memory_charts
-from petra_zoo.bench.results import Results
+from petra_zoo.bench.results import Results, shown_as
 from petra_zoo.errors import UserError
 from petra_zoo.settings.merging import nearest
 
@@ -16,8 +16,13 @@ CHARTS: dict[str, Callable[[Results], dict[str, Chart]]] = {"accuracy": accuracy
 
 
 def charts(results: Results) -> dict[str, Chart]:
-    """All charts of a results file, by name."""
-    return CHARTS[results.kind](results) if results.kind in CHARTS else {}
+    """All charts of a results file, by name.
+
+    Raises:
+        UserError: it does not hold what a study of its kind measures.
+    """
+    with shown_as(results):
+        return CHARTS[results.kind](results) if results.kind in CHARTS else {}
 
 
 def find_chart(results: Results, name: str) -> Chart:

@@ -72,6 +72,22 @@ def differences(pages: Sequence[Path]) -> list[str]:
     ]
 
 
+def standing(pages: Sequence[Path]) -> list[str]:
+    """A line on every page of which all is as its results say, and on every page that shows none.
+
+    Raises:
+        UserError: as `differences`.
+    """
+    lines = []
+    for path in pages:
+        shown = Page(path).shown
+        if not shown:
+            lines.append(f"{path}: no table and no plot is marked")
+        elif not any(part.stale for part in shown):
+            lines.append(f"{path}: {len(shown)} marked, all as the results say")
+    return lines
+
+
 def update(pages: Sequence[Path]) -> Iterator[str]:
     """Brings pages and their pictures up to date.
 
@@ -83,5 +99,6 @@ def update(pages: Sequence[Path]) -> Iterator[str]:
     """
     for path in pages:
         page = Page(path)
+        stale = [shown for shown in page.shown if shown.stale]  # a picture knows by its file, which is about to change
         page.update()
-        yield from (f"{path}, line {shown.line}: {shown.mark} is up to date now" for shown in page.shown if shown.stale)
+        yield from (f"{path}, line {shown.line}: {shown.mark} is up to date now" for shown in stale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -178,20 +179,54 @@ def claimed(path: Path) -> Iterator[None]:
         yield
         return
     lock = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("w")
+        except OSError as error:
+            raise UserError(f"cannot write the results to {path}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another petra-zoo bench is writing {path}: wait for it, or stop it") from error
+            if not _is_at(file.fileno(), lock):  # whoever had it took it away between our two calls: it guards nothing
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+@contextmanager
+def shown_as(results: Results) -> Iterator[None]:
+    """Tables and charts read results by what their kind of study measures, and anybody can change such a file.
+
+    Raises:
+        UserError: it does not hold what its kind says.
+    """
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write the results to {path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another petra-zoo bench is writing {path}: wait for it, or stop it") from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"the results of '{results.study}' do not hold what a study of kind '{results.kind}' measures "
+            f"({type(error).__name__}: {_first_line(error)}): was the file changed by hand?"
+        ) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _object(value: Json, what: str) -> JsonObject:

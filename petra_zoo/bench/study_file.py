@@ -21,6 +21,7 @@ from petra_zoo.strict_json import Json
 
 BUILT_IN = "methods.yaml"
 _OURS = {"seed": "say seeds: beside the contenders", "output": "a study keeps no run directories"}
+_SEEDS_ARE = "expected a number, or a list of seeds"
 _Given = dict[str, JsonValue]
 _Seeds = AtLeastOne | Annotated[list[Count], Field(min_length=1)]
 _JSON, _SEEDS = TypeAdapter(_Given), TypeAdapter[int | list[int]](_Seeds)
@@ -124,16 +125,21 @@ def _parse(text: str) -> StudyFile:
     try:
         return StudyFile.model_validate(content)
     except ValidationError as error:
-        _refuse(error)
+        _refuse(error, content)
 
 
-def _refuse(error: ValidationError) -> NoReturn:
+def _refuse(error: ValidationError, content: Mapping[str, Json]) -> NoReturn:
     first = error.errors(include_url=False)[0]
-    where = ": ".join(str(part) for part in first["loc"])
+    parts = [str(part) for part in first["loc"]]
+    where = ": ".join(parts)
     if first["type"] == "extra_forbidden":
         sections: dict[str, type[_Section]] = {"search": SearchSection, "tasks": Task}
-        section = sections.get(str(first["loc"][0]), StudyFile)
-        raise UserError(f"unknown key '{where}'; did you mean {nearest(str(first['loc'][-1]), section.model_fields)}?")
+        section = sections.get(parts[0], StudyFile)
+        raise UserError(f"unknown key '{where}'; did you mean {nearest(parts[-1], section.model_fields)}?") from error
+    if parts[0] == "seeds":  # one of two types: pydantic would name its own name of the first
+        raise UserError(f"seeds={content['seeds']!r}: {_SEEDS_ARE}") from error
+    if parts[-1] == "[key]":
+        raise UserError(f"{': '.join(parts[:-1])}: expected text in the place of this key") from error
     raise UserError(f"{where}: {in_our_words(first['type'], first['msg'])}") from error
 
 
@@ -151,7 +157,7 @@ def _contender(
     listed_seeds = _seeds(own.pop("seeds", file.seeds), label, seeds)
     rates: list[Json] = []
     if isinstance(listed := own.get("lr"), list):
-        if not listed or any(rate in listed[:place] for place, rate in enumerate(listed)):
+        if not listed or None in listed or any(rate in listed[:place] for place, rate in enumerate(listed)):
             raise UserError(f"contender '{label}': lr={listed}: expected learning rates to choose from, each once")
         rates = listed
         del own["lr"]
@@ -195,7 +201,7 @@ def _seeds(given: Json, label: str, count: int | None) -> tuple[int, ...]:
     try:
         listed = _SEEDS.validate_python(given, strict=True)
     except ValidationError as error:
-        raise UserError(f"contender '{label}': seeds={given!r}: expected a number, or a list of seeds") from error
+        raise UserError(f"contender '{label}': seeds={given!r}: {_SEEDS_ARE}") from error
     seeds = list(range(listed)) if isinstance(listed, int) else listed
     if len(set(seeds)) < len(seeds):
         raise UserError(f"contender '{label}': seeds={seeds}: a seed stands twice; expected each once")

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from petra_zoo.bench.accuracy_tables import accuracy_tables
 from petra_zoo.bench.conversion_tables import conversion_tables
+from petra_zoo.bench.families import families_tables
 from petra_zoo.bench.gpu.tables import gpu_tables
 from petra_zoo.bench.memory import memory_tables
 from petra_zoo.bench.pipeline_tables import pipeline_tables
-from petra_zoo.bench.results import Results
+from petra_zoo.bench.results import Results, shown_as
 from petra_zoo.bench.speed import speed_tables
 from petra_zoo.errors import UserError
 from petra_zoo.settings.merging import nearest
@@ -19,6 +20,7 @@ from petra_zoo.strict_json import JsonObject
 TABLES: dict[str, Callable[[Results], dict[str, str]]] = {
     "accuracy": accuracy_tables,
     "conversion": conversion_tables,
+    "families": families_tables,
     "gpu": gpu_tables,
     "memory": memory_tables,
     "pipeline": pipeline_tables,
@@ -30,11 +32,12 @@ def tables(results: Results) -> dict[str, str]:
     """All tables of a results file, by name; `facts`, a line on what they were made with, is one of them.
 
     Raises:
-        UserError: no study of that kind is known.
+        UserError: no study of that kind is known, or the file does not hold what one measures.
     """
     if results.kind not in TABLES:
         raise UserError(f"no tables are known of a study of kind '{results.kind}'; expected {', '.join(TABLES)}")
-    return TABLES[results.kind](results) | {"facts": _facts(results)}
+    with shown_as(results):
+        return TABLES[results.kind](results) | {"facts": _facts(results)}
 
 
 def find_table(results: Results, name: str) -> str:

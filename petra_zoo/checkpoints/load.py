@@ -8,6 +8,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
+from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import explain
 from petra_zoo.errors import UserError
@@ -91,6 +93,28 @@ def check_image_size(model: Classifier, name: str, size: int) -> None:
             f"images of {size}x{size} are too small for {name}, which reduces by {reduction}: "
             f"use img_size={reduction} or more, or a model for small images (petra_revnet_tiny, petra_revnet18_cifar)"
         )
+
+
+def set_image_size(model: Classifier, name: str, height: int, width: int) -> None:
+    """Fits a network that takes images of one size only, as most transformers do, to images of another; checks others.
+
+    Its position embeddings are resampled, and what is saved of it says the new size.
+
+    Raises:
+        UserError: the images are too small, or no multiple of its patches.
+    """
+    check_image_size(model, name, min(height, width))
+    config = get_model_input_config(model)
+    resize: Callable[..., None] | None = getattr(model, "set_input_size", None)
+    if resize is None or not config["fixed_input_size"] or tuple(config["input_size"][-2:]) == (height, width):
+        return
+    patch: tuple[int, int] = to_2tuple(model.feature_info[-1]["reduction"])
+    if height % patch[0] or width % patch[1]:
+        raise UserError(
+            f"images of {height}x{width} are no multiple of {name}'s patches of {patch[0]}x{patch[1]}: use another "
+            "img_size, or another patch_size in model_kwargs"
+        )
+    resize(img_size=(height, width))
 
 
 def _check_known(name: str, known: Callable[[], list[str]]) -> None:

@@ -10,6 +10,8 @@ import typer
 from petra_zoo.cli.output import on_terminal, print_lines, print_table
 from petra_zoo.strict_json import to_json
 
+MOST = 40  # networks in a table: each is built, without content, for its sizes
+
 
 def list_models(
     pattern: Annotated[str, typer.Argument(help="Wildcards, such as '*_cifar'.")] = "*",
@@ -34,7 +36,7 @@ def _list_networks(pattern: str, as_json: bool) -> None:
     names = model_names(pattern)
     if as_json:
         typer.echo(to_json([describe_registered(name).as_dict() for name in names], indent=2))
-    elif on_terminal():
+    elif on_terminal() and len(names) <= MOST:
         rows = [
             (
                 row.name,
@@ -48,6 +50,8 @@ def _list_networks(pattern: str, as_json: bool) -> None:
         print_table(("model", "parameters", "input", "units", "reversible"), rows)
     else:
         print_lines(names)
+        if on_terminal():
+            typer.echo(f"{len(names)} networks; petra-zoo list with a pattern of at most {MOST} shows sizes and units")
 
 
 def _list_pretrained(pattern: str, as_json: bool) -> None:

@@ -37,10 +37,11 @@ def report(
     if not (update or check) and (pages := [path for path in files if path.suffix == ".md"]):
         raise UserError(f"{pages[0]} is a page, not results: --check tells what in it is stale, --update mends it")
     if update:
-        print_lines(reports.update(files))
+        before = reports.standing(files)
+        print_lines([*reports.update(files), *before])
     elif check:
         found = reports.differences(files)
-        print_lines(found)
+        print_lines([*found, *reports.standing(files)])
         if found:
             raise typer.Exit(1)
     elif output is not None:

@@ -10,7 +10,7 @@ from functools import cache
 
 import timm
 import torch
-from timm.models import get_arch_pretrained_cfgs, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, get_model_input_config, model_entrypoint
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +18,8 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import UnitClassifier, as_unit_classifier, config_of
 from petra_zoo.models.petra_revnet import PetraRevNet
 from petra_zoo.models.resnet_weights import choose_couplings
+from petra_zoo.models.transformer import ReversibleTransformer
+from petra_zoo.models.transformer_weights import couple_as_loaded
 from petra_zoo.reversible import CoupledUnit, segments, units_of
 from petra_zoo.strict_json import JsonObject
 
@@ -54,6 +56,8 @@ def zoo_names(pattern: str = "*") -> list[str]:
 
 
 def _is_of_the_zoo(name: str) -> bool:
+    if name == "petra_any":  # none by itself, but any that is its source
+        return False
     room = model_entrypoint(name).__module__.split(".")[0]
     return room == "petra_zoo" or (room != "timm" and _has_units(name))
 
@@ -115,8 +119,10 @@ def create_meta(name: str) -> UnitClassifier:
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
     model = _on_meta(name)
-    # A ResNet's weights are coupled while they load.
-    if tag and isinstance(model, PetraRevNet) and str(config_of(model).get("hf_hub_id")).startswith("timm/"):
+    # A plain network's weights are coupled while they load.
+    if tag and isinstance(model, ReversibleTransformer):
+        couple_as_loaded(model)
+    elif tag and isinstance(model, PetraRevNet) and str(config_of(model).get("hf_hub_id")).startswith("timm/"):
         chosen = choose_couplings(model.named_layers())
         model = timm.create_model(name, device="meta", coupling=chosen.couplings, anchor_every=chosen.anchors)
     return as_unit_classifier(model)
@@ -124,7 +130,7 @@ def create_meta(name: str) -> UnitClassifier:
 
 def describe_model(model: UnitClassifier, name: str) -> Description:
     """The same facts about a model at hand, made by `timm.create_model` as `name`; it is left as it is."""
-    channels, height, width = model.pretrained_cfg["input_size"]
+    channels, height, width = get_model_input_config(model)["input_size"]
     meta = copy.deepcopy(model).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(torch.empty(1, channels, height, width, device="meta"))

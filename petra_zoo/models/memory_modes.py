@@ -7,7 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible import CompileOptions, StreamKind, compile_branches, needs_plain_path
+from petra_zoo.reversible import (
+    CompileOptions,
+    StreamKind,
+    Streams,
+    Unit,
+    backpropagate,
+    compile_branches,
+    kept_units,
+    needs_plain_path,
+)
 
 Memory = Literal["reversible", "recompute", "plain"]
 
@@ -77,6 +86,13 @@ class MemoryModes:
     @torch.jit.unused
     def _use_streams(self, streams: StreamKind) -> None:
         raise NotImplementedError
+
+    @torch.jit.unused
+    def _run_units(self, units: list[Unit], x: Tensor) -> Streams:
+        """The network's output by its units, which store what its memory mode says."""
+        reconstruct = self.memory == "reversible"
+        kept = kept_units(units, x) if reconstruct else 0
+        return backpropagate(units, (x,), reconstruct=reconstruct, kept=kept)
 
     @torch.jit.unused
     def _goes_beyond_units(self, *names: str) -> bool:

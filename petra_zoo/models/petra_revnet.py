@@ -26,8 +26,9 @@ from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
 from petra_zoo.models.layer_parts import Enter, first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
-from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings, resnet_cfgs
-from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate, kept_units
+from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings
+from petra_zoo.models.timm_twins import twin_cfgs
+from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit
 
 __all__ = ["PetraRevNet"]
 
@@ -229,14 +230,8 @@ class PetraRevNet(MemoryModes, ResNet):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
             if not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x):
-                return self._forward_units(x)
+                return self._run_units(self.units(), x)[0]
         return self.forward_head(self.forward_features(x))
-
-    @torch.jit.unused
-    def _forward_units(self, x: Tensor) -> Tensor:
-        units, reconstruct = self.units(), self.memory == "reversible"
-        kept = kept_units(units, x) if reconstruct else 0
-        return backpropagate(units, (x,), reconstruct=reconstruct, kept=kept)[0]
 
 
 def _whole(layer: Callable[[Tensor], Tensor], enter: Enter) -> Callable[..., Streams]:
@@ -277,11 +272,11 @@ def _cifar_cfg(**kwargs: Argument) -> Arguments:
 
 default_cfgs = generate_default_cfgs(
     {
-        **resnet_cfgs("petra_revnet18", "resnet18"),
-        **resnet_cfgs("petra_revnet34", "resnet34"),
-        **resnet_cfgs("petra_revnet50", "resnet50"),
-        **resnet_cfgs("petra_revnet101", "resnet101"),
-        **resnet_cfgs("petra_revnet152", "resnet152"),
+        **twin_cfgs("petra_revnet18", "resnet18"),
+        **twin_cfgs("petra_revnet34", "resnet34"),
+        **twin_cfgs("petra_revnet50", "resnet50"),
+        **twin_cfgs("petra_revnet101", "resnet101"),
+        **twin_cfgs("petra_revnet152", "resnet152"),
         "petra_revnet18_cifar.untrained": _cifar_cfg(),
         "petra_revnet34_cifar.untrained": _cifar_cfg(),
         "petra_revnet50_cifar.untrained": _cifar_cfg(),

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import Tensor
 
 from petra_zoo.models.branch_scaling import branch_scales
@@ -24,17 +22,6 @@ from petra_zoo.models.coupled_layer import CoupledLayer
 COUPLING = 1 / 8
 SHORT_RUN = 2  # blocks; on one device such a run saves nothing over recomputing each block from its input
 _BITS_LOST, _LONGEST = 13, 6  # between two anchors: log2(1 + 1/g) per block, and how many blocks
-
-
-def resnet_cfgs(name: str, resnet: str) -> dict[str, PretrainedCfg]:
-    """All tags of a timm ResNet's weights for the reversible network of the same parameters, the default first.
-
-    Preprocessing, licence and origin are timm's; the weights are timm's own files on the Hub.
-    """
-    cfgs = get_arch_pretrained_cfgs(resnet)
-    return {
-        key.replace(resnet, name, 1): replace(cfg, url=None, architecture=None, tag=None) for key, cfg in cfgs.items()
-    }
 
 
 def run_coupling(blocks: int) -> float:

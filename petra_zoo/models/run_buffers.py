@@ -286,13 +286,10 @@ class RunBuffers(RunSlices):
 
         One that holds parameters alone, or a few of them, says nothing of the coupling.
         """
-        parameters = [prefix + name in state_dict for name, _ in self.named_parameters()]
-        buffers = [
-            prefix + name in state_dict
-            for name, _ in self.named_buffers()
-            if name not in ("coupling", "exponent", "gain")
-        ]
-        return any(parameters) and all(2 * sum(found) >= len(found) for found in (parameters, buffers))
+        parameters = {name for name, _ in self.named_parameters()}
+        kept = self.state_dict().keys() - {"coupling", "exponent", "gain"}  # without buffers that are made anew
+        found = [[prefix + name in state_dict for name in names] for names in (parameters, kept - parameters)]
+        return any(found[0]) and all(2 * sum(part) >= len(part) for part in found)
 
 
 def check_coupling(g: float) -> float:

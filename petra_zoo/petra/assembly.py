@@ -86,3 +86,20 @@ def require_all_parameters(model: UnitModel, units: Sequence[Unit]) -> None:
     for name, p in model.named_parameters():
         if p.requires_grad and id(p) not in owned:
             raise UserError(f"{name} belongs to no unit, so no stage would train it: model.units() must contain it")
+
+
+def require_one_stage_each(model: UnitModel, units: Sequence[Unit], layout: Layout) -> None:
+    """Refuses a parameter that two stages would train, each at a time of its own and with its own optimizer.
+
+    Raises:
+        UserError: names it.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    home: dict[int, int] = {}
+    for j, owned in enumerate(layout.stages):
+        for p in (p for i in owned for p in units[i].parameters() if p.requires_grad):
+            if home.setdefault(id(p), j) != j:
+                raise UserError(
+                    f"{names.get(id(p), 'a parameter')} belongs to units of stages {home[id(p)]} and {j}, which would "
+                    "both update it: use stages=1, or freeze it"
+                )

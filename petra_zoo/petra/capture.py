@@ -104,7 +104,10 @@ class CapturedTicks:
             return self._uncaptured(fed)
         kind = tuple(stage.gradients_in_window for stage in self.pipeline.stages)
         if kind in self.ticks:
-            return self._replay(self.ticks[kind], fed)
+            tick = self.ticks[kind]
+            return self._replay(tick, fed) if tick.finds_gradients() else self._uncaptured(fed)
+        if not all(stage.window.holds(p) for stage in self.pipeline.stages for p in stage.own_parameters()):
+            return self._uncaptured(fed)
         self._before[kind] += 1
         if self._before[kind] <= _PLAIN:
             return self._uncaptured(fed)

@@ -69,6 +69,10 @@ class CapturedTick:
         self.after = HostSide.of(self.pipeline.stages, self.pipeline.links)
         return self._do(fed)
 
+    def finds_gradients(self) -> bool:
+        """Whether the window's sums are the tensors that the graph adds to: nobody has put others there, or none."""
+        return all(p.grad is gradient for p, gradient in self.before.gradients)
+
     def replay(self, fed: Up, again: bool) -> Output:
         """Does the tick; `again`: the previous tick was a replay of the same kind."""
         self.homes.feed(fed)

@@ -2,47 +2,64 @@
 
 Autocast casts the weight of a convolution or a linear layer each time the layer is called: twice per tick under PETRA,
 in a kernel and an operation of its own. Here all weights of a stage are cast in one operation, into copies that stay
-where they are, and the copies stand in for the weights while a unit is evaluated. Both round alike: the same bits.
+where they are. While a unit is evaluated its layers compute with the copies, each where autocast would have cast its
+weights now: one that is called with autocast off keeps its own. Both round alike: the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible import Unit
+from petra_zoo.reversible import BranchBlock, Unit
 from petra_zoo.reversible.state import version_of
 
 # Layers whose weights autocast casts as they are: others, such as timm's that standardise theirs, compute with them.
 _CAST = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
-class _Copy(NamedTuple):
-    """A copy that stands in for a weight in one unit.
+class _Layer:
+    """A layer of a unit, and copies of its weights.
 
-    Attributes:
-        module, name: whose weight it is; the copy becomes an attribute in front of the parameter of that name.
-        weight: the parameter.
-        leaf: the copy; gradients of the unit's own use of the weight arrive here.
+    Args:
+        module: the layer.
+        dtype: of the copies.
+        compilers: what it is part of that torch.compile may see: a compiled graph casts weights by itself.
     """
 
-    module: nn.Module
-    name: str
-    weight: nn.Parameter
-    leaf: nn.Parameter
+    def __init__(self, module: nn.Module, dtype: torch.dtype, compilers: Sequence[nn.Module]) -> None:
+        self.module, self.dtype, self.compilers = module, dtype, compilers
+        self.copies: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}  # by name: the weight, and where gradients come
 
     @property
     def fits(self) -> bool:
         """Not where somebody has put another tensor or method (functional calls, surgery), or hooks on the gradient."""
-        return (
-            self.module._parameters.get(self.name) is self.weight
-            and "forward" not in vars(self.module)
-            and not self.weight._backward_hooks
+        if "forward" in vars(self.module) or any(map(_is_compiled, self.compilers)):
+            return False
+        return all(
+            self.module._parameters.get(name) is weight and not weight._backward_hooks
+            for name, (weight, _) in self.copies.items()
         )
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The layer's forward, while it stands in for it."""
+        kind, own = input.device.type, vars(self.module)
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != self.dtype:
+            return self._forward(input)
+        # As attributes, which come in front of the parameters of these names.
+        own.update({name: leaf for name, (_, leaf) in self.copies.items()})
+        try:
+            return self._forward(input)
+        finally:
+            for name in self.copies:
+                own.pop(name, None)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        y: Tensor = type(self.module).forward(self.module, x)
+        return y
 
 
 class CastWeights:
@@ -57,7 +74,7 @@ class CastWeights:
         self.units, self.dtype = units, dtype
         self._weights: list[Tensor] = []
         self._copies: list[Tensor] = []
-        self._by_unit: list[list[_Copy]] | None = None
+        self._by_unit: list[list[_Layer]] | None = None
         self._seen: object = None
 
     @torch.no_grad()
@@ -86,35 +103,47 @@ class CastWeights:
 
     @contextmanager
     def standing_in(self, i: int) -> Iterator[None]:
-        """Inside, the copies stand in for the weights of unit i."""
-        copies = [copy for copy in self._of(i) if copy.fits]
-        for copy in copies:
-            vars(copy.module)[copy.name] = copy.leaf
+        """Inside, layers of unit i compute with the copies, where autocast would cast their weights."""
+        layers = [layer for layer in self._of(i) if layer.fits]
+        for layer in layers:
+            vars(layer.module)["forward"] = layer
         try:
             yield
         finally:
-            for copy in copies:
-                vars(copy.module).pop(copy.name, None)
+            for layer in layers:
+                vars(layer.module).pop("forward", None)
 
     def stand_ins(self, i: int) -> tuple[list[nn.Parameter], list[Tensor]]:
         """Weights of unit i that want gradients, and the copies at which these arrive."""
-        wanted = [copy for copy in self._of(i) if copy.leaf.requires_grad]
-        return [copy.weight for copy in wanted], [copy.leaf for copy in wanted]
+        pairs = [pair for layer in self._of(i) for pair in layer.copies.values()]
+        wanted = [(weight, leaf) for weight, leaf in pairs if leaf.requires_grad]
+        return [weight for weight, _ in wanted], [leaf for _, leaf in wanted]
 
-    def _of(self, i: int) -> list[_Copy]:
+    def _of(self, i: int) -> list[_Layer]:
         return self._by_unit[i] if self._by_unit and i < len(self._by_unit) else []
 
     def _make(self) -> None:
         found: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._by_unit = []
         for unit in self.units:
-            copies: list[_Copy] = []
+            layers: dict[nn.Module, _Layer] = {}
+            compilers = [m for m in unit.modules() if isinstance(m, BranchBlock) or "_orig_mod" in m._modules]
             for module, name, weight in _cast_by_autocast(unit) if self.dtype else ():
+                assert self.dtype
                 _, copy = found.setdefault(id(weight), (weight, torch.empty_like(weight.detach(), dtype=self.dtype)))
                 # A leaf per unit, on the same memory: each unit's gradient of a shared weight arrives by itself.
-                copies.append(_Copy(module, name, weight, nn.Parameter(copy.detach(), weight.requires_grad)))
-            self._by_unit.append(copies)
+                leaf = nn.Parameter(copy.detach(), weight.requires_grad)
+                if module not in layers:
+                    around = [m for m in compilers if any(module is part for part in m.modules())]
+                    layers[module] = _Layer(module, self.dtype, around)
+                layers[module].copies[name] = (weight, leaf)
+            self._by_unit.append(list(layers.values()))
         self._weights, self._copies = [p for p, _ in found.values()], [copy for _, copy in found.values()]
+
+
+def _is_compiled(m: nn.Module) -> bool:
+    """Of a block with a branch, or what torch.compile has made of a module."""
+    return not isinstance(m, BranchBlock) or m.compiled is not None
 
 
 def _cast_by_autocast(unit: Unit) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

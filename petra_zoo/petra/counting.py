@@ -6,6 +6,8 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from timm.models import get_model_input_config
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from petra_zoo.errors import UserError
@@ -45,8 +47,10 @@ def output_shapes(model: UnitModel, input_size: Size) -> list[list[torch.Size]]:
 
 
 def input_size_of(model: UnitModel, given: Sequence[int] | None = None) -> Size | None:
-    """[C, H, W] of the images that a model is for: what was given, else what its pretrained_cfg says, else None."""
-    size = given or getattr(model, "pretrained_cfg", {}).get("input_size")
+    """[C, H, W] of the images that a model is for: what was given, else what the model says, else None."""
+    size = given
+    if size is None and isinstance(model, nn.Module) and getattr(model, "pretrained_cfg", {}).get("input_size"):
+        size = get_model_input_config(model)["input_size"]  # a network of fixed size may have been built for another
     if size is None:
         return None
     channels, height, width = size

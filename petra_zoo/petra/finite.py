@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from petra_zoo.errors import Failure
 from petra_zoo.reversible import Unit, UnitModel
-from petra_zoo.reversible.saturation import Saturation
+from petra_zoo.reversible.saturation import Ranges
 
 
 class NotFiniteError(Failure):
@@ -47,23 +48,27 @@ class FiniteCheck:
             NotFiniteError: it is not finite; on a GPU `look` and `settle` raise it.
         """
         value = value.detach()
-        if value.device.type != "cuda" and not self.deferred:
+        if not self.waits(value.device):
             _judge(value, what, of)
         elif (place := self._places.get(what)) is not None:
             place.copy_(value)
         else:
             self._places[what] = value.to(torch.float64, copy=True)
 
-    def see_ranges(self, saturations: Sequence[Saturation], where: str) -> None:
+    def waits(self, device: torch.device) -> bool:
+        """Whether numbers of a device are looked at later, when they have arrived."""
+        return self.deferred or device.type == "cuda"
+
+    def see_ranges(self, ranges: Iterable[Ranges], where: str) -> None:
         """Takes note of what streams on a grid have seen of its range, and of recomputations that were to be exact.
 
         Raises:
             NotFiniteError: a value was beyond it, or a branch was not recomputed to the bit; see `see`.
         """
-        for i, part in enumerate(part for saturation in saturations for part in saturation.beyond()):
+        for i, part in enumerate(part for seen in ranges for part in seen.beyond()):
             self.see(part, f"a stream of {where} ({i}), in parts of the range of its grid, which is too fine for it,")
-        for saturation in saturations:
-            for unit, differs in saturation.differing().items():
+        for seen in ranges:
+            for unit, differs in seen.differs.items():
                 self.see(differs, f"how far the branch of {unit}, recomputed for exact inversion, is off its bits")
 
     def look(self) -> None:
@@ -97,24 +102,46 @@ class FiniteCheck:
                 event.synchronize()
             self._judge_oldest()
 
+    def forget(self) -> None:
+        """As if nothing had been seen; the places stay: a captured tick goes on writing there."""
+        for place in self._places.values():
+            place.zero_()
+        self._under_way.clear()
+
     def _judge_oldest(self) -> None:
         values, _, words = self._under_way.popleft()
         for value, what in zip(values, words, strict=True):
             _judge(value, what)
 
 
-def saturations_of(units: Sequence[Unit], deferred: bool) -> list[Saturation]:
-    """Where units note what their streams have seen of the range of their grids, each once.
+class StreamRanges:
+    """What a stage's streams have seen of the ranges of their grids: notes of its own, though stages may share a run.
 
     Args:
-        units: of a stage.
-        deferred: nothing is read at once, as on a GPU.
+        units: of the stage.
+        finite: says whether notes are read later; else the streams raise by themselves.
     """
-    found = [unit.saturation() for unit in units]
-    saturations = list({id(x): x for x in found if x is not None}.values())
-    for saturation in saturations:
-        saturation.deferred = deferred
-    return saturations
+
+    def __init__(self, units: Sequence[Unit], finite: FiniteCheck) -> None:
+        self._finite = finite
+        found = [x for unit in units if (x := unit.saturation()) is not None]
+        self._notes = {saturation: Ranges() for saturation in found}
+
+    @contextmanager
+    def noted(self, device: torch.device) -> Iterator[None]:
+        """Inside, what the stage's streams see on a device whose numbers are looked at later is noted here."""
+        with ExitStack() as stack:
+            for saturation, notes in self._notes.items() if self._finite.waits(device) else ():
+                stack.enter_context(saturation.into(notes))
+            yield
+
+    def __iter__(self) -> Iterator[Ranges]:
+        return iter(self._notes.values())
+
+    def forget(self) -> None:
+        """As if nothing had been seen."""
+        for notes in self:
+            notes.forget()
 
 
 def pooled(gradients: Sequence[Tensor]) -> Tensor:

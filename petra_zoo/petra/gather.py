@@ -23,10 +23,22 @@ Model = TypeVar("Model", bound=UnitModel)
 def keep_only(units: Sequence[Unit], own: Collection[int], device: torch.device) -> None:
     """Moves a rank's own units to its device and all others to the meta device, in place.
 
-    What belongs to no unit (couplings) stays on every rank.
+    What belongs to no unit (couplings) stays on every rank, and so does what own units share with others.
     """
+    needed = {m for i in own for m in units[i].modules()}
     for i, unit in enumerate(units):
-        unit.to(device if i in own else "meta")
+        if i in own:
+            unit.to(device)
+        else:
+            _drop(unit, needed)
+
+
+def _drop(module: nn.Module, needed: Collection[nn.Module]) -> None:
+    if not any(m in needed for m in module.modules()):
+        module.to("meta")
+    elif module not in needed:
+        for child in module.children():
+            _drop(child, needed)
 
 
 def whole_model(model: Model, layout: Layout, world: World) -> Model | None:

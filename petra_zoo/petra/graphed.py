@@ -16,6 +16,7 @@ from petra_zoo.petra.host_reads import HostReads
 from petra_zoo.petra.rates import rates_of
 from petra_zoo.petra.tick import Lanes
 from petra_zoo.reversible.replay import units_that_draw
+from petra_zoo.reversible.saturation import Saturation, saturations_in
 
 _PLAIN = 2  # calls before the one that is watched
 _OTHER_FORMS = 8  # calls in a row with inputs of another form: then they are what there is
@@ -35,7 +36,8 @@ class GraphedStep:
         make_graph: an empty graph in the place of CUDA's.
 
     Raises:
-        UserError: the optimizer's update cannot be captured; when it is called: nor can the step, and why.
+        UserError: the optimizer's update cannot be captured; when it is called: nor can the step, and why; or a stream
+            on a grid was beyond its range, in this call or the one before.
 
     Example:
         >>> def step(images, labels):
@@ -94,6 +96,7 @@ class GraphedStep:
     def _forget(self) -> None:
         self._graph: Graph | None = None
         self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._saturations: list[Saturation] = []
         self._calls = 0
         self._odd = 0
 
@@ -136,6 +139,7 @@ class GraphedStep:
             raise UserError(f"the step cannot be captured: {str(error).strip().splitlines()[0]}") from error
         self._graph = graph
         self._gradients = [(p, p.grad) for p in self.model.parameters()]
+        self._saturations = saturations_in(self.model)
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         assert self._graph
@@ -144,6 +148,8 @@ class GraphedStep:
         if self._rates:
             self._rates.refresh()
         self._graph.replay(())
+        for saturation in self._saturations:  # the graph notes what streams see of their range
+            saturation.look()
         for p, gradient in self._gradients:  # a call that ran as ever, or whoever updates, has put others there
             p.grad = gradient
         return self._output.clone()

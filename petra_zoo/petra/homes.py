@@ -93,4 +93,10 @@ def _fits(message: Message, home: Message | None) -> bool:
 
 
 def _form(message: Up | Down) -> list[object]:
-    return [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors_of(message)]
+    return [None if x is None else (x.shape, _strides_at_home(x), x.dtype, x.device) for x in tensors_of(message)]
+
+
+def _strides_at_home(x: Tensor) -> tuple[int, ...]:
+    """Those that a copy has: a tensor with gaps, half of another, has others."""
+    dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x.stride() if dense else torch.empty_like(x, device="meta").stride()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters
+from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters, require_one_stage_each
 from petra_zoo.petra.capture import CapturedTicks, Graphs, graphs_for
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.finite import FiniteCheck
@@ -42,6 +42,7 @@ from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_uni
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
 from petra_zoo.petra.stage import precision
+from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.tick import run_tick
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
@@ -103,6 +104,7 @@ class Pipeline:
             units = units_of(model)
         require_all_parameters(model, units)
         self.layout = Layout.of(model, layout, method=self.method, ranks=self.world.size)
+        require_one_stage_each(model, units, self.layout)
         if self.world.size > 1:
             keep_only(units, self.layout.units_of_rank(self.world.rank), self.world.device)
         make_graph = graphs_for(graphs, self.world, delayed=self.method.delayed, stages=len(self.layout.stages))
@@ -119,6 +121,7 @@ class Pipeline:
         )
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
+        self.streams = StreamWatch([units[i] for i in self.layout.units_of_rank(self.world.rank)])
         parts = prepared_units(units, prepare)
         self.stages = make_stages(model, parts, self.layout, self.world.rank, self.method, self.settings, self.clock)
         self.links = make_links(self.world, self.layout.ranks[self.world.rank])
@@ -143,7 +146,9 @@ class Pipeline:
         Raises:
             NotFiniteError: a loss or a gradient is infinite or not a number; names the first stage that has one. On
                 the CPU no such gradient has reached a parameter.
+            UserError: the type of the streams, a grid or a coupling was changed while micro-batches are in flight.
         """
+        self.streams.look(self.in_flight)
         fed = None
         if self.world.first:
             if images is None or labels is None:
@@ -167,6 +172,7 @@ class Pipeline:
         Returns:
             What came out, in order.
         """
+        self.streams.look(self.in_flight)
         outputs = []
         while self.in_flight:
             outputs.append(self._run_tick(None, feeding=False))
@@ -281,9 +287,10 @@ class Pipeline:
         """Restores what `state_dict` gave, the model included.
 
         Raises:
-            UserError: the state is of another method or partition.
+            UserError: the state is of another method or partition, or its streams are of another type.
             RuntimeError: the stages are spread over processes.
         """
         self._require_one_process("load_state_dict()", "load the model's weights before the pipeline is made")
         with own_generators(self.world.device):
             restore(self, state)
+        self.settings.finite.forget()  # what was not finite may be why one goes back

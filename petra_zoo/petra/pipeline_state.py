@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict
+from typing import NotRequired, Protocol, TypedDict
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from petra_zoo.petra.links import Links
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.methods import Method
 from petra_zoo.petra.stage import Stage, StageState, copies
+from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.reversible import Gradients, Streams, UnitModel
 
 
@@ -25,6 +26,7 @@ class Running(Protocol):
     stages: list[Stage]
     clock: Clock
     links: Links
+    streams: StreamWatch
     fed: int
 
 
@@ -40,6 +42,7 @@ class PipelineState(TypedDict):
     ups: dict[int, list[tuple[int, Streams, Tensor]]]
     downs: dict[int, list[tuple[int, Streams, Gradients]]]
     stages: list[StageState]
+    streams: NotRequired[list[str]]  # what carries them, in words
 
 
 def state_of(pipeline: Running) -> PipelineState:
@@ -55,6 +58,7 @@ def state_of(pipeline: Running) -> PipelineState:
         "ups": {j: [(m.micro_batch, m.streams, m.labels) for m in queue] for j, queue in links.ups.items()},
         "downs": {j: [(m.micro_batch, m.streams, m.gradients) for m in queue] for j, queue in links.downs.items()},
         "stages": [stage.state_dict() for stage in pipeline.stages],
+        "streams": pipeline.streams.kinds(),
     }
 
 
@@ -69,6 +73,11 @@ def restore(pipeline: Running, state: PipelineState) -> None:
     clock = pipeline.clock
     clock.tick, clock.fed, pipeline.fed = state["tick"], dict(state["feeds"]), state["fed"]
     pipeline.model.load_state_dict(state["model"])  # before the stages: graphs in flight are built of its modules
+    kinds = pipeline.streams.kinds()
+    for then, now in zip(state.get("streams", kinds), kinds, strict=True):
+        if then != now:
+            raise UserError(f"the state has {then}, this pipeline's model {now}: call set_streams() as it was, first")
+    pipeline.streams.look(in_flight=0)
     pipeline.links = Links(pipeline.links.wire)
     for j, ups in state["ups"].items():
         pipeline.links.ups[j].extend(Up(n, copies(x), y.clone()) for n, x, y in ups)
@@ -76,6 +85,7 @@ def restore(pipeline: Running, state: PipelineState) -> None:
         pipeline.links.downs[j].extend(Down(n, copies(x), _copies(d)) for n, x, d in downs)
     for stage, stage_state in zip(pipeline.stages, state["stages"], strict=True):
         stage.load_state_dict(stage_state)
+        stage.ranges.forget()
 
 
 def _copies(gradients: Gradients) -> Gradients:

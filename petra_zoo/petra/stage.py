@@ -10,8 +10,8 @@ to them; j is this stage, theta_j its parameters. Streams have any shape whose f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, NotRequired, Protocol, TypedDict
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
-from petra_zoo.petra.finite import pooled, saturations_of
+from petra_zoo.petra.finite import StreamRanges, pooled
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
@@ -83,12 +83,11 @@ class Stage:
         self.make_fifo = part.fifo
         self.fifos: list[Fifo] = [self.make_fifo() for _ in self.units]
         self.residues: list[dict[int, Residue]] = [{} for _ in self.units]
-        self.window, self.gradients_in_window = Window(), 0
-        self.updates = 0
+        self.window, self.gradients_in_window, self.updates = Window(), 0, 0
         self.prediction: Prediction | None = None
         self.watcher: Watcher | None = None
         self.finite = settings.finite
-        self.saturations = saturations_of(self.units, self.finite.deferred)
+        self.ranges = StreamRanges(self.units, self.finite)
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -168,7 +167,7 @@ class Stage:
         if count == 0 or (count < self.settings.optimization.accumulation_steps and not partial):
             return False
         self.gradients_in_window = 0
-        self.finite.see_ranges(self.saturations, f"stage {self.index}")
+        self.finite.see_ranges(self.ranges, f"stage {self.index}")
         if self.optimizer is None:
             return True
         gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
@@ -237,12 +236,14 @@ class Stage:
                     streams = unit(*streams)
         return streams
 
-    def precision(self, device: torch.device) -> AbstractContextManager[torch.autocast | None]:
-        """Inside, units compute in autocast's type, with weights that are cast to it already."""
+    @contextmanager
+    def precision(self, device: torch.device) -> Iterator[None]:
+        """Inside, units compute in autocast's type, with weights cast to it already, and streams note their ranges."""
         # Without an optimizer here somebody else updates: through `weight.data`, perhaps, which nobody counts.
         counted = self.settings.optimization.optimizer is not None
         self.casts.refresh(self.updates, lasting=counted and self.prediction is None)
-        return precision(device, self.settings.autocast)
+        with self.ranges.noted(device), precision(device, self.settings.autocast):
+            yield
 
     def surroundings(
         self, i: int, micro_batch: int, device: torch.device, own_weights: bool = False

@@ -49,6 +49,10 @@ class Window:
                 torch._foreach_copy_(cast, gradients)
                 torch._foreach_add_(sums, cast)
 
+    def holds(self, p: nn.Parameter) -> bool:
+        """Whether a parameter's sum, if it has one, is where it ever is: nobody has put another tensor there."""
+        return p.grad is None or p.grad is self._homes.get(id(p))
+
     @torch.no_grad()
     def restore(self, p: nn.Parameter, gradient: Tensor | None) -> None:
         """Sets a parameter's sum so far."""

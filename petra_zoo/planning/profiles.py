@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import first_line
-from petra_zoo.checkpoints.load import check_image_size, create_model
+from petra_zoo.checkpoints.load import create_model, set_image_size
 from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Profile, measure
@@ -47,8 +48,8 @@ def profile_of(
         return profile
     chosen = choose_device(device)
     model = create_model(name, in_chans=input_size[0] if input_size else 3)
-    size = input_size or tuple(model.pretrained_cfg["input_size"])
-    check_image_size(model, name, min(size[1:]))
+    size = input_size or tuple(get_model_input_config(model)["input_size"])
+    set_image_size(model, name, *size[1:])
     images = batch_size or BATCH_SIZE
     try:
         return measure(model.to(chosen), images, size, fed=torch.uint8)  # as recipes feed them

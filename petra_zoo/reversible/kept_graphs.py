@@ -10,6 +10,7 @@ computed: a function of the two alone, so that a resumed run goes on with the sa
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from petra_zoo.reversible.live_bytes import LiveBytes
+from petra_zoo.reversible.parts import parts_of
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.unit import CoupledUnit, Gradients, Streams, Unit, edge_of, gradients_of
 
@@ -25,9 +27,9 @@ BATCH = 2**12  # images, so many that what belongs to none of them, a weight's g
 # Of the peak. Counted are activations in the type of the weights; under bfloat16 autocast on a GPU, graphs kept up to
 # the counted peak raised the measured one by a fifth (benchmarks/gpu/kept_graphs.json against results.json).
 _SHARE = 0.8
-_MOST = 64  # structures and shapes; to a network that is fed ever new ones its next ones are not worth a count
+_MOST = 64  # structures and shapes that are remembered: those that were asked for last
 
-_known: dict[Hashable, int] = {}
+_known: OrderedDict[Hashable, int] = OrderedDict()
 
 
 def kept_units(units: Sequence[Unit], images: Tensor) -> int:
@@ -39,9 +41,12 @@ def kept_units(units: Sequence[Unit], images: Tensor) -> int:
     """
     lowest = _first_to_go_backward(units, images)
     key = (lowest, images.shape[1:], images.dtype, *(_structure(unit) for unit in units))
-    if key not in _known and len(_known) < _MOST:
+    if key not in _known:  # counted however many others have been: what a process did before changes no bits
         _known[key] = _count(units, images, lowest)
-    return _known.get(key, 0)
+        if len(_known) > _MOST:
+            _known.popitem(last=False)
+    _known.move_to_end(key)
+    return _known[key]
 
 
 def _count(units: Sequence[Unit], images: Tensor, lowest: int) -> int:
@@ -145,7 +150,7 @@ class _Counter:
 def _structure(unit: Unit) -> Hashable:
     """What a unit's memory depends on, beside its input."""
     state = unit.state
-    coupled = (unit.coupling(), unit.starts) if isinstance(unit, CoupledUnit) else None
+    coupled = (unit.coupling(), unit.starts, parts_of(unit.branch)) if isinstance(unit, CoupledUnit) else None
     tensors = tuple(x if x is None else (x.shape, x.dtype, x.requires_grad) for x in state.tensors())
     return type(unit), unit.reversible, unit.anchor, coupled, tuple(map(type, state.modules)), tensors
 

@@ -252,9 +252,9 @@ class StreamType:
 
 
 FLOAT_STREAMS = StreamType()
-# By how much inverses may multiply the rounding of a branch until the gradient's own is outweighed; measured
-# (benchmarks/exact).
-_ERROR_BORNE = {torch.bfloat16: 64.0, torch.float16: 512.0}
+# By how much inverses may multiply a rounding until branches in 16 bits make noise of it that counts beside their own
+# (benchmarks/exact/run.py looks).
+_ERROR_BORNE = {torch.bfloat16: 2.0**12, torch.float16: 2.0**15}
 
 
 def rectifies(activate: Callable[[Tensor], Tensor]) -> bool:
@@ -322,9 +322,9 @@ def inversions_in_a_row(g: float, streams: StreamType, computes: torch.dtype | N
         streams: their type now.
         computes: the type in which branches compute.
     """
-    if computes not in _ERROR_BORNE or streams.on_grid or not 0.0 < g < 1.0:
+    if computes is None or computes not in _ERROR_BORNE or streams.on_grid or not 0.0 < g < 1.0:
         return None
-    return max(1, math.floor(math.log(_ERROR_BORNE[computes]) / -math.log(g)))
+    return max(1, math.floor(math.log2(_ERROR_BORNE[computes]) / -math.log2(g)))
 
 
 def weight_of(module: nn.Module) -> Tensor | None:

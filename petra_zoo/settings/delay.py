@@ -5,15 +5,32 @@ from __future__ import annotations
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.update import bearable_size
 
-# Above which D_0 (delay of the first stage, in updates) people are warned, by timm's name of the optimizer.
-# Provisional: the study that is to find where a loss begins (docs/evidence.md) is under way, and has seen one at 6.5.
-BORDERS = {"muon": 6.0}
-BORDER_OF_OTHERS = 6.0
+# Above which D_0 (delay of the first stage, in updates) people are warned, by family of optimizers: between the delays
+# that docs/evidence.md has measured, where that study shows no loss yet and where it does.
+BORDERS = {
+    "muon": 3.0,  # at 6 with four stages about a point less, at 6.5 with fourteen a loss
+    "sgd": 2.0,  # at 6 a clear loss
+    "nadam": 2.0,  # at 6 well below backpropagation in the search for learning rates
+}
+# None of these was measured. Elsewhere AdamW came out level at a delay of 2 at most (arXiv 2606.07881).
+BORDER_OF_OTHERS = 2.0
+# timm's names of the same step: with Nesterov's momentum or without, weight decay apart or not, fused.
+FAMILIES = {
+    "muon": ("muon", "nmuon"),
+    "sgd": ("sgd", "nesterov", "momentum", "sgdw", "nesterovw", "fusedsgd"),
+    "nadam": ("nadam", "nadamw", "nadamlegacy"),
+}
+_FAMILY_OF = {name: family for family, names in FAMILIES.items() for name in names}
+
+
+def family(opt: str) -> str | None:
+    """The family of an optimizer of timm's; None where none of its kind was measured."""
+    return _FAMILY_OF.get(opt.removeprefix("lookahead_"))
 
 
 def border(opt: str) -> float:
     """The largest D_0, in updates, at which training with an optimizer of timm's brings no warning."""
-    return BORDERS.get(opt.removeprefix("lookahead_"), BORDER_OF_OTHERS)
+    return BORDERS.get(family(opt) or "", BORDER_OF_OTHERS)
 
 
 def say_delay(delay: float) -> str:
@@ -43,16 +60,22 @@ def above_border(delay: float, opt: str | None = None) -> str | None:
     """
     if delay <= (BORDER_OF_OTHERS if opt is None else border(opt)):
         return None
-    others = ", ".join(f"{name}: {most:g}" for name, most in BORDERS.items())
-    where = f"{BORDER_OF_OTHERS:g} ({others})" if opt is None else f"{border(opt):g} with opt={opt}"
+    if opt is None:
+        where = f"{BORDER_OF_OTHERS:g} ({', '.join(f'{name}: {most:g}' for name, most in _better_than_others())})"
+    else:
+        where = f"{border(opt):g} with opt={opt}{'' if family(opt) else ', which was not measured,'}"
     return f"{say_delay(delay)}, and above {where} training is expected to lose accuracy"
 
 
 def advice(recipe: Recipe) -> str:
     """What to do about it, as settings that training accepts."""
     here = border(recipe.opt)
-    better = [f"opt={name} (up to {most:g})" for name, most in BORDERS.items() if most > here]
+    better = [f"opt={name} (up to {most:g})" for name, most in _better_than_others() if most > here]
     size = bearable_size(recipe.images_per_update, here, recipe.stages, recipe.data_parallel)
     images = "the same" if size == recipe.images_per_update else "more"
     larger = f"larger accumulation_steps at {images} images per update (update_size={size} max_delay={here:g})"
     return ", ".join([larger, "fewer stages", *better])
+
+
+def _better_than_others() -> list[tuple[str, float]]:
+    return [(name, most) for name, most in BORDERS.items() if most > BORDER_OF_OTHERS]

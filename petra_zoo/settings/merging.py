@@ -26,12 +26,15 @@ def lay_over(below: Mapping[str, Json], above: Mapping[str, Json]) -> Settings:
     """The settings below, with those above in their place. A mapping or a list is one value and replaced as a whole.
 
     What above says in another way is taken back below: `lr` and `lr_base`, `batch_size` and `update_size`; and
-    `update_size` and `max_delay`, once both stand, choose `batch_size` and `accumulation_steps`.
+    `update_size` and `max_delay`, once both stand, choose `batch_size` and `accumulation_steps`: whoever says one of
+    these does without a `max_delay` that chose it.
     """
     said = {key for key, value in above.items() if value is not None}
+    under = {key for key, value in below.items() if value is not None}
     replaced = {_SIZES[key] for key in said & _SIZES.keys()}
-    standing = said | {key for key, value in below.items() if value is not None and key not in replaced}
-    if said & _CHOOSING and standing >= _CHOOSING:
+    if said & _CHOSEN and under >= _CHOOSING:
+        replaced |= {"max_delay"}
+    if said & _CHOOSING and said | (under - replaced) >= _CHOOSING:
         replaced |= _CHOSEN
     return _in_place({key: value for key, value in below.items() if key not in replaced}, above)
 

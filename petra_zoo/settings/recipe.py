@@ -229,6 +229,14 @@ class Recipe(Augmentation):
             raise ValueError("expected an optimizer that timm.optim.list_optimizers() names, such as sgd or adamw")
         return opt
 
+    @field_validator("opt_kwargs")
+    @classmethod
+    def _what_has_a_setting_is_said_there(cls, options: dict[str, Json]) -> dict[str, Json]:
+        for name in ("opt", "lr", "momentum", "weight_decay", "layer_decay"):
+            if name in options:
+                raise ValueError(f"{name} is a setting of its own: take it out, and say {name}={options[name]}")
+        return options
+
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         if self.lr is not None and self.lr_base is not None:

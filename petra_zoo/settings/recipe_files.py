@@ -239,6 +239,12 @@ def in_our_words(kind: str, message: str) -> str:
         return "required, but not given"
     if kind == "path_type":
         return "expected a path"
+    if kind in {"dict_type", "model_type"}:  # pydantic names classes of ours
+        return "expected a mapping, lines of KEY: VALUE"
+    if kind == "too_short":
+        return "expected at least one entry"
+    if kind == "invalid-json-value":
+        return "expected text, a number, true, false, null, a list or a mapping"
     for pydantic_words, ours in {
         "Value error, ": "",
         "Input should be": "expected",

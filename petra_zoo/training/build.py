@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from petra_zoo.checkpoints.load import check_image_size, create_model
+from petra_zoo.checkpoints.load import create_model, set_image_size
 from petra_zoo.data.datasets import ImageDataset, open_dataset
 from petra_zoo.data.labels import number_like
 from petra_zoo.data.loader import ImageLoader, Reading, Sharding, create_loader
@@ -71,7 +72,8 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | str 
     set_streams(recipe, model)
     if recipe.pretrained and train.named:
         arrange_head(model, train.class_names)
-    check_image_size(model, recipe.model, image_size(recipe, train, model))
+    size = image_size(recipe, train, model)
+    set_image_size(model, recipe.model, size, size)
     freeze(recipe, model)
     return model.to(device).to(memory_format=memory_format(recipe))
 
@@ -99,7 +101,7 @@ def memory_format(recipe: Recipe) -> torch.memory_format:
 
 def image_size(recipe: Recipe, data: ImageDataset, model: Classifier) -> int:
     """Height and width of the network's input: the recipe's, else the images' own, else the model's."""
-    return int(recipe.img_size or data.image_size or model.pretrained_cfg["input_size"][-1])
+    return int(recipe.img_size or data.image_size or get_model_input_config(model)["input_size"][-1])
 
 
 def preprocessing_for(recipe: Recipe, data: ImageDataset, model: Classifier) -> Preprocessing:

@@ -1,36 +1,42 @@
 """Moving a converted network's couplings to 1 over the first epochs of fine-tuning.
 
 A small coupling predicts what the source predicts; at 1 the inverse is perfectly conditioned. Branches are scaled by
-1 + g when a network is converted, so they are scaled by the ratio whenever g moves.
+1 + g when a network is converted (whole blocks by their gain), so they are scaled by the ratio whenever g moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models import CoupledLayer
+from petra_zoo.models import CoupledLayer, ReversibleSequential
 from petra_zoo.models.branch_scaling import branch_scales
+from petra_zoo.models.run_buffers import nearest_gain
 from petra_zoo.reversible import COUPLING_STEPS
 from petra_zoo.settings.recipe import Recipe
 
 SHORT_RUN = 2  # blocks; one block is inverted, which even g = 1/256 allows
 
 
-def move_coupling(layer: CoupledLayer, g: float) -> None:
+def move_coupling(layer: CoupledLayer | ReversibleSequential, g: float) -> None:
     """Sets a layer's coupling and scales its branches by (1 + g) / (1 + g before), in place.
 
     Args:
-        layer: of a converted network.
+        layer: of a converted network; where it has a gain, that is what is scaled.
         g: a multiple of 1/256 in (0, 1].
 
     Raises:
         UserError: its branches cannot be scaled.
     """
+    if isinstance(layer, ReversibleSequential):
+        gain = layer.gain_now() * (1.0 + g) / (1.0 + layer.g())
+        layer.set_coupling(g)
+        layer.set_gain(nearest_gain(gain))
+        return
     before, after = branch_scales(layer, layer.g()), branch_scales(layer, g)
     with torch.no_grad():
         for name, scale in after.items():
@@ -42,7 +48,9 @@ def move_coupling(layer: CoupledLayer, g: float) -> None:
 class _Coupled(Protocol):
     """A network with couplings."""
 
-    def coupled_layers(self) -> Sequence[CoupledLayer]: ...
+    def coupled_layers(self) -> Sequence[CoupledLayer | ReversibleSequential]: ...
+
+    def named_layers(self) -> Mapping[str, CoupledLayer | ReversibleSequential]: ...
 
 
 class CouplingSchedule:
@@ -52,7 +60,7 @@ class CouplingSchedule:
     with another. A moving average of the model moves along: averaging two couplings would give neither.
 
     Args:
-        model: a converted reversible ResNet, before its first step.
+        model: a converted network, before its first step.
         epochs: the first epoch (counted from 0) that trains at coupling 1.
 
     Raises:
@@ -65,7 +73,7 @@ class CouplingSchedule:
             raise UserError(f"coupling_epochs={epochs}: a {type(model).__name__} has no coupling to move, set it to 0")
         self.epochs = epochs
         self.starts = [layer.g() for layer in model.coupled_layers()]
-        for i, layer in enumerate(model.coupled_layers()):
+        for name, layer in model.named_layers().items():
             if layer.asked_for is not None:
                 raise UserError(
                     f"coupling_epochs={epochs}: the network is built with coupling={layer.asked_for:g}, which would "
@@ -78,7 +86,7 @@ class CouplingSchedule:
                 )
             if layer.g() == 0.0 and len(layer.in_run()) > SHORT_RUN:
                 raise UserError(
-                    f"coupling_epochs={epochs}: layer{i + 1} has {len(layer.in_run())} reversible "
+                    f"coupling_epochs={epochs}: {name} has {len(layer.in_run())} reversible "
                     "blocks and coupling 0; a first step away from 0 could not be inverted over so many: convert the "
                     "network with --for petra, or set coupling_epochs=0"
                 )

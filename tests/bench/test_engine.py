@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -142,6 +143,23 @@ def test_two_benches_do_not_write_one_file(toy: Toy, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     with claimed(path), pytest.raises(UserError, match="another petra-zoo bench is writing"):
         run_study(toy, path, console=quiet())
+
+
+def test_a_lock_that_was_taken_away_meanwhile_guards_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench before leaves between this one's opening of the lock file and its lock."""
+    fcntl = pytest.importorskip("fcntl")
+    path, real, left = tmp_path / "results.json", fcntl.flock, []
+
+    def flock(*arguments: Any) -> None:
+        if not left:
+            left.append(True)
+            path.with_name(".results.json.lock").unlink()
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(path), pytest.raises(UserError, match="another petra-zoo bench is writing"), claimed(path):
+        pass
+    assert not path.with_name(".results.json.lock").exists()
 
 
 def test_a_study_of_times_takes_one_job(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

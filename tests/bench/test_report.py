@@ -13,7 +13,7 @@ from petra_zoo.bench.drawing import draw_chart
 from petra_zoo.bench.markdown import markdown_table
 from petra_zoo.bench.pages import Page
 from petra_zoo.bench.plots import charts
-from petra_zoo.bench.report import report_into
+from petra_zoo.bench.report import report_into, update
 from petra_zoo.bench.results import Record, Results
 from petra_zoo.bench.tables import tables
 from petra_zoo.errors import UserError
@@ -90,6 +90,34 @@ def test_a_kind_that_nobody_knows_is_refused() -> None:
         tables(Results("mystery", "mystery"))
 
 
+@pytest.mark.parametrize("kind", ["conversion", "gpu", "memory", "pipeline"])
+def test_results_of_another_kind_than_they_say_are_refused_in_one_line(results: Results, kind: str) -> None:
+    results.kind = kind
+    with pytest.raises(UserError, match=f"do not hold what a study of kind '{kind}' measures") as refused:
+        tables(results)
+    assert "\n" not in str(refused.value)
+
+
+def test_charts_of_another_kind_are_refused_alike(results: Results) -> None:
+    results.kind = "memory"
+    results.add(Record("plain", 0, {}, "", {"peak_bytes": 1.0}))
+    with pytest.raises(UserError, match="do not hold what a study of kind 'memory' measures"):
+        charts(results)
+
+
+def test_a_page_without_marks_and_one_that_is_right_are_told(tmp_path: Path, page: Path) -> None:
+    page.write_text(page.read_text().partition("and\n")[0])
+    updated = petra_zoo("report", "--update", page)
+    assert updated.stdout == f"{page}, line 3: <!-- table: results/delays.json accuracy --> is up to date now\n"
+    (tmp_path / "plain.md").write_text("# Nothing\n")
+    checked = petra_zoo("report", "--check", page, tmp_path / "plain.md")
+    assert checked.returncode == 0
+    assert checked.stdout.splitlines() == [
+        f"{page}: 1 marked, all as the results say",
+        f"{tmp_path / 'plain.md'}: no table and no plot is marked",
+    ]
+
+
 def test_a_page_is_brought_up_to_date_and_then_checks(page: Path) -> None:
     stale = petra_zoo("report", "--check", page)
     assert (stale.returncode, len(stale.stdout.splitlines())) == (1, 2)
@@ -113,7 +141,7 @@ def test_a_page_in_the_place_of_results_is_told_what_to_do_with_it(page: Path) -
 def test_a_plot_says_what_it_was_drawn_from_and_is_drawn_alike(page: Path, results: Results) -> None:
     pytest.importorskip("matplotlib")
     picture = page.parent / "plots" / "delay.svg"
-    Page(page).update()
+    assert [line.endswith(" is up to date now") for line in update([page])] == [True, True]
     source = Source.of(picture)
     assert source == Source("results/delays.json", "delay", charts(results)["delay"].digest)
     ET.fromstring(picture.read_bytes())

@@ -101,7 +101,7 @@ def test_seeds_can_be_more_or_fewer_than_the_files(tmp_path: Path) -> None:
 
 def test_delay_and_optimizer_are_those_of_the_recipe(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
-    assert [(c.delay, c.opt) for c in plan.contenders] == [(0, "sgd"), (6, "sgd"), (6, "sgd")]
+    assert [(c.delay, c.opt) for c in plan.contenders] == [(0, "muon"), (3, "muon"), (3, "muon")]
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,14 @@ def test_delay_and_optimizer_are_those_of_the_recipe(tmp_path: Path) -> None:
     [
         ({"contendrs": {}}, "unknown key 'contendrs'; did you mean 'contenders'?"),
         ({"search": {"sead": 1}}, "unknown key 'search: sead'; did you mean 'seed'?"),
-        ({"seeds": 0}, "seeds"),
+        ({"seeds": 0}, "seeds=0: expected a number, or a list of seeds$"),
+        ({"settings": [1]}, "settings: expected a mapping, lines of KEY: VALUE$"),
+        ({"search": True}, "search: expected a mapping, lines of KEY: VALUE$"),
+        ({"settings": {"model_kwargs": {1: 2}}}, "settings: model_kwargs: .*expected text in the place of this key$"),
+        ({"contenders": {"a": {"lr": [None]}}}, "contender 'a': lr=.*expected learning rates to choose from"),
         ({"recipe": None}, "expected one of recipe and tasks"),
         ({"recipe": "digits/petra_revnet_tny"}, "did you mean 'digits/petra_revnet_tiny'?"),
-        ({"contenders": {}}, "contenders"),
+        ({"contenders": {}}, "contenders: expected at least one entry$"),
         ({"contenders": {"a": {"metod": "petra"}}}, "contender 'a': unknown setting 'metod'; did you mean 'method'?"),
         ({"contenders": {"a": {"method": "petr"}}}, "contender 'a': .*did you mean petra"),
         ({"contenders": {"a": {"opt": "sgdd"}}}, "contender 'a': .*opt='sgdd': expected an optimizer"),

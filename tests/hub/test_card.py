@@ -63,7 +63,7 @@ def test_a_card_has_no_gap_in_its_tables(tmp_path: Path) -> None:
     ("settings", "update", "late"),
     [
         (["update_size=64", "max_delay=3"], "32 images x 2 per update: D_0 = 3 updates", False),
-        (["stages=14", "weight_prediction=head"],
+        (["stages=14", "weight_prediction=head", "max_delay=null"],
          "64 images per update: D_0 = 26 updates, weights predicted to the head", True),
         (["method=backprop", "stages=14"], "64 images per update: no delay", False),
     ],
@@ -73,7 +73,7 @@ def test_a_card_says_how_late_gradients_were(tmp_path: Path, settings: list[str]
     save_recipe(load_recipe("shapes/petra_revnet_tiny", settings), path / "recipe.yaml")
     text = make_card(read_checkpoint(path), "hf-hub:owner/tiny").text
     assert f"| update | {update} |" in text.splitlines()
-    sentence = "The gradients of the first stage were late: D_0 = 26 updates, and above 6 with opt=sgd training is"
+    sentence = "The gradients of the first stage were late: D_0 = 26 updates, and above 3 with opt=muon training is"
     assert (f"\n\n{sentence}" in text) == late
 
 

@@ -6,6 +6,8 @@ which models to test while it is imported, so the registry's listing is narrowed
 
 import json
 import os
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,34 @@ def _is_default(name: str) -> bool:
     return not tag or tag == timm.get_pretrained_cfg(architecture).tag
 
 
-def _list_chosen(filter: Any = "", module: Any = "", *args: Any, **kwargs: Any) -> list[str]:
+def _timms(name: str) -> str:
+    """What timm would call a model of ours: its filters tell transformers, which give tokens, by their names."""
+    return re.sub(r"^petra_(rev(?=vit))?", "", name)
+
+
+def _list_chosen(filter: Any = "", module: Any = "", *args: Any, exclude_filters: Any = "", **kwargs: Any) -> list[str]:
     # `module` is dropped: timm selects the forward_intermediates and pruning tests by the file names of its own
     # families, so that a model from elsewhere would never meet them.
     # Of an architecture's tags, which come with `pretrained=True`, the default one stands for all.
-    names = _list_models(filter, "", *args, **kwargs)
-    return [name for name in names if _architecture(name) in CHOSEN and _is_default(name)]
+    # What timm filters by its own names, such as networks whose features are no map, ours with their prefix are too.
+    names = _list_models("", "", *args, **kwargs)
+    return [
+        name
+        for name in names
+        if _architecture(name) in CHOSEN and _is_default(name)
+        if not filter or _matches(name, filter)
+        if not exclude_filters or not _matches(name, exclude_filters)
+    ]
+
+
+def _matches(name: str, filters: Any) -> bool:
+    timms = _timms(name)
+    for pattern in [filters] if isinstance(filters, str) else filters:
+        if pattern == "test_*":  # networks whose logits timm has recorded
+            continue
+        if any(fnmatch(form, pattern) for form in (name, timms, _architecture(timms))):
+            return True
+    return False
 
 
 def _list_pretrained_chosen(filter: Any = "", exclude_filters: Any = "") -> list[str]:

@@ -306,6 +306,26 @@ def test_probes_evaluation_and_saving_leave_captured_ticks_as_they_are() -> None
     assert_same(captured, plain, [data])
 
 
+def halve(p: nn.Parameter) -> Tensor | None:
+    return None if p.grad is None else p.grad / 2
+
+
+@pytest.mark.parametrize("other", [halve, lambda p: None], ids=["another", "none"])
+def test_gradients_that_somebody_replaces_in_a_window_count(other: Callable[[nn.Parameter], Tensor | None]) -> None:
+    captured, plain = (pipeline_of("petra", 2, on, accumulation_steps=3) for on in (True, False))
+    data = batches(*[4] * 16)
+    for pipeline in (captured, plain):
+        for batch in data:
+            pipeline.step(*batch)
+        for p in pipeline.model.parameters():
+            p.grad = other(p)
+        for batch in data[:2]:
+            pipeline.step(*batch)
+    count = replayed(captured)
+    assert_same(captured, plain, [data])
+    assert replayed(captured) > count
+
+
 def test_kinds_may_be_captured_at_different_times() -> None:
     """Drains in between cut windows short, so that some kinds of ticks are met more often than others."""
     captured, plain = (pipeline_of("petra", 2, on, accumulation_steps=2) for on in (True, False))

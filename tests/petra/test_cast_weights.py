@@ -81,6 +81,68 @@ def test_a_weight_of_two_units_gets_the_gradients_of_all_its_uses(last_stage: st
         torch.testing.assert_close(ours, p - 0.5 * p.grad, rtol=1e-3, atol=1e-3)
 
 
+class Float32Head(nn.Module):
+    """Its head leaves autocast, and takes its input in its weights' type."""
+
+    def __init__(self, head: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.fc, self.head = nn.Linear(5, 64), nn.Linear(64, 3), head
+
+    def units(self) -> list[Unit]:
+        return [
+            FunctionUnit("stem", lambda x: (self.stem(x),), {"stem": self.stem}),
+            FunctionUnit("head", lambda x: (self.head(self.fc, x),), {"fc": self.fc}),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc, self.stem(x))
+
+
+def in_float32(fc: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return fc(x.float())
+
+
+def in_its_weights_type(fc: nn.Linear, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return fc(x.to(fc.weight.dtype))
+
+
+def both_ways(fc: nn.Linear, x: Tensor) -> Tensor:
+    return fc(x) + in_float32(fc, x)
+
+
+@pytest.mark.parametrize("head", [in_float32, in_its_weights_type, both_ways])
+def test_a_layer_that_leaves_autocast_keeps_its_weights(head: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+    model, plain = Float32Head(head), Float32Head(head)
+    method = find_method("reversible")
+    layout = Layout.of(model, [1, 1], method=method, costs=Costs([1.0, 1.0], [1.0, 1.0]))
+    pipeline = Pipeline(model, layout, method=method, optimization=Optimization(sgd(0.5)), autocast=torch.bfloat16)
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 1])
+    found = pipeline.step(x, y).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = plain(x)
+    assert found is not None
+    assert torch.equal(found, logits)
+    F.cross_entropy(logits.float(), y).backward()
+    for ours, p in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(ours, p - 0.5 * p.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_branch_casts_its_weights_by_itself() -> None:
+    model = make_model(torch.float32)
+    casts = CastWeights(model.units(), torch.bfloat16)
+    casts.refresh(0)
+    conv = model.layer1[0].conv1
+    with casts.standing_in(1):
+        assert "forward" in vars(conv)
+    model.compile_branches(backend="eager")
+    with casts.standing_in(1):
+        assert "forward" not in vars(conv)
+
+
 def load(model: nn.Module) -> None:
     model.load_state_dict({name: 0.5 * x for name, x in model.state_dict().items()})
 

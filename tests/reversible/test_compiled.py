@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -240,6 +241,11 @@ def test_a_compiled_network_can_still_be_scripted() -> None:
     images = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(torch.jit.script(model)(images), model(images))
+
+
+def test_a_compilers_advice_on_float32_products_is_no_error_in_tests() -> None:
+    """What inductor says on a GPU, in some versions as a warning: it took three tests on a GPU down."""
+    warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", UserWarning, stacklevel=1)
 
 
 def test_what_cannot_be_compiled_is_refused_in_one_line() -> None:

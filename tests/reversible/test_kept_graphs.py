@@ -1,6 +1,7 @@
 """Units at the end keep their graph as far as that costs no memory, and nothing but recomputation changes."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.models import PetraRevNet
-from petra_zoo.reversible import FunctionUnit, LiveBytes, Streams, Unit, backpropagate, kept_units
+from petra_zoo.reversible import FunctionUnit, LiveBytes, Streams, Unit, backpropagate, kept_graphs, kept_units
 from tests.models.networks import images, tiny
 from tests.reversible.blocks import gradients, make_run, parameters_of, run_plainly
 
@@ -86,6 +87,15 @@ def test_what_a_count_finds_out_it_leaves_no_trace_of() -> None:
     kept_units(model.units(), images(2, 24))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(x.device.type == "cpu" and torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_what_a_process_has_counted_before_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_graphs, "_MOST", 2)
+    monkeypatch.setattr(kept_graphs, "_known", OrderedDict())
+    for size in (8, 12, 16):
+        kept_units(narrowing(), torch.empty(1, 3, size, size))
+    assert kept_units(narrowing(), torch.empty(1, 3, 32, 32)) > 0
+    assert len(kept_graphs._known) == 2
 
 
 def test_surgery_is_counted_anew() -> None:

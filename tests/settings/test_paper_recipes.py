@@ -8,7 +8,9 @@ import timm
 import torch
 
 import petra_zoo  # noqa: F401 - registers the models
+from petra_zoo.settings.delay import border
 from petra_zoo.settings.recipe_files import list_recipes, load_recipe, recipe_text
+from petra_zoo.settings.update import SMALLEST_FOR_BATCH_NORM
 from petra_zoo.training.optimization import scheduler_factory
 
 
@@ -51,7 +53,17 @@ METHODS = ("backprop", "reversible", "petra")
 
 def test_every_network_of_the_paper_and_its_twin_in_the_zoo_has_a_recipe() -> None:
     there = {name for name in list_recipes() if name.partition("/")[0] in PAPER}
-    assert there == set(RECIPES)
+    assert {name for name in there if not name.endswith("_muon")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("_muon")])
+def test_a_variant_with_muon_differs_in_optimizer_and_micro_batches_alone(name: str) -> None:
+    ours, paper = load_recipe(name), load_recipe(name.removesuffix("_muon"))
+    differs = {key for key in type(ours).model_fields if getattr(ours, key) != getattr(paper, key)}
+    assert differs == {"opt", "lr", "lr_base", "update_size", "max_delay", "batch_size", "accumulation_steps"}
+    assert (ours.images_per_update, ours.opt) == (paper.images_per_update, "muon")
+    assert ours.delay[0] <= border("muon") < paper.delay[0]
+    assert ours.batch_size >= SMALLEST_FOR_BATCH_NORM
 
 
 @pytest.mark.parametrize("method", METHODS)

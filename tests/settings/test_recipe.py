@@ -33,7 +33,16 @@ def test_installed_recipes_are_listed_and_all_of_them_load() -> None:
         data, _, model = name.partition("/")
         recipe = load_recipe(name)
         if data != "finetune":
-            assert (recipe.dataset, recipe.model) == ({"imagenet": "folder"}.get(data, data), model)
+            assert (recipe.dataset, recipe.model) == (
+                {"imagenet": "folder"}.get(data, data),
+                model.removesuffix("_muon"),
+            )
+
+
+def test_an_optimizers_option_with_a_setting_of_its_own_is_sent_there() -> None:
+    assert refusal("opt_kwargs={momentum: .5}") == (
+        "opt_kwargs={'momentum': 0.5}: momentum is a setting of its own: take it out, and say momentum=0.5"
+    )
 
 
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
@@ -192,9 +201,10 @@ def test_lr_base_scales_with_the_images_per_update() -> None:
 
 
 def test_an_override_of_lr_replaces_the_recipes_lr_base() -> None:
-    assert load_recipe(DIGITS).lr_base is not None
-    assert load_recipe(DIGITS, ["lr=0.3"]).lr_base is None
-    assert load_recipe(DIGITS, ["lr=0.3", "lr_base=0.2"]).lr is None
+    paper = "cifar10/petra_revnet18_cifar"
+    assert load_recipe(paper).lr_base is not None
+    assert load_recipe(paper, ["lr=0.3"]).lr_base is None
+    assert load_recipe(paper, ["lr=0.3", "lr_base=0.2"]).lr is None
 
 
 def test_both_lr_and_lr_base_in_one_recipe_are_refused() -> None:

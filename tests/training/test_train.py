@@ -153,13 +153,17 @@ def test_plain_lines_tell_loss_accuracy_speed_and_time_left(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "said", "warned"),
     [
-        ({"accumulation_steps": 2}, "256 images x 2 per update: D_0 = 3 updates", None),
+        ({"accumulation_steps": 4}, "256 images x 4 per update: D_0 = 1.5 updates", None),
         ({"method": "backprop"}, "256 images per update: no delay", None),
-        ({"batch_size": None, "update_size": 64, "max_delay": 4}, "32 images x 2 per update: D_0 = 3 updates", None),
+        ({"batch_size": None, "update_size": 64, "max_delay": 2}, "16 images x 4 per update: D_0 = 1.5 updates", None),
         ({"data_parallel": 2, "stages": 7}, "256 images x 2 replicas per update: D_0 = 12 updates",
-         "warning: D_0 = 12 updates, and above 6 with opt=sgd training is expected to lose accuracy: larger "
-         "accumulation_steps at the same images per update (update_size=512 max_delay=6), fewer stages"),
-        ({"opt": "muon", "stages": 4}, "256 images per update: D_0 = 6 updates", None),
+         "warning: D_0 = 12 updates, and above 2 with opt=sgd training is expected to lose accuracy: larger "
+         "accumulation_steps at the same images per update (update_size=512 max_delay=2), fewer stages, opt=muon (up "
+         "to 3)"),
+        ({"opt": "muon", "stages": 4}, "256 images per update: D_0 = 6 updates",
+         "warning: D_0 = 6 updates, and above 3 with opt=muon training is expected to lose accuracy: larger "
+         "accumulation_steps at the same images per update (update_size=256 max_delay=3), fewer stages"),
+        ({"opt": "muon", "accumulation_steps": 2}, "256 images x 2 per update: D_0 = 3 updates", None),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
