@@ -6,14 +6,14 @@ import timm
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from petra_zoo.converters.checks import name_of
-from petra_zoo.converters.identity import constructor_arguments
+from petra_zoo.converters.families import name_of
+from petra_zoo.converters.identity import REVERSIBLE_ONLY, check_computes_plain, plain_weights
+from petra_zoo.converters.resnet_identity import constructor_arguments
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.classifier import as_classifier, config_of
 from petra_zoo.models.layer_arguments import Arguments, from_words, to_words
 
-_REVERSIBLE_ONLY = {"coupling", "anchor_every", "exact", "exact_bits", "streams"}
 _GIVEN_ANYWAY = {"num_classes", "in_chans", "dtype", "device"}
 
 
@@ -36,18 +36,9 @@ def to_resnet(model: nn.Module) -> ResNet:
             f"{name} has no plain ResNet inside, it is a {type(model).__name__}: only petra_revnet* with coupling 0 "
             "(not the paper's networks, whose streams are two halves) computes what a ResNet computes"
         )
-    coupled = [f"layer{i} has g = {layer.g():g}" for i, layer in enumerate(model.coupled_layers(), 1) if layer.g()]
-    if coupled:
-        raise UserError(
-            f"{name} computes no plain ResNet's function: {', '.join(coupled)}, and only g = 0 is a ResNet; "
-            "convert its source with --coupling 0, or keep the source"
-        )
-    if any(layer.grid for layer in model.coupled_layers()):
-        raise UserError(f"{name} rounds its branches (exact=True), a plain ResNet does not: convert without --exact")
+    check_computes_plain(model)
     source = _build(name, model)
-    source.load_state_dict(
-        {key: x for key, x in model.state_dict().items() if not key.endswith((".coupling", ".exponent"))}
-    )
+    source.load_state_dict(plain_weights(model))
     return source.eval()
 
 
@@ -72,7 +63,7 @@ def _plain_identity(model: PetraRevNet) -> tuple[str, Arguments]:
     """timm's name for the network and the arguments it takes besides: of all names, the one that takes fewest."""
     arguments = as_classifier(model)._model_args
     basic = isinstance(model.coupled_layers()[0][0], BasicBlock)
-    given = {key: value for key, value in arguments.items() if key not in _REVERSIBLE_ONLY | _GIVEN_ANYWAY}
+    given = {key: value for key, value in arguments.items() if key not in REVERSIBLE_ONLY | _GIVEN_ANYWAY}
     block = given.pop("block", BasicBlock if basic else Bottleneck)
     wanted = {"layers": [len(layer) for layer in model.coupled_layers()], **given}
     found = {"resnet18" if basic else "resnet50": wanted}

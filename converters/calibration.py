@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from petra_zoo.data.datasets import ImageDataset, Split, open_dataset
 from petra_zoo.data.loader import ImageLoader, Reading, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier, config_of
+from petra_zoo.models.classifier import config_of
 from petra_zoo.settings.types import BadImagePolicy
 
 BATCH_SIZE = 64
@@ -45,12 +44,30 @@ def image_batches(images: Batches) -> Iterator[Tensor]:
             yield batch
 
 
-def noise(model: ResNet | Classifier) -> Tensor:
-    """Standard normal images [8, C, H, W] of the model's size, at most 64x64; the same ones every time."""
-    _, *size = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
-    height, width = (min(NOISE_SIZE, n) for n in size)
+def noise(model: nn.Module) -> Tensor:
+    """Standard normal images [8, C, H, W] of the model's size; at most 64x64 where it takes any. Always the same."""
+    channels, *size = image_shape(model)
+    if not takes_one_size(model):
+        size = [min(NOISE_SIZE, n) for n in size]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_IMAGES, model.in_chans, height, width, generator=generator)
+    return torch.randn(NOISE_IMAGES, channels, *size, generator=generator)
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """C, H, W of the images that a network was built for, whatever its weights were trained on."""
+    channels, height, width = config_of(model).get("input_size", (3, NOISE_SIZE, NOISE_SIZE))
+    height, width = _built_for(model) or (height, width)
+    return getattr(model, "in_chans", channels), height, width
+
+
+def takes_one_size(model: nn.Module) -> bool:
+    """Whether a network takes images of one size alone, as most transformers do."""
+    return bool(config_of(model).get("fixed_input_size")) and not getattr(model, "dynamic_img_size", False)
+
+
+def _built_for(model: nn.Module) -> tuple[int, int] | None:
+    size: tuple[int, int] | None = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return size
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,33 @@
-"""Which networks have a reversible form, and whether weights belong to a network."""
+"""Whether weights can be converted, and whether they belong to a network."""
 
 from __future__ import annotations
 
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from typing import TypeVar
+
 from torch import Tensor, nn
 
+from petra_zoo.converters.families import family_for, name_of
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import config_of
-from petra_zoo.models.memory_modes import MemoryModes
-from petra_zoo.models.petra_revnet import LAYERS
 
-_INSTEAD = "use a ResNet of timm's BasicBlock or Bottleneck instead, such as resnet50, seresnet50 or resnext50_32x4d"
+N = TypeVar("N", bound=nn.Module)
 
 
-def check_source(network: nn.Module) -> ResNet:
+def check_source(network: N, images: Tensor | None = None) -> N:
     """The same network; refuses what cannot be converted.
 
+    Args:
+        network: any.
+        images: see `family_for`.
+
     Raises:
-        UserError: see `check_blocks`; or a weight or statistic is not finite.
+        UserError: see `family_for`; or a weight or statistic is not finite.
     """
-    source = check_blocks(network)
+    family_for(network, images)
     bad = [name for name, x in network.state_dict().items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"{name_of(network)}: {bad[0]}{more} holds values that are not finite")
-    return source
-
-
-def check_blocks(network: nn.Module) -> ResNet:
-    """The same network; refuses what is not residual in the way that has a coupled form; works on the meta device.
-
-    Raises:
-        UserError: naming what the network is made of, and what could be used instead.
-    """
-    name = name_of(network)
-    if isinstance(network, MemoryModes):
-        raise UserError(f"{name} is reversible already: train it as it is, or convert the ResNet it came from")
-    if type(network) is not ResNet:
-        raise UserError(f"{name} cannot be converted, it is a {type(network).__name__}: {_INSTEAD}")
-    for layer in (getattr(network, layer) for layer in LAYERS):
-        if not isinstance(layer, nn.Sequential) or not len(layer):
-            raise UserError(f"{name} cannot be converted, some of its layers are missing: {_INSTEAD}")
-        for block in layer:
-            if type(block) not in (BasicBlock, Bottleneck):
-                raise UserError(f"{name} cannot be converted, its blocks are {type(block).__name__}: {_INSTEAD}")
     return network
-
-
-def name_of(network: nn.Module) -> str:
-    """The architecture's name where timm made the network, else its class."""
-    return config_of(network).get("architecture") or type(network).__name__
 
 
 def fit_weights(weights: dict[str, Tensor], network: nn.Module, source: str, architecture: str) -> None:
@@ -70,7 +48,7 @@ def fit_weights(weights: dict[str, Tensor], network: nn.Module, source: str, arc
     missing = [key for key in missing if not key.endswith(".num_batches_tracked")]
     wrong = [key for key in expected if key in weights and weights[key].shape != expected[key].shape]
     if any(key.endswith((".coupling", ".exponent")) for key in extra):
-        raise UserError(f"{source} holds couplings, it is reversible already: convert the ResNet it came from")
+        raise UserError(f"{source} holds couplings, it is reversible already: convert the network it came from")
     problems = [f"{what} {_some(keys)}" for what, keys in (("missing", missing), ("unexpected", extra)) if keys]
     if wrong:
         key = wrong[0]

@@ -3,114 +3,130 @@
 Inverting a block divides rounding errors by g, so that a small coupling (close to the source) needs a short run, and a
 long run a large coupling or anchors: inputs that are kept. No estimate is trusted: what counts is the error found by
 running a layer forward and back.
+
+How far a coupled run is from the source's grows with its coupling. Batch-norm statistics that are estimated anew bring
+it back; where there are none, anchors that are not too close are the better price (`Limits.closest_anchors`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from petra_zoo.converters.reconstruction import CoupledRun, InversionTrial, behind, behind_the_stem
-from petra_zoo.models import CoupledLayer, PetraRevNet
-from petra_zoo.models.branch_scaling import scale_branches
-from petra_zoo.models.petra_revnet import LAYERS
+from petra_zoo.converters.reconstruction import CoupledRun, InversionTrial, describe, with_calls
+from petra_zoo.converters.runs import BlockRun, Call, calls_of, outputs_of, relative_error
 from petra_zoo.models.resnet_weights import SHORT_RUN
 
 Purpose = Literal["one-device", "petra"]
 CANDIDATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
-def candidates(coupling: float | Literal["auto"], blocks: int, purpose: Purpose) -> Sequence[float]:
-    """The couplings to try for a run of `blocks` blocks, in order of preference."""
+@dataclass(frozen=True)
+class Limits:
+    """What a run must keep within.
+
+    Attributes:
+        tolerance: the largest relative error of a reconstructed input.
+        closest_anchors: 'auto' takes a coupling whose inverse needs anchors if they are at least so many blocks apart;
+            None: only where no coupling does without.
+        largest_drift: 'auto' leaves a run as it is whose outputs would move by more than this part of their size; None:
+            by whatever.
+    """
+
+    tolerance: float
+    closest_anchors: int | None = None
+    largest_drift: float | None = None
+
+
+def candidates(coupling: float | Literal["auto"], blocks: int, purpose: Purpose, exact: bool) -> Sequence[float]:
+    """The couplings to try for a run of `blocks` blocks, in order of preference; `exact`: its streams lie on a grid."""
     if coupling != "auto":
         return (coupling,)
     if blocks == 0 or (purpose == "one-device" and blocks <= SHORT_RUN):
         return (0.0,)
-    return CANDIDATES
+    # Under PETRA parameters change between the forward and the inverse, which below 1 is as exact as they are alike.
+    return (1.0,) if exact and purpose == "petra" else CANDIDATES
 
 
-def couple_layers(
-    model: PetraRevNet,
+def couple_runs(
+    model: nn.Module,
+    runs: Sequence[BlockRun],
     images: Tensor,
     coupling: Sequence[float | Literal["auto"]],
     purpose: Purpose,
-    tolerance: float,
+    limits: Limits,
 ) -> list[CoupledRun]:
-    """Gives every layer of an unconverted model its coupling, anchors and scaled branches, in place.
+    """Gives every run of an unconverted model its coupling, anchors and scaled branches, in place.
 
-    Per layer the first candidate whose error stays within `tolerance` without anchors is taken; where none does, the
-    last one with the widest spacing of anchors that does. Each layer is measured behind the converted ones before it,
-    with batch statistics (training) and with running ones (fine-tuning with frozen norms); the larger error counts.
+    Per run the first candidate whose error stays within the tolerance without anchors, or with anchors far enough apart
+    (`limits`), is taken; where none does, the last one with the widest spacing of anchors that does. Each run is
+    measured behind the converted ones before it, with batch statistics (training) and with running ones (fine-tuning
+    with frozen norms); the larger error counts.
 
     Args:
-        model: as `PetraRevNet.from_resnet` makes it, coupling 0.
+        model: as a family makes it, coupling 0.
+        runs: the model's.
         images: [B, C, H, W], normalised images or noise.
-        coupling: one per layer.
+        coupling: one per run.
         purpose: what 'auto' should do with short runs.
-        tolerance: the largest relative error of a reconstructed input.
+        limits: what a run must keep within.
 
     Returns:
-        The runs, one per layer.
+        The runs as they are now.
 
     Raises:
-        UserError: activations are not finite, or a layer's branches cannot be scaled.
+        UserError: activations are not finite, or a run's branches cannot be scaled.
     """
-    runs = []
-    inputs = behind_the_stem(model, images)
-    for name, wanted in zip(LAYERS, coupling, strict=True):
-        layer: CoupledLayer = getattr(model, name)
-        blocks = len(layer.in_run())
-        layer, run = _choose(name, layer, inputs, candidates(wanted, blocks, purpose), tolerance)
-        setattr(model, name, layer)
-        runs.append(run)
-        inputs = behind(name, layer, inputs)
-    return runs
+    coupled = []
+    for i, (run, wanted) in enumerate(zip(runs, coupling, strict=True)):
+        (calls,) = calls_of(model, [run], images, behind=runs[:i])
+        couplings = candidates(wanted, run.blocks, purpose, run.container.grid > 0.0) if calls else (0.0,)
+        before = outputs_of(run, calls) if wanted == "auto" and limits.largest_drift is not None else []
+        chosen = _choose(run, calls, couplings, limits)
+        if before and _drift(run, calls, before) > (limits.largest_drift or 0.0):
+            chosen = _choose(run, calls, (0.0,), limits)
+        coupled.append(chosen)
+    calls_of(model, [], images, behind=runs)
+    return coupled
 
 
-def anchor_layers(model: PetraRevNet, images: Tensor, tolerance: float) -> list[CoupledRun]:
+def anchor_runs(model: nn.Module, runs: Sequence[BlockRun], images: Tensor, tolerance: float) -> list[CoupledRun]:
     """Anchors every run anew, as widely as `tolerance` allows (not at all where it can), its coupling as it is.
 
     For a model whose statistics have changed since its couplings were chosen. Anchors do not change its function.
 
     Args:
         model: converted.
+        runs: the model's.
         images: [B, C, H, W].
         tolerance: the largest relative error of a reconstructed input.
     """
-    runs = []
-    inputs = behind_the_stem(model, images)
-    for name in LAYERS:
-        layer: CoupledLayer = getattr(model, name)
-        runs.append(_anchor(name, layer, InversionTrial(layer, inputs), tolerance))
-        inputs = behind(name, layer, inputs)
-    return runs
+    return [_anchor(run, InversionTrial(run, calls), tolerance) for run, calls in with_calls(model, runs, images)]
 
 
-def _choose(
-    name: str, layer: CoupledLayer, inputs: list[Tensor], couplings: Sequence[float], tolerance: float
-) -> tuple[CoupledLayer, CoupledRun]:
-    blocks = len(layer.in_run())
+def _choose(run: BlockRun, calls: Sequence[Call], couplings: Sequence[float], limits: Limits) -> CoupledRun:
     for g in couplings:
-        coupled = copy.deepcopy(layer)
-        coupled.set_coupling(g)
-        coupled.asked_for = None  # a coupling that was chosen or measured may be replaced by a checkpoint's
-        if g > 0.0:
-            scale_branches(coupled, g)
-        trial = InversionTrial(coupled, inputs)
-        error = trial.error(0, tolerance)
-        if error <= tolerance:
-            return coupled, CoupledRun(name, blocks, g, 0, error)
-    return coupled, _anchor(name, coupled, trial, tolerance)
+        run.couple(g)
+        trial = InversionTrial(run, calls)
+        found = _anchor(run, trial, limits.tolerance, limits.closest_anchors or run.blocks)
+        if found.error <= limits.tolerance:
+            return found
+    return _anchor(run, trial, limits.tolerance)
 
 
-def _anchor(name: str, layer: CoupledLayer, trial: InversionTrial, tolerance: float) -> CoupledRun:
-    blocks = len(layer.in_run())
-    for anchor_every in (0, *reversed(range(1, blocks))):
-        error = trial.error(anchor_every, tolerance)
+def _anchor(run: BlockRun, trial: InversionTrial, tolerance: float, closest: int = 1) -> CoupledRun:
+    """The widest spacing, down to the closest, whose error passes; the closest where none does."""
+    for anchor_every in (0, *reversed(range(closest, run.blocks))):
+        run.anchor_every = anchor_every
+        error = trial.error(tolerance)
         if error <= tolerance:
             break
-    layer.anchor_every = anchor_every
-    return CoupledRun(name, blocks, layer.g(), anchor_every, error)
+    return describe(run, error)
+
+
+def _drift(run: BlockRun, calls: Sequence[Call], before: Sequence[Tensor]) -> float:
+    """How far a run's outputs have moved, in parts of their size."""
+    return max(relative_error(now, then) for now, then in zip(outputs_of(run, calls), before, strict=True))

@@ -13,7 +13,6 @@ from petra_zoo.converters.calibration import image_batches
 from petra_zoo.converters.reconstruction import MEASURED_IMAGES, CoupledRun, measure_runs
 from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.errors import UserError
-from petra_zoo.models import PetraRevNet
 from petra_zoo.strict_json import JsonObject
 
 
@@ -28,7 +27,7 @@ class Fidelity:
         kl: mean Kullback-Leibler divergence of the converted from the source's prediction, in nats.
         source_top1: percent of labelled images that the source gets right; None without labels.
         converted_top1: the same of the converted network.
-        runs: coupling, anchors and reconstruction error of each layer's run.
+        runs: coupling, anchors and reconstruction error of each run.
     """
 
     images: int
@@ -45,7 +44,7 @@ class Fidelity:
 
 
 def measure_fidelity(
-    source: nn.Module, converted: PetraRevNet, batches: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]]
+    source: nn.Module, converted: nn.Module, batches: Tensor | Iterable[Tensor | tuple[Tensor, Tensor]]
 ) -> Fidelity:
     """Compares a converted network with its source.
 

@@ -1,20 +1,21 @@
-"""How well the runs of a reversible ResNet can be inverted: run forward and back, and compared.
+"""How well the runs of a reversible network can be inverted: run forward and back, and compared.
 
 Batch norms are tried with the statistics of a batch (training) and with running ones (fine-tuning with frozen norms).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from petra_zoo.converters.families import family_for, runs_of
 from petra_zoo.converters.reestimation import batch_statistics
-from petra_zoo.errors import UserError
-from petra_zoo.models import CoupledLayer, PetraRevNet
-from petra_zoo.models.petra_revnet import LAYERS
-from petra_zoo.reversible import CoupledUnit, Streams, untouched
+from petra_zoo.converters.runs import BlockRun, Call, calls_of, relative_error
+from petra_zoo.reversible import CoupledUnit, Residue, Streams, untouched
 
 MEASURED_IMAGES = 16  # are enough to find the error of a reconstruction
 
@@ -24,11 +25,12 @@ class CoupledRun:
     """A run of reversible blocks and how well it can be inverted.
 
     Attributes:
-        layer: its layer's name.
+        layer: where it sits in its network.
         blocks: how many blocks have an inverse where g > 0.
         g: the coupling.
         anchor_every: after how many blocks the streams are kept; 0: never.
         error: largest relative error of a reconstructed input, 0 where nothing is reconstructed.
+        bits: how many low bits of each element every unit keeps, for an exact inverse.
     """
 
     layer: str
@@ -36,89 +38,112 @@ class CoupledRun:
     g: float
     anchor_every: int
     error: float
+    bits: int = 0
 
 
-def measure_runs(model: PetraRevNet, images: Tensor) -> list[CoupledRun]:
+def measure_runs(model: nn.Module, images: Tensor) -> list[CoupledRun]:
     """The runs of a converted model with their reconstruction error on images [B, C, H, W]."""
-    runs = []
-    inputs = behind_the_stem(model, images)
-    for name in LAYERS:
-        layer: CoupledLayer = getattr(model, name)
-        error = InversionTrial(layer, inputs).error(layer.anchor_every)
-        runs.append(CoupledRun(name, len(layer.in_run()), layer.g(), layer.anchor_every, error))
-        inputs = behind(name, layer, inputs)
-    return runs
+    runs = runs_of(model)
+    return [describe(run, InversionTrial(run, calls).error()) for run, calls in with_calls(model, runs, images)]
+
+
+def with_calls(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> list[tuple[BlockRun, list[Call]]]:
+    """Each run with what it is called with, none of them being changed in between; see `calls_of`."""
+    return list(zip(runs, calls_of(model, runs, images, behind=runs), strict=True))
+
+
+def describe(run: BlockRun, error: float) -> CoupledRun:
+    """A run as it stands."""
+    return CoupledRun(run.name, run.blocks, run.g(), run.anchor_every, error, run.bits)
+
+
+def largest_stream(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> float:
+    """The largest absolute value in the runs' streams, for images [B, C, H, W]; infinite where one is not finite."""
+    found = 0.0
+    for run, calls in with_calls(model, runs, images):
+        states = [streams for call in calls for streams in run_forward(run, call).states]
+        found = max([found, *(float(x.abs().max()) for streams in states for x in streams)])
+    return found if found == found else float("inf")
+
+
+def measure_steps(network: nn.Module, images: Tensor) -> dict[str, list[float]]:
+    """How much each block of a plain network adds to what it gets, |B(x) - x| / |x|, by run.
+
+    A block that is far from the identity couples badly: above 0 its run drifts from the source's.
+
+    Args:
+        network: that some family takes; stays as it is.
+        images: [B, C, H, W].
+    """
+    family = family_for(network, images)
+    model = family.couple(network, images[:1])
+    steps = {}
+    for run, calls in with_calls(model, family.runs(model), images):
+        found = []
+        for call in calls[:1]:
+            units, _ = run.units(call)
+            states = run_forward(run, call).states
+            for unit, before, behind in zip(units, states, states[1:], strict=False):
+                if isinstance(unit, CoupledUnit):
+                    found.append(relative_error(behind[0], unit.activate(before[0])))
+        steps[run.name] = found
+    return steps
+
+
+class RunForward(NamedTuple):
+    """A container run forward: the streams in front of each unit and behind the last, and the units' residues."""
+
+    call: Call
+    states: list[Streams]
+    residues: list[Residue]
+
+
+def run_forward(run: BlockRun, call: Call) -> RunForward:
+    """A run's units one after the other, with the statistics of the call."""
+    units, streams = run.units(call)
+    states: list[Streams] = [streams]
+    residues: list[Residue] = []
+    with batch_statistics(run.container, call.training), untouched(run.container), torch.no_grad():
+        for unit in units:
+            streams, residue = unit.evaluate(*streams)
+            states.append(streams)
+            residues.append(residue)
+    return RunForward(call, states, residues)
 
 
 class InversionTrial:
-    """A layer run forward, in both modes, so that it can be inverted with different anchors."""
+    """A run's container run forward, with each kind of statistics, so that it can be inverted with different anchors.
 
-    def __init__(self, layer: CoupledLayer, inputs: list[Tensor]) -> None:
-        self._layer = layer
-        self._forwards: list[tuple[bool, list[Streams]]] = []
-        units, _ = layer.units("layer", lambda h: h)
-        self._units = [unit for unit in units if isinstance(unit, CoupledUnit) and unit.reversible]
-        if not self._units:
-            return
-        for training, h in enumerate(inputs):
-            streams: Streams = (layer.enter(h),)
-            states = [streams]
-            with batch_statistics(layer, bool(training)), untouched(layer), torch.no_grad():
-                for unit in units:
-                    streams = unit(*streams)
-                    states.append(streams)
-            self._forwards.append((bool(training), states[-len(self._units) - 1 :]))
+    Args:
+        run: coupled.
+        calls: what its container is called with.
+    """
 
-    def error(self, anchor_every: int, tolerance: float = float("inf")) -> float:
+    def __init__(self, run: BlockRun, calls: Sequence[Call]) -> None:
+        self._run = run
+        self._forwards = [run_forward(run, call) for call in calls] if run.g() > 0.0 and run.blocks else []
+
+    def error(self, tolerance: float = float("inf")) -> float:
         """The largest relative error among the inputs that the backward pass hands from unit to unit.
 
-        Measuring ends where an error exceeds `tolerance`: that many blocks do not pass.
+        With the run's anchors as they are. Measuring ends where an error exceeds `tolerance`: that many blocks do not
+        pass.
         """
         worst = 0.0
-        for training, states in self._forwards:
+        for call, states, residues in self._forwards:
+            units, _ = self._run.units(call)
             found = states[-1]
-            with batch_statistics(self._layer, training), torch.no_grad():
-                for i in reversed(range(len(self._units))):
-                    unit = self._units[i]
-                    found = unit.reverse(found, (None, None), []).inputs
-                    if anchor_every and i and i % anchor_every == 0:
+            with batch_statistics(self._run.container, call.training), torch.no_grad():
+                for i in reversed(range(len(units))):
+                    unit = units[i]
+                    if not unit.reversible:  # recomputed from its input
+                        found = states[i]
+                        continue
+                    found = unit.reverse(found, (None,) * len(found), [], residues[i]).inputs
+                    if unit.anchor:
                         found = states[i]
                     pairs = zip(unit.values(found), unit.values(states[i]), strict=True)
-                    worst = max([worst, *(_relative_error(x, expected) for x, expected in pairs)])
+                    worst = max([worst, *(relative_error(x, expected) for x, expected in pairs)])
                     if worst > tolerance:
                         return worst
         return worst
-
-
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    error = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(expected.dtype).tiny))
-    return error if error == error else float("inf")
-
-
-def behind_the_stem(model: PetraRevNet, images: Tensor) -> list[Tensor]:
-    """What layer1 gets from images [B, C, H, W]: with running statistics and, where they have any, with their own."""
-    like = next(model.parameters())
-    modules = torch.nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-    inputs = []
-    for training in (False, True)[: min(2, len(images))]:
-        with batch_statistics(modules, training), untouched(modules), torch.no_grad():
-            inputs.append(modules(images.to(like.device, like.dtype)))
-    return inputs
-
-
-def behind(name: str, layer: CoupledLayer, inputs: list[Tensor]) -> list[Tensor]:
-    """What a layer gives for such inputs.
-
-    Raises:
-        UserError: its outputs are not finite.
-    """
-    outputs = []
-    for training, h in enumerate(inputs):
-        with batch_statistics(layer, bool(training)), untouched(layer), torch.no_grad():
-            outputs.append(layer(h))
-        if not torch.isfinite(outputs[-1]).all():
-            raise UserError(
-                f"the activations behind {name} are not finite: check the source's weights and the images' "
-                "normalisation"
-            )
-    return outputs

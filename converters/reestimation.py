@@ -100,5 +100,10 @@ def re_estimate(model: nn.Module, batches: Batches, source: nn.Module | None = N
     return images
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Whether there is anything to estimate: a norm with running statistics."""
+    return any(_is_tracking(module) for module in model.modules())
+
+
 def _is_tracking(module: nn.Module) -> TypeGuard[TrackingNorm]:
     return getattr(module, "track_running_stats", False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from petra_zoo.checkpoints.public import public_dataset, public_source
 from petra_zoo.converters.fidelity import Fidelity
+from petra_zoo.converters.reconstruction import CoupledRun
 from petra_zoo.errors import UserError
 from petra_zoo.models.training_memory import StepBytes
 from petra_zoo.strict_json import JsonObject, to_json
@@ -31,6 +32,7 @@ class ConversionReport:
         fidelity: the comparison.
         input_size: (C, H, W) that memory was measured with.
         memory: activations per image of source, checkpointed source and converted network; see `conversion_memory`.
+        steps: how much each block of the source adds to what it gets; see `measure_steps`.
     """
 
     source: str
@@ -40,12 +42,13 @@ class ConversionReport:
     fidelity: Fidelity
     input_size: tuple[int, int, int]
     memory: dict[str, StepBytes]
+    steps: dict[str, list[float]] = field(default_factory=dict)
 
     def as_dict(self) -> JsonObject:
         """For JSON: one object, the comparison's numbers at its top level."""
         own = {name: getattr(self, name) for name in ("source", "output", "dataset", "tolerance", "input_size")}
         memory = {name: found._asdict() for name, found in self.memory.items()}
-        return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": memory}
+        return {**own, **self.fidelity.as_dict(), "activation_bytes_per_image": memory, "steps": self.steps}
 
     def as_markdown(self) -> str:
         """For a model card, without places of this machine: two tables."""
@@ -72,8 +75,7 @@ class ConversionReport:
             "|---" * 5 + "|",
         ]
         lines += [
-            f"| {run.layer} | {run.blocks} | {run.g:g} | {f'{run.anchor_every} blocks' if run.anchor_every else '-'} "
-            f"| {f'{run.error:.1e}' if run.g else '-'} |"
+            f"| {run.layer} | {run.blocks} | {run.g:g} | {_kept(run)} | {f'{run.error:.1e}' if run.g else '-'} |"
             for run in same.runs
         ]
         return "\n".join(lines) + "\n"
@@ -109,6 +111,12 @@ class ConversionReport:
         right.margins(y=0.15)
         right.legend()
         return figure
+
+
+def _kept(run: CoupledRun) -> str:
+    if run.anchor_every:
+        return f"{run.anchor_every} blocks"
+    return f"- ({run.bits} bit{'s' if run.bits > 1 else ''} per element)" if run.bits else "-"
 
 
 def check_report(path: Path) -> None:

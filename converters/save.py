@@ -11,13 +11,12 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
-from timm.models.resnet import ResNet
+from torch import nn
 
 from petra_zoo.converters.calibration import noise
-from petra_zoo.converters.checks import name_of
+from petra_zoo.converters.families import name_of
 from petra_zoo.errors import UserError
 from petra_zoo.files import apply_umask, check_free
-from petra_zoo.models import PetraRevNet
 
 
 def check_output(output: Path) -> None:
@@ -29,7 +28,7 @@ def check_output(output: Path) -> None:
     check_free(output, "--output")
 
 
-def save_converted(model: PetraRevNet, output: Path) -> None:
+def save_converted(model: nn.Module, output: Path) -> None:
     """Writes model.safetensors and config.json, after checking that timm gets the same logits from them.
 
     The directory appears complete or not at all. `timm.create_model('local-dir:OUTPUT', pretrained=True)` loads it.
@@ -46,8 +45,8 @@ def save_converted(model: PetraRevNet, output: Path) -> None:
     save_for_timm(model, output)
 
 
-def save_for_timm(model: ResNet, output: Path) -> None:
-    """`save_converted` for any ResNet with timm's `pretrained_cfg`, such as the ResNet that `to_resnet` gives."""
+def save_for_timm(model: nn.Module, output: Path) -> None:
+    """`save_converted` for any network with timm's `pretrained_cfg`, such as the plain one on the way back."""
     check_output(output)
     architecture = name_of(model)
     saved = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format).eval()

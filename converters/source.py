@@ -12,13 +12,14 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import load_state_dict
-from timm.models.resnet import ResNet
 from torch import Tensor
 
 from petra_zoo.checkpoints.load import create_any_model, load_model
-from petra_zoo.converters.checks import check_blocks, check_source, fit_weights
+from petra_zoo.converters.checks import check_source, fit_weights
+from petra_zoo.converters.families import family_for
 from petra_zoo.converters.torchvision_source import PREFIX, load_torchvision
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier, config_of
 
 Nested: TypeAlias = "Tensor | Mapping[str, Nested]"  # what torch.save wrote, numbers and texts left out
 
@@ -26,8 +27,8 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 PREFIXES = (PREFIX, "hf-hub:", "hf_hub:", "local-dir:")
 
 
-def load_source(source: str, architecture: str | None = None) -> ResNet:
-    """A trained ResNet in eval mode, on the CPU.
+def load_source(source: str, architecture: str | None = None) -> Classifier:
+    """A trained network in eval mode, on the CPU.
 
     Args:
         source: a timm name (its pretrained weights), ``hf-hub:ORG/NAME``, ``local-dir:DIR``, a run directory,
@@ -48,7 +49,7 @@ def load_source(source: str, architecture: str | None = None) -> ResNet:
     if source.startswith(PREFIX):
         return load_torchvision(source)
     if timm.is_model(source.split(".", 1)[0]):  # before anything is downloaded
-        check_blocks(create_any_model(source, device="meta"))
+        family_for(create_any_model(source, device="meta"))
     return check_source(load_model(source, torch.device("cpu")))
 
 
@@ -59,28 +60,30 @@ def _is_file(source: str) -> bool:
     return named_like_one or (path.is_file() and not timm.is_model(source))
 
 
-def _load_file(path: Path, architecture: str) -> ResNet:
+def _load_file(path: Path, architecture: str) -> Classifier:
     blank = create_any_model(architecture, device="meta")
-    check_blocks(blank)
-    weights = _inner_network(_read(path), next(iter(blank.state_dict())), path)
-    if "fc.weight" in weights and weights["fc.weight"].ndim == 2:
-        blank.reset_classifier(len(weights["fc.weight"]))
+    family_for(blank)
+    weights = _inner_network(_read(path), list(blank.state_dict()), path)
+    last = weights.get(f"{config_of(blank).get('classifier')}.weight")
+    if last is not None and last.ndim == 2:
+        blank.reset_classifier(len(last))
     fit_weights(weights, blank, str(path), architecture)
     model = create_any_model(architecture, num_classes=blank.num_classes)
     model.load_state_dict(weights)
     return check_source(model).eval()
 
 
-def _inner_network(weights: dict[str, Tensor], first: str, path: Path) -> dict[str, Tensor]:
+def _inner_network(weights: dict[str, Tensor], expected: list[str], path: Path) -> dict[str, Tensor]:
     """The network inside a training framework's module, whose parameters bear its name: ``model.conv1.weight``.
 
     Args:
-        first: the network's first parameter, by which it is found.
+        expected: the network's own names; by the first one it is found.
     """
+    first = expected[0]
     if first in weights:
         return weights
     prefixes = [key.removesuffix(first) for key in weights if key.endswith(f".{first}")]
-    found = [prefix for prefix in prefixes if any(key.startswith(f"{prefix}layer1.") for key in weights)]
+    found = [prefix for prefix in prefixes if 2 * sum(prefix + key in weights for key in expected) > len(expected)]
     if len(found) > 1:
         raise UserError(f"{path} holds several networks ({', '.join(found)}): save the weights of one alone")
     for prefix in found:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from petra_zoo import converters, models
     from petra_zoo.converters import convert
     from petra_zoo.data.datasets import register_dataset
+    from petra_zoo.models.make_reversible import make_reversible
+    from petra_zoo.models.reversible_sequential import ReversibleSequential
     from petra_zoo.petra import Layout, Method, Optimization, Pipeline, register_method
     from petra_zoo.reversible import UnitModel
     from petra_zoo.settings.recipe import Recipe
@@ -28,11 +30,13 @@ __all__ = [
     "Optimization",
     "Pipeline",
     "Recipe",
+    "ReversibleSequential",
     "UnitModel",
     "__version__",
     "convert",
     "converters",
     "load_recipe",
+    "make_reversible",
     "models",
     "register_dataset",
     "register_loss",
@@ -47,9 +51,11 @@ _HOMES = {
     "Optimization": "petra_zoo.petra",
     "Pipeline": "petra_zoo.petra",
     "Recipe": "petra_zoo.settings.recipe",
+    "ReversibleSequential": "petra_zoo.models.reversible_sequential",
     "UnitModel": "petra_zoo.reversible",
     "convert": "petra_zoo.converters",
     "load_recipe": "petra_zoo.settings.recipe_files",
+    "make_reversible": "petra_zoo.models.make_reversible",
     "register_dataset": "petra_zoo.data.datasets",
     "register_loss": "petra_zoo.training.losses",
     "register_method": "petra_zoo.petra",

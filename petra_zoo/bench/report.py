@@ -99,5 +99,6 @@ def update(pages: Sequence[Path]) -> Iterator[str]:
     """
     for path in pages:
         page = Page(path)
+        stale = [shown for shown in page.shown if shown.stale]  # a picture knows by its file, which is about to change
         page.update()
-        yield from (f"{path}, line {shown.line}: {shown.mark} is up to date now" for shown in page.shown if shown.stale)
+        yield from (f"{path}, line {shown.line}: {shown.mark} is up to date now" for shown in stale)

@@ -1,4 +1,4 @@
-"""`petra-zoo convert`: a trained ResNet becomes a reversible network."""
+"""`petra-zoo convert`: a trained network becomes a reversible one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def convert(
     ],
     output: Annotated[Path, typer.Option(help="The directory to write; it must be absent or empty.")],
     arch: Annotated[str | None, typer.Option(help="The timm architecture of a file of weights.")] = None,
-    coupling: Annotated[str, typer.Option(help="auto, one number, or four (one per layer) such as 0,0.25,0.5,0.")] = (
-        "auto"
-    ),
+    coupling: Annotated[
+        str, typer.Option(help="auto, one number, or one per run (a ResNet's four layers) such as 0,0.25,0.5,0.")
+    ] = ("auto"),
     purpose: Annotated[
         Literal["one-device", "petra"],
         typer.Option("--for", help="auto leaves short runs irreversible on one device; PETRA wants all reversible."),
@@ -41,20 +41,30 @@ def convert(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
     calibration_images: Annotated[int, typer.Option(min=2, help="How many images of it at most.")] = 1024,
-    exact: Annotated[bool, typer.Option("--exact", help="Reconstruct to the bit at coupling 1.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Reconstruct to the bit: the same as --inverse bits.")] = False,
+    inverse: Annotated[
+        Literal["auto", "anchors", "bits"] | None,
+        typer.Option(
+            help="Keep streams every few blocks, or the bits that a block drops; auto: by memory and fidelity. "
+            "Default: anchors for ResNets, auto for others."
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write the comparison: a .json, .md or .png file, or a directory for all three."),
     ] = None,
     to_resnet: Annotated[
-        bool, typer.Option("--to-resnet", help="The way back: a reversible network with coupling 0 as a plain ResNet.")
+        bool,
+        typer.Option(
+            "--to-plain", "--to-resnet", help="The way back: a reversible network with coupling 0 as timm's plain one."
+        ),
     ] = False,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Publish the converted network on the Hub as well.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a trained ResNet into a reversible network that predicts the same, and save it for timm."""
+    """Convert a trained network into a reversible one that predicts (almost) the same, and save it for timm."""
     from petra_zoo.converters.calibration import CalibrationImages
     from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
 
@@ -75,7 +85,7 @@ def convert(
         tolerance=tolerance,
         images=CalibrationImages(calibrate, data_dir, calibration_images) if calibrate else None,
         report=report,
-        exact=exact,
+        exact=_exact(exact, inverse),
     )
     pushed = None
     if push:
@@ -92,6 +102,11 @@ def convert(
         typer.echo(f"  nothing was made reversible: {done.why_nothing()}")
     if done.calibration_images:
         typer.echo(f"  batch-norm statistics estimated on {done.calibration_images} images")
+    if done.reversible_blocks:
+        typer.echo(f"  logits differ from the source's by {100 * done.drift:.1f} % of their size")
+    if done.memory:
+        peaks = ", ".join(f"{name} {found.peak / 2**20:.2f}" for name, found in done.memory.items())
+        typer.echo(f"  activations of a training step, MiB per image at the peak: {peaks}")
     if (same := done.fidelity) is not None:
         typer.echo(f"  agreement with the source {same.agreement:.2f} % of {same.images} images, KL {same.kl:.4f}")
         if same.source_top1 is not None:
@@ -110,13 +125,27 @@ def _line(run: CoupledRun, done: Conversion) -> str:
         return f"not reversible (coupling 0): {done.why_not(run)}"
     from petra_zoo.converters.checkpoint_conversion import count_blocks
 
-    anchors = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
-    return f"{count_blocks(run.blocks)} reversible, coupling {run.g:g}{anchors}, reconstruction error {run.error:.1e}"
+    kept = f", kept every {run.anchor_every} blocks" if run.anchor_every else ""
+    kept += f", {run.bits} bit{'s' if run.bits > 1 else ''} per element kept" if run.bits else ""
+    steps = f", blocks add up to {max(steps):.2g} of their input" if (steps := done.steps.get(run.layer)) else ""
+    return (
+        f"{count_blocks(run.blocks)} reversible, coupling {run.g:g}{kept}, reconstruction error {run.error:.1e}{steps}"
+    )
+
+
+def _exact(exact: bool, inverse: Literal["auto", "anchors", "bits"] | None) -> bool | Literal["auto"] | None:
+    if exact and inverse not in (None, "bits"):
+        raise UserError(f"--exact is --inverse bits, and goes with no --inverse {inverse}: leave one of them out")
+    if inverse is None:
+        return True if exact else None
+    return "auto" if inverse == "auto" else inverse == "bits"
 
 
 def _numbers(text: str) -> float | list[float]:
     try:
         numbers = [float(word) for word in text.split(",")]
     except ValueError:
-        raise UserError(f"--coupling {text}: expected auto, one number, or four (one per layer)") from None
+        raise UserError(
+            f"--coupling {text}: expected auto, one number, or four (one per layer; other networks: one per run)"
+        ) from None
     return numbers if len(numbers) > 1 else numbers[0]

@@ -10,6 +10,7 @@ import typer
 
 from petra_zoo.cli import (
     bench_command,
+    checkpoint_command,
     convert_command,
     demo_command,
     evaluate_command,
@@ -45,6 +46,7 @@ app.command("list")(list_command.list_models)
 app.command("info")(info_command.info)
 app.command("plan")(plan_command.plan)
 app.add_typer(recipes_command.app, name="recipes")
+app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(bench_command.app, name="bench")
 app.command("report")(report_command.report)
 

@@ -24,6 +24,7 @@ class ModelConfig(TypedDict, total=False):
     num_classes: int
     input_size: tuple[int, int, int]
     test_input_size: tuple[int, int, int] | None
+    fixed_input_size: bool
     pool_size: tuple[int, int] | None
     crop_pct: float
     test_crop_pct: float | None

@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock, Coupling, StreamType, advance, couple, coupled
+from petra_zoo.reversible import FLOAT_STREAMS, BranchBlock, Coupling, StreamType, advance, coupled
 from petra_zoo.reversible.stream_type import scripted_snap, scripted_sum, to_carrier, widened
 
 
@@ -78,7 +78,7 @@ class CoupledBlock(BranchBlock):
             shortcut = widened(shortcut)
         b = scripted_snap(advance(shortcut, self.branch(h), 0.0 if a is None else g), kind, grid)
         if a is not None:
-            b = scripted_sum(couple(b, a, g), kind, grid)
+            b = scripted_sum(b, a, g, kind, grid)
         return self.activate(b) if g == 0.0 else b
 
 

@@ -61,7 +61,7 @@ class CoupledLayer(RunBuffers):
         behind_stem: the layer's input is the stem's output, so that its first block may start the run.
         coupling: g, a multiple of 1/256 in [0, 1]; None: 1, and whatever a checkpoint says.
         anchor_every: keep the streams every so many blocks of the run; 0: never.
-        grid: > 0 makes the inversion exact at g = 1 (see `petra_zoo.reversible.StreamType`).
+        grid: > 0 makes the inversion exact at g = 2**-m (see `petra_zoo.reversible.StreamType`).
         streams: what carries the streams (likewise).
     """
 

@@ -116,11 +116,11 @@ class Merge:
         kind = self.kind()
         if len(streams) == 1:
             return kind.activated(streams[0], self.activate)
-        b, a = streams
-        if rectifies(self.activate) and rectifies(self.in_front):
-            if (mean := kind.mean_rectified(b, a, self.activate.block)) is not None:  # g is 1
+        (b, a), g = streams, self.coupling()
+        if g == 1.0 and rectifies(self.activate) and rectifies(self.in_front):
+            if (mean := kind.mean_rectified(b, a, self.activate.block)) is not None:
                 return mean
-        return merge(kind.activated(b, self.activate), kind.activated(a, self.in_front), self.coupling())
+        return merge(kind.activated(b, self.activate), kind.activated(a, self.in_front), g)
 
 
 @dataclass(frozen=True)

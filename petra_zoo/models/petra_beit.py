@@ -60,6 +60,7 @@ class PetraBeit(ReversibleTransformer, Beit):
         gain: likewise.
         anchor_every: likewise.
         exact: likewise.
+        exact_bits: likewise.
         units: likewise.
         streams: likewise.
         **kwargs: timm's `Beit` arguments; unknown ones raise TypeError.
@@ -72,12 +73,13 @@ class PetraBeit(ReversibleTransformer, Beit):
         gain: float | None = None,
         anchor_every: int | None = None,
         exact: bool = False,
+        exact_bits: int = 12,
         units: Units = "auto",
         streams: StreamKind = "auto",
         **kwargs: Argument,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._couple(coupling, gain, anchor_every, exact, units, streams)
+        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """timm's initialisation; the coupling becomes that of a newly built model."""

@@ -79,6 +79,7 @@ class PetraEva(ReversibleTransformer, Eva):
         gain: likewise.
         anchor_every: likewise.
         exact: likewise.
+        exact_bits: likewise.
         units: likewise.
         streams: likewise.
         **kwargs: timm's `Eva` arguments; unknown ones raise TypeError.
@@ -91,13 +92,17 @@ class PetraEva(ReversibleTransformer, Eva):
         gain: float | None = None,
         anchor_every: int | None = None,
         exact: bool = False,
+        exact_bits: int = 12,
         units: Units = "auto",
         streams: StreamKind = "auto",
         **kwargs: Argument,
     ) -> None:
         super().__init__(*args, **kwargs)
-        container = EachItsRotation if self.rope_mixed else ReversibleSequential
-        self._couple(coupling, gain, anchor_every, exact, units, streams, container)
+        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
+
+    @torch.jit.unused
+    def _container(self) -> type[ReversibleSequential]:
+        return EachItsRotation if self.rope_mixed else ReversibleSequential
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """timm's initialisation; the coupling becomes that of a newly built model."""

@@ -51,7 +51,8 @@ class PetraRevNet(MemoryModes, ResNet):
         coupling: g of every layer or one per layer; None: 1, and whatever a checkpoint says (a pretrained ResNet's:
             0 or 1/8, by the run's length).
         anchor_every: keep the streams every so many blocks of a run (one number, or one per layer); 0: never.
-        exact: reconstruct to the bit at g = 1, by rounding branches to multiples of 2**-exact_bits.
+        exact: reconstruct to the bit, by rounding steps to multiples of 2**-exact_bits; at g = 1 that is all, at
+            g = 2**-m m bits per element and block are stored, rounded up to 1, 2, 4 or 8. There is no other g > 0.
         exact_bits: the grid of `exact`; streams must stay below 2**(24 - exact_bits) in float32.
         streams: what carries the streams, see `set_streams`.
         **kwargs: timm's `ResNet` arguments; unknown ones raise TypeError.

@@ -44,7 +44,8 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
         coupling: g; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1/4).
         gain: s; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1 + g).
         anchor_every: keep the streams every so many blocks; 0: never; None: never, or as pretrained weights need it.
-        exact: reconstruct to the bit.
+        exact: reconstruct to the bit, on a grid of 2**-exact_bits.
+        exact_bits: streams must stay below 2**(24 - exact_bits) in float32.
         units: ``'block'``, also ``'auto'``: a unit is a whole block; ``'branch'``: attention and MLP are, in turn.
         streams: what carries the streams, see `set_streams`.
         **kwargs: timm's `VisionTransformer` arguments; unknown ones raise TypeError.
@@ -57,12 +58,13 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
         gain: float | None = None,
         anchor_every: int | None = None,
         exact: bool = False,
+        exact_bits: int = 12,
         units: Units = "auto",
         streams: StreamKind = "auto",
         **kwargs: Argument,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._couple(coupling, gain, anchor_every, exact, units, streams)
+        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
 
     @torch.jit.ignore
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:

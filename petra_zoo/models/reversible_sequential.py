@@ -144,10 +144,9 @@ class ReversibleSequential(RunBuffers):
             shared: as in `forward`.
             named: likewise.
         """
-        arguments = SharedArguments(shared, named)
         if saves_memory(self, x):
-            return self._by_units(x, set(indices), arguments)
-        return self._plainly(x, set(indices), arguments)
+            return self._by_units(x, set(indices), SharedArguments(shared, named))
+        return self._plainly(x, set(indices), shared, named)
 
     @torch.jit.unused
     def arguments(self, name: str, shared: Positional, named: Named) -> tuple[Positional, Named]:
@@ -155,7 +154,7 @@ class ReversibleSequential(RunBuffers):
         return shared, named
 
     @torch.jit.unused
-    def _plainly(self, x: Tensor, indices: set[int], arguments: SharedArguments) -> list[Tensor]:
+    def _plainly(self, x: Tensor, indices: set[int], shared: Positional, named: Named) -> list[Tensor]:
         """As ordinary operations."""
         g, gain, streams = self._coupling_now(), self._gain_or_tensor(), self.streams().as_floats()
         found: list[Tensor] = []
@@ -164,7 +163,8 @@ class ReversibleSequential(RunBuffers):
             self._check_hooks(step)
             if not step.in_run and a is not None:
                 h, a = merge(h, a, g), None
-            f = _Function(self, step, arguments)(streams.for_branch(h, step.block))
+            given, by_name = self.arguments(step.key, shared, named)
+            f = step.function(streams.for_branch(h, step.block), *given, **by_name)
             if step.in_run:
                 b = coupled(h, f, None if step.starts else a, g, streams, gain, step.whole)
                 h, a = b, None if _is_zero(g) else h
@@ -261,24 +261,30 @@ class ReversibleSequential(RunBuffers):
         enter: Enter = first_stream,
         shared: Positional | Callable[[], Positional] = (),
         reads: Mapping[str, nn.Module] | None = None,
+        named: Named | None = None,
     ) -> tuple[list[Unit], Enter]:
         """The blocks as units, for a model's own `units()`.
 
         Args:
             name: the container's name in its model.
             enter: what the first unit applies to the streams it gets. It takes one, of the container's type (`enter`).
-            shared: what every block takes behind its stream, or what computes it, called in every unit.
+            shared: what every block takes behind its stream, without gradients; or what computes it, called in every
+                unit.
             reads: modules of which `shared` reads parameters, by their names.
+            named: what every block takes by keyword, where `shared` is no function.
 
         Returns:
             The units, and what turns the last one's streams into the output [B, ...].
         """
-        arguments: Arguments = called(shared) if callable(shared) else SharedArguments(shared, {})
+        arguments: Arguments = called(shared) if callable(shared) else SharedArguments(shared, named or {})
         units: list[Unit] = []
         leave: Enter = Leaving(self, enter, self.streams)
         if enter is not first_stream:
-            units.append(FunctionUnit(f"{name}.enter", lambda *streams: (self.enter(enter(*streams)),), {}))
-        for step, unit, behind in self._units(first_stream, arguments, reads or {}):
+            entering = enter = _Entering(self, enter)
+            if any(step.in_run for step in self.steps()[:1]):  # it takes a stream as it is
+                units.append(FunctionUnit(f"{name}.enter", lambda *streams: (entering(*streams),), {}, self.streams))
+                enter = first_stream
+        for step, unit, behind in self._units(enter, arguments, reads or {}):
             leave = behind
             unit.name = f"{name}.{step.name}"
             units.append(unit)
@@ -337,6 +343,17 @@ class _Opening:
     def __call__(self, *streams: Tensor) -> Streams:
         kind = self.kind()
         return (kind.enter(self.function(kind.for_branch(self.enter(*streams), self.block))),)
+
+
+@dataclass(frozen=True)
+class _Entering:
+    """In front of a container: from the streams there to its first stream."""
+
+    container: ReversibleSequential
+    enter: Enter
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        return self.container.enter(self.enter(*streams))
 
 
 @dataclass(frozen=True)

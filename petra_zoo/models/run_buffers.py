@@ -14,6 +14,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.run_slices import RunSlices
 from petra_zoo.reversible import COUPLING_STEPS, Coupling, StreamKind, StreamType, nearest_coupling, readable
 from petra_zoo.reversible.reading import BufferReading
+from petra_zoo.reversible.remainder import check_exact_coupling
 from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.stream_type import check_kind
 
@@ -27,7 +28,7 @@ class RunBuffers(RunSlices):
     Args:
         blocks: the modules.
         coupling: g; None: 1, and whatever a checkpoint says.
-        grid: > 0: of float32 streams.
+        grid: > 0: of float32 streams, for exact inversion.
         streams: what carries them.
         gain: s, where there `has_gain`; None: 1, and whatever a checkpoint says.
         has_gain: whether the gain is a buffer; else it is 1.
@@ -53,7 +54,7 @@ class RunBuffers(RunSlices):
         self.kind: str  # TorchScript knows no literals
         self.set_streams(streams)
         self.asked_for = coupling
-        g = check_coupling(1.0 if coupling is None else coupling)
+        g = self._checked(1.0 if coupling is None else coupling)
         self._g = BufferReading(g, nearest_coupling)
         self._exponent = BufferReading(FIXED_EXPONENT, float)
         self._saturation = Saturation()
@@ -133,10 +134,20 @@ class RunBuffers(RunSlices):
 
     @torch.jit.unused
     def set_coupling(self, g: float) -> None:
-        """Sets g, a multiple of 1/256 in [0, 1]."""
+        """Sets g, a multiple of 1/256 in [0, 1]; on the grid of exact inversion 0 or 2**-m."""
         with torch.no_grad():
-            self.coupling.fill_(check_coupling(g))
+            self.coupling.fill_(self._checked(g))
         self._g.value = g
+
+    @torch.jit.unused
+    def _checked(self, g: float) -> float:
+        g = check_coupling(g)
+        return check_exact_coupling(g) if self.grid > 0.0 else g
+
+    @torch.jit.unused
+    def _nearest(self, g: float) -> float:
+        g = nearest_coupling(g)
+        return check_exact_coupling(g) if self.grid > 0.0 else g
 
     @torch.jit.unused
     def reset_coupling(self) -> None:
@@ -197,7 +208,7 @@ class RunBuffers(RunSlices):
     ) -> None:
         before = len(error_msgs)
         self._complete(state_dict, prefix)
-        g = self._loaded(state_dict, prefix + "coupling", nearest_coupling, error_msgs)
+        g = self._loaded(state_dict, prefix + "coupling", self._nearest, error_msgs)
         s = self._loaded(state_dict, prefix + "gain", nearest_gain, error_msgs) if self.has_gain else None
         asked = [
             (g, self.asked_for, "coupling", " (0: a plain network)"),

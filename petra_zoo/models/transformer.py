@@ -6,15 +6,17 @@ images, the head behind it reads the merged streams.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, Self
 
 import torch
 from timm.layers import PatchEmbed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.layer_parts import first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
@@ -54,26 +56,46 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         patch_embed: PatchEmbed
         num_prefix_tokens: int
 
+    @classmethod
+    def from_timm(cls, source: nn.Module) -> Self:
+        """A coupled copy of one of timm's transformers; with its coupling, 0, it computes the same to the bit.
+
+        Raises:
+            UserError: the source is of another class.
+        """
+        if type(source) not in cls.__mro__:
+            raise UserError(f"{cls.__name__} is no {type(source).__name__} with coupled blocks")
+        model = copy.deepcopy(source)
+        model.__class__ = cls
+        assert isinstance(model, cls)
+        model._couple(0.0, None, 0, None, "auto", "auto")
+        return model
+
+    @torch.jit.unused
+    def _container(self) -> type[ReversibleSequential]:
+        """Of the blocks."""
+        return ReversibleSequential
+
     @torch.jit.unused
     def _couple(
         self,
         coupling: float | None,
         gain: float | None,
         anchor_every: int | None,
-        exact: bool,
+        exact_bits: int | None,
         units: Units,
         streams: StreamKind,
-        container: type[ReversibleSequential] = ReversibleSequential,
     ) -> None:
         self.anchors_chosen = anchor_every is not None  # else pretrained weights choose them
         blocks = self.get_submodule("blocks")
         assert isinstance(blocks, nn.Sequential | nn.ModuleList)
-        coupled = container(
+        coupled = self._container()(
             blocks,
             coupling=coupling,
             gain=gain,
             anchor_every=anchor_every or 0,
-            exact=exact,
+            exact=exact_bits is not None,
+            exact_bits=exact_bits or 12,
             streams=streams,
             units=units,
         )

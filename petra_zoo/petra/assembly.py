@@ -46,11 +46,29 @@ def make_stages(
             shapes=shapes,
             fifo=partial(Ring, int(ticks[j]) + 1) if settings.static and ticks[j] else queue,
         )
+        if ticks[j]:
+            _expect_other_parameters(part.units, method)
         stage = method.stage(part, settings)
         stage.start_optimizer(names)
         stage.prediction = make_prediction(stage.optimizer, settings.optimization, clock, j, int(ticks[j]))
         stages.append(stage)
     return stages
+
+
+def _expect_other_parameters(units: Sequence[Unit], method: Method) -> None:
+    """Tells units that their parameters change between their forward and their backward.
+
+    Raises:
+        UserError: one has no inverse then.
+    """
+    for unit in units:
+        if method.streams_travel and unit.needs_same_parameters:
+            raise UserError(
+                f"{unit.name} keeps the bits that its coupling below 1 drops, which give its input back as long as no "
+                f"parameter changes, and under {method.name} they do: use coupling 1, or anchors (anchor_every) and "
+                "exact=False"
+            )
+        unit.same_parameters = False
 
 
 def first_trainable(units: Sequence[Unit]) -> int:

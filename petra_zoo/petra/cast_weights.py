@@ -44,15 +44,15 @@ class _Layer:
             for name, (weight, _) in self.copies.items()
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """The layer's forward, while it stands in for it."""
-        kind, own = x.device.type, vars(self.module)
+        kind, own = input.device.type, vars(self.module)
         if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != self.dtype:
-            return self._forward(x)
+            return self._forward(input)
         # As attributes, which come in front of the parameters of these names.
         own.update({name: leaf for name, (_, leaf) in self.copies.items()})
         try:
-            return self._forward(x)
+            return self._forward(input)
         finally:
             for name in self.copies:
                 own.pop(name, None)

@@ -60,13 +60,16 @@ class FiniteCheck:
         return self.deferred or device.type == "cuda"
 
     def see_ranges(self, ranges: Iterable[Ranges], where: str) -> None:
-        """Takes note of what streams on a grid have seen of its range.
+        """Takes note of what streams on a grid have seen of its range, and of recomputations that were to be exact.
 
         Raises:
-            NotFiniteError: a value was beyond it; see `see`.
+            NotFiniteError: a value was beyond it, or a branch was not recomputed to the bit; see `see`.
         """
         for i, part in enumerate(part for seen in ranges for part in seen.beyond()):
             self.see(part, f"a stream of {where} ({i}), in parts of the range of its grid, which is too fine for it,")
+        for seen in ranges:
+            for unit, differs in seen.differs.items():
+                self.see(differs, f"how far the branch of {unit}, recomputed for exact inversion, is off its bits")
 
     def look(self) -> None:
         """Sends for the numbers of a tick and judges those of earlier ones that have arrived; waits for none.

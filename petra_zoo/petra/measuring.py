@@ -128,6 +128,8 @@ class _Walker:
 
     def __init__(self, units: list[Unit], device: torch.device, autocast: torch.dtype | None) -> None:
         self.units = units
+        for unit in units:
+            unit.same_parameters = False  # nor the generator
         self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in units]
         self.device = device
         self.autocast = autocast

@@ -4,7 +4,6 @@ from petra_zoo.reversible.backprop import backpropagate, segments
 from petra_zoo.reversible.compiled import BranchBlock, CompileOptions, compile_branches
 from petra_zoo.reversible.coupling import (
     COUPLING_STEPS,
-    Coupling,
     advance,
     couple,
     coupled,
@@ -18,7 +17,7 @@ from petra_zoo.reversible.kept_graphs import kept_units
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.ownership import Lent
 from petra_zoo.reversible.plain_path import needs_plain_path
-from petra_zoo.reversible.reading import readable
+from petra_zoo.reversible.reading import Coupling, readable
 from petra_zoo.reversible.state import untouched
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamKind, StreamType
 from petra_zoo.reversible.unit import (

@@ -12,7 +12,7 @@ A *whole* block B of which no branch is known has F = B - id, that is b' = s * B
 
 A run of blocks *starts* from one stream (a = h, which makes the first block an ordinary residual block, without a
 gain) and ends with the *merge* of both streams into one activation. Rounding errors grow by about 1/g per inverted
-block.
+block, unless streams lie on a grid: then g = 2**-m has an exact inverse too (`remainder.py`).
 
 `coupled` states the formula, for units and blocks alike, on the grid of the streams' type; `step_of` is the part of it
 that the inverse computes again. What they are made of is plain tensor arithmetic, scripted, traced and exported with
@@ -22,21 +22,13 @@ the models that call it.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from petra_zoo.reversible.reading import Coupling
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType, widened
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
-
-
-# A coupling is a float or, where its value cannot be read (see `readable`), a 0-d tensor: then the general formula,
-# which holds for any g. TorchScript knows the first alone.
-if TYPE_CHECKING:
-    Coupling = float | Tensor
-else:
-    Coupling = float
 
 
 def advance(h: Tensor, f: Tensor, g: Coupling, gain: Coupling = 1.0, whole: bool = False) -> Tensor:
@@ -68,7 +60,13 @@ def couple(step: Tensor, a: Tensor, g: Coupling) -> Tensor:
 
 
 def uncouple(
-    b_out: Tensor, step: Tensor, g: float, streams: StreamType = FLOAT_STREAMS, *, over: bool = False
+    b_out: Tensor,
+    step: Tensor,
+    g: float,
+    streams: StreamType = FLOAT_STREAMS,
+    *,
+    remainder: Tensor | None = None,
+    over: bool = False,
 ) -> Tensor:
     """The inverse of `coupled`, with step from `step_of`: the stream a of the block's input, for g > 0.
 
@@ -77,8 +75,11 @@ def uncouple(
         step: what the block has added to g * a.
         g: the coupling.
         streams: their type.
+        remainder: what `StreamType.remainder` kept of a; None: nothing, at g = 1 and of streams on no grid.
         over: a is written over b_out.
     """
+    if remainder is not None:
+        return streams.restored(b_out, step, g, remainder, over)
     a = streams.difference(b_out, step, over)
     return a if g == 1.0 else a.div_(g)
 
@@ -104,7 +105,7 @@ def step_of(
         gain: s.
         whole: f is B(h) of a whole block.
     """
-    return streams.snap(advance(h, f, g, gain, whole))
+    return streams.snap(_unrounded(h, f, g, streams, gain, whole))
 
 
 def coupled(
@@ -130,9 +131,13 @@ def coupled(
     """
     if a is None:
         return streams.enter(f) if whole else streams.sum_at_0(h, f)
-    if _is_number(g) and g == 1.0:
-        return streams.sum_at_1(advance(h, f, g, gain, whole), a)
-    return streams.in_range(couple(step_of(h, f, g, streams, gain, whole), a, g))
+    if streams.on_grid:
+        return streams.sum_on_grid(_unrounded(h, f, g, streams, gain, whole), a, g)
+    return couple(step_of(h, f, g, streams, gain, whole), a, g)
+
+
+def _unrounded(h: Tensor, f: Tensor, g: Coupling, streams: StreamType, gain: Coupling, whole: bool) -> Tensor:
+    return advance(h if _is_one(g) else streams.precise(h), f, g, gain, whole)
 
 
 def _scaled(f: Tensor, gain: Coupling) -> Tensor:

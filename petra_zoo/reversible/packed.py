@@ -28,15 +28,26 @@ def pack_sum(h: Tensor, f: Tensor, grid: float, saturation: Saturation | None = 
     return _PackSum.apply(h, f, grid, saturation)
 
 
-def add(f: Tensor, a: Tensor, grid: float, saturation: Saturation | None = None) -> Tensor:
-    """pack(f) plus the packed stream a."""
-    return _Add.apply(f, a, grid, saturation)
+def add(f: Tensor, a: Tensor, grid: float, saturation: Saturation | None = None, dropped: int = 0) -> Tensor:
+    """pack(f) plus 2**-dropped of the packed stream a, rounded down, which for the gradient it is not."""
+    return _Add.apply(f, a, grid, saturation, dropped)
 
 
 def subtract(b_out: Tensor, step: Tensor, over: bool = False) -> Tensor:
     """The packed stream a of b_out = step + a, all of them packed; it has no gradient. `over`: written over b_out."""
     (a,) = _subtract(b_out, step)
     return b_out.copy_(a) if over else a
+
+
+def restore(b_out: Tensor, step: Tensor, low: Tensor, dropped: int, over: bool = False) -> Tensor:
+    """`subtract` where bits were dropped, of which `low` is the number: uint8."""
+    (a,) = _restore(b_out, step, low, dropped=dropped)
+    return b_out.copy_(a) if over else a
+
+
+def as_integers(b: Tensor) -> Tensor:
+    """A packed stream as int16."""
+    return b.detach().view(torch.int16)
 
 
 def unpack(b: Tensor, grid: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,9 +97,9 @@ def _pack_sum(h: Tensor, f: Tensor, grid: float) -> Results:
 
 
 @Fused
-def _add(f: Tensor, a: Tensor, grid: float) -> Results:
+def _add(f: Tensor, a: Tensor, grid: float, dropped: int) -> Results:
     step = _steps(_wide(f), grid)
-    steps = torch.clamp(step, -MOST, MOST) + _whole(a)
+    steps = torch.clamp(step, -MOST, MOST) + (_whole(a) >> dropped if dropped else _whole(a))
     return _bits(steps), torch.maximum(largest_of(step), largest_of(steps))
 
 
@@ -96,6 +107,12 @@ def _add(f: Tensor, a: Tensor, grid: float) -> Results:
 def _subtract(b_out: Tensor, step: Tensor) -> Results:
     steps = torch.clamp(_whole(b_out).to(torch.int32) - _whole(step), -MOST, MOST)
     return (steps.to(torch.int16).view(torch.bfloat16),)
+
+
+@Fused
+def _restore(b_out: Tensor, step: Tensor, low: Tensor, dropped: int) -> Results:
+    steps = (_whole(b_out).to(torch.int32) - _whole(step)) * 2**dropped + low
+    return (torch.clamp(steps, -MOST, MOST).to(torch.int16).view(torch.bfloat16),)
 
 
 @Fused
@@ -133,6 +150,7 @@ class _Context:
     """What the functions below keep between forward and backward."""
 
     dtypes: tuple[torch.dtype, ...]
+    dropped: int
     saved_tensors: tuple[Tensor, ...]
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
@@ -169,13 +187,16 @@ class _PackSum(torch.autograd.Function):
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, f: Tensor, a: Tensor, grid: float, saturation: Saturation | None) -> Tensor:
-        ctx.dtypes = (f.dtype,)
-        return _noted(_add(f, a, grid=grid), grid, saturation)
+    def forward(
+        ctx: _Context, f: Tensor, a: Tensor, grid: float, saturation: Saturation | None, dropped: int
+    ) -> Tensor:
+        ctx.dtypes, ctx.dropped = (f.dtype,), dropped
+        return _noted(_add(f, a, grid=grid, dropped=dropped), grid, saturation)
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Operand, ...]:
-        return gradients[0].to(ctx.dtypes[0]), gradients[0], None, None
+        of_a = gradients[0] * 2.0**-ctx.dropped if ctx.dropped else gradients[0]
+        return gradients[0].to(ctx.dtypes[0]), of_a, None, None, None
 
 
 class _Unpack(torch.autograd.Function):

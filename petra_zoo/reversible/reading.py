@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+# A coupling is a float or, where its value cannot be read (see `readable`), a 0-d tensor: then the general formula,
+# which holds for any g. TorchScript knows the first alone.
+if TYPE_CHECKING:
+    Coupling = float | Tensor
+else:
+    Coupling = float
 
 
 def readable(x: Tensor) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import fixed_point, packed
-from petra_zoo.reversible.reading import readable
+from petra_zoo.reversible.reading import Coupling, readable
+from petra_zoo.reversible.remainder import check_exact_coupling, dropped_bits, pack_bits, unpack_bits
 from petra_zoo.reversible.saturation import Saturation
 
 StreamKind = Literal["auto", "float32", "bfloat16", "fixed16"]
@@ -55,14 +56,15 @@ class StreamType:
 
     Branches compute in the type of their weights, or in autocast's. On a grid, what enters a run and every step in it
     are rounded to multiples of a power of two. Sums of two multiples are exact as long as they are in range, so at
-    g = 1 the inverse subtracts to the bit what the forward has added.
+    g = 1 the inverse subtracts to the bit what the forward has added, and at g = 2**-m, whose part of a stream is
+    rounded down, with the remainder of that.
 
     Attributes:
-        grid: > 0: the grid of float32 streams, whose range are 2**24 steps of it (2**53 in float64).
+        grid: > 0: the grid of float32 streams, whose range are 2**24 steps of it (2**53 in float64); for g = 2**-m.
         kind: what carries streams. `float32` (float64 where activations are); `bfloat16`: half of it, and a rounding
-            per block, in both directions; `fixed16`: a grid in 16 bits, for g = 1 (at g = 0, where nothing is inverted,
-            `bfloat16`); `auto`: `float32`, but `bfloat16` where branches compute in it and g is 1 or 0. Between them
-            the inverse multiplies rounding errors by 1/g per block.
+            per block, in both directions; `fixed16`: a grid in 16 bits, for g = 2**-m (at g = 0, where nothing is
+            inverted, `bfloat16`); `auto`: `float32`, but `bfloat16` where branches compute in it and g is 1 or 0.
+            Between them the inverse multiplies rounding errors by 1/g per block.
         fixed: the grid of `fixed16`, whose range are 32767 steps of it.
         packed: whether `fixed16` streams are bits, as between units, or floats on the grid, which any operation
             understands. The bits of what is computed from them are the same.
@@ -83,21 +85,24 @@ class StreamType:
             module: a block of the run, or the layer: its weights or autocast say in what branches compute.
 
         Raises:
-            UserError: `fixed16` at a coupling between 0 and 1.
+            UserError: a grid, and a coupling above 0 that is no 2**-m.
         """
+        if self.grid > 0.0 or self.kind == "fixed16":
+            check_exact_coupling(coupling())
         if self.kind in ("float32", "bfloat16"):
             return self
         if self.kind == "auto" and (self.grid > 0.0 or compute_type(module) != torch.bfloat16):
             return replace(self, kind="float32")
         g = coupling()
-        if g not in (0.0, 1.0):
-            if self.kind == "fixed16":
-                raise UserError(
-                    f"fixed16 streams have an inverse at coupling 1 alone, not at {g:g}: use auto or float32"
-                )
-            return replace(self, kind="float32")
+        if self.kind == "fixed16":
+            return self if g > 0.0 else replace(self, kind="bfloat16")
         # The rounding of a branch in bfloat16 outweighs that of a stream: a grid, which costs more, is not the default.
-        return replace(self, kind="fixed16" if self.kind == "fixed16" and g == 1.0 else "bfloat16")
+        return replace(self, kind="bfloat16" if g in (0.0, 1.0) else "float32")
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether streams lie on a grid now, so that g = 2**-m has an exact inverse."""
+        return self._spacing > 0.0
 
     def as_floats(self) -> StreamType:
         """The same for plain operations: tracers and hooks see numbers."""
@@ -171,17 +176,44 @@ class StreamType:
             return to_carrier(x, self.kind)
         return fixed_point.to_grid(x, self.grid, fixed_point.largest(x), self._witness(x)) if self.grid > 0.0 else x
 
+    def precise(self, h: Tensor) -> Tensor:
+        """An activation as it takes part in a step: fixed16 has it in the type that the branch takes."""
+        return widened(h) if self.kind == "fixed16" else h
+
     def sum_at_0(self, h: Tensor, f: Tensor) -> Tensor:
         """h + F(h), rounded: where there is no second stream."""
         if self._bits:
             return packed.pack_sum(h, f, self.fixed, self._witness(f))
-        return self.snap((widened(h) if self.kind == "fixed16" else h) + f)
+        return self.snap(self.precise(h) + f)
 
-    def sum_at_1(self, f: Tensor, a: Tensor) -> Tensor:
-        """F(h) + a, the step rounded and the sum in range: the formula at g = 1."""
+    def sum_on_grid(self, step: Tensor, a: Tensor, g: Coupling) -> Tensor:
+        """snap(step) + g * a, its last term rounded down to the grid, in range."""
         if self._bits:
-            return packed.add(f, a, self.fixed, self._witness(f))
-        return self.in_range(self.snap(f) + a)
+            assert not isinstance(g, Tensor), "packed streams are for who may look at values"
+            return packed.add(step, a, self.fixed, self._witness(step), dropped_bits(g) or 0)
+        whole = not isinstance(g, Tensor) and g == 1.0
+        return self.in_range(self.snap(step) + (a if whole else fixed_point.part_of(a, self._spacing, g)))
+
+    def checks(self, g: float) -> bool:
+        """Whether branches are to be recomputed to the bit, and looked at; fixed16 at g = 1 loses a step where not."""
+        return self.on_grid and g > 0.0 and (self.kind == "float32" or g < 1.0)
+
+    def remainder(self, a: Tensor, g: float) -> Tensor | None:
+        """What g = 2**-m drops of a stream, packed, uint8 [...]: the inverse needs it; None: nothing is dropped."""
+        bits = dropped_bits(g) if self.on_grid else None
+        if not bits:
+            return None
+        whole = packed.as_integers(a) if self._bits else fixed_point.whole_steps(a, self._spacing)
+        low = whole.to(torch.uint8)  # modulo 256, below zero as well
+        return pack_bits(low.bitwise_and_(2**bits - 1), bits)
+
+    def restored(self, b_out: Tensor, step: Tensor, g: float, remainder: Tensor, over: bool = False) -> Tensor:
+        """The stream a of b' = snap(step) + g * a: the inverse of `sum_on_grid`; `over`: it is written over b'."""
+        bits = dropped_bits(g) or 0
+        low = unpack_bits(remainder, bits, b_out.shape)
+        if self._bits:
+            return packed.restore(b_out, step, low, bits, over)
+        return self.difference(b_out, step, over).div_(g).add_(low, alpha=self._spacing)
 
     def difference(self, b_out: Tensor, step: Tensor, over: bool = False) -> Tensor:
         """b' less the rounded step: at g = 1 the stream a; `over`: it is written over b'."""
@@ -205,6 +237,10 @@ class StreamType:
 
     def _type_of(self, module: nn.Module | None) -> torch.dtype:
         return (None if module is None else compute_type(module)) or torch.float32
+
+    @property
+    def _spacing(self) -> float:
+        return self.fixed if self.kind == "fixed16" else self.grid if self.kind == "float32" else 0.0
 
     @property
     def _bits(self) -> bool:
@@ -243,11 +279,12 @@ def scripted_snap(x: Tensor, kind: str, grid: float) -> Tensor:
     return x
 
 
-def scripted_sum(x: Tensor, kind: str, grid: float) -> Tensor:
-    """`StreamType.in_range` for TorchScript."""
+def scripted_sum(step: Tensor, a: Tensor, g: Coupling, kind: str, grid: float) -> Tensor:
+    """`StreamType.sum_on_grid` for TorchScript, of a step that is rounded; without a grid, step + g * a."""
     if grid > 0.0:
+        x = step + fixed_point.floored(a, grid, g)
         return fixed_point.clamped(x, grid, 32767.0 if kind == "fixed16" else fixed_point.largest(x))
-    return x
+    return step + g * a
 
 
 def check_kind(kind: str) -> StreamKind:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from petra_zoo.reversible.activation import Activation
+from petra_zoo.reversible.checksum import checksum
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
 from petra_zoo.reversible.operands import Operand
 from petra_zoo.reversible.ownership import apart
+from petra_zoo.reversible.parts import PartedBranch
 from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
@@ -54,6 +56,8 @@ class Unit(nn.Module):
     Attributes:
         outside: modules that are no part of the unit, of which it reads the mode and the buffers of their own: its
             model, and layers for their coupling. To be set before the first use.
+        same_parameters: whether its second evaluation sees the parameters and the generator of the first one, so that
+            one that is to be exact can be looked at. An engine whose parameters change in between says no.
     """
 
     def __init__(self, name: str, anchor: bool = False) -> None:
@@ -61,6 +65,7 @@ class Unit(nn.Module):
         self.name = name
         self.anchor = anchor
         self.outside: Sequence[nn.Module] = ()
+        self.same_parameters = True
         self._state: ModuleState | None = None
 
     @property
@@ -77,6 +82,11 @@ class Unit(nn.Module):
     @property
     def reversible(self) -> bool:
         """Whether the unit has an inverse now (a coupling of 0 has none)."""
+        return False
+
+    @property
+    def needs_same_parameters(self) -> bool:
+        """Whether it has an inverse only as long as `same_parameters` holds."""
         return False
 
     def forward(self, *streams: Tensor) -> Streams:
@@ -231,14 +241,31 @@ class CoupledUnit(Unit):
     def reversible(self) -> bool:
         return self.coupling() > 0.0
 
+    @property
+    def needs_same_parameters(self) -> bool:
+        return not self.starts and 0.0 < self.coupling() < 1.0 and self._streams_type().on_grid
+
     def forward(self, *streams: Tensor) -> Streams:
-        g = self.coupling()
+        return self._couple(streams, self.coupling(), self._streams_type())[0]
+
+    def evaluate(self, *streams: Tensor) -> Evaluation:
+        """The forward; the residue is what g drops of a, and the branch's checksum, where there are any."""
+        g, streams_type = self.coupling(), self._streams_type()
+        if self.starts or not (g > 0.0 and streams_type.on_grid):
+            return super().evaluate(*streams)
+        outputs, f = self._couple(streams, g, streams_type)
+        seen = (checksum(f),) if self.same_parameters and streams_type.checks(g) else ()
+        del f
+        remainder = streams_type.remainder(streams[1], g)
+        return Evaluation(outputs, seen if remainder is None else (remainder, *seen))
+
+    def _couple(self, streams: Streams, g: float, streams_type: StreamType) -> tuple[Streams, Tensor]:
         b = streams[0]
         a = None if self.starts or g == 0.0 else streams[1]
-        streams_type = self._streams_type()
         h = streams_type.activated(b, self.activate, self.block)
-        b_out = coupled(h, self._branch_of(h, streams_type), a, g, streams_type, self.gain(), self.whole)
-        return (b_out, b) if g > 0.0 else (b_out,)  # a' = b; at g = 0 nobody would read it
+        f = self._branch_of(h, streams_type)
+        b_out = coupled(h, f, a, g, streams_type, self.gain(), self.whole)
+        return ((b_out, b) if g > 0.0 else (b_out,)), f  # a' = b; at g = 0 nobody would read it
 
     def values(self, streams: Streams) -> Streams:
         return tuple(map(self._streams_type().read, streams))
@@ -276,28 +303,21 @@ class CoupledUnit(Unit):
         d_b_out, d_a_out = output_gradients
         activation = Activation(partial(streams_type.activated, activate=self.activate, branch=self.block), a_out)
         # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
-        # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
-        # be another number: forward and backward of a tick use one version of the parameters.
+        # from the same evaluation. A second one would cost a fourth of the step, and be the same number under PETRA.
         with self.untouched():  # as in `recompute`
-            with torch.set_grad_enabled(d_b_out is not None), activation.forgetting():
-                # No name is bound to h, here or in a function between: only so it dies inside of the branch.
-                f = self.branch(streams_type.for_branch(activation.give(), self.block))
-            value, graph = f.detach(), edge_of(f)
-            del f
+            value, gradients = self._pull(activation, streams_type, gain, d_b_out, parameters)
             inputs: Streams = (a_out,)  # of a block that starts its run: the one stream b
             if not self.starts:
                 h = value if g == 1.0 and not self.whole else activation.value()  # no part of the step at g = 1
                 step = step_of(h, value, g, streams_type, gain, self.whole)
                 del h
-                a = uncouple(b_out, step, g, streams_type, over=owned)  # divides by g, and so do rounding errors
+                remainder = self._look(value, residue, g, streams_type)
+                # Without a remainder it divides by g, and so do rounding errors.
+                a = uncouple(b_out, step, g, streams_type, remainder=remainder, over=owned)
                 inputs = (a_out, a)
                 del step
             del value
-            d_h: Tensor | None = None
-            d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
-            if graph is not None:
-                d_f = _times(gain, d_b_out)
-                d_h, *d_parameters = gradients_of((graph,), (d_f,), [activation.start, *parameters])
+            d_h, *d_parameters = gradients()
             # (1 - g) * h, or h where a = h, is the part of b' beside s * F(h) and g * a; F = B - id of a whole block.
             beside = (1.0 if self.starts else 1.0 - g) - (gain if self.whole else 0.0)
             d_h = _sum(d_h, _times(beside, d_b_out))
@@ -307,6 +327,35 @@ class CoupledUnit(Unit):
         if self.starts:
             return Reversal(inputs, (d_b,), tuple(d_parameters))
         return Reversal(inputs, (d_b, _times(g, d_b_out)), tuple(d_parameters))
+
+    def _pull(
+        self,
+        activation: Activation,
+        streams_type: StreamType,
+        gain: float,
+        d_b_out: Tensor | None,
+        parameters: Sequence[Tensor],
+    ) -> tuple[Tensor, Callable[[], Gradients]]:
+        """F(h), and what gives the gradients of h and the parameters; a branch in parts has them with its value."""
+        if isinstance(self.branch, PartedBranch) and (d_f := _times(gain, d_b_out)) is not None:
+            h = streams_type.for_branch(activation.give(), self.block)
+            value, d_h, d_parameters = self.branch.pull(h.detach(), d_f, parameters)
+            of_h = (d_h,) if h.is_leaf else gradients_of((h,), (d_h,), [activation.start])
+            return value, lambda: (*of_h, *d_parameters)
+        with torch.set_grad_enabled(d_b_out is not None), activation.forgetting():
+            # No name is bound to h, here or in a function between: only so it dies inside of the branch.
+            f = self.branch(streams_type.for_branch(activation.give(), self.block))
+        graph = edge_of(f)
+        return f.detach(), lambda: gradients_of((graph,), (_times(gain, d_b_out),), [activation.start, *parameters])
+
+    def _look(self, f: Tensor, residue: Residue, g: float, streams_type: StreamType) -> Tensor | None:
+        """What g has dropped, from a residue; looks whether F(h) has the bits of the forward where it tells of them."""
+        drops = 1 if streams_type.on_grid and g < 1.0 else 0
+        if len(residue) < drops:
+            raise RuntimeError(f"{self.name} is exact at coupling {g:g} with the residue that its evaluate gave alone")
+        for then in residue[drops:]:
+            streams_type.saturation.compare(self.name, then, checksum(f))
+        return residue[0] if drops else None
 
 
 def _times(factor: float, d: Tensor | None) -> Tensor | None:

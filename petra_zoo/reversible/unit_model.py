@@ -57,7 +57,7 @@ def units_of(model: nn.Module | UnitModel) -> list[Unit]:
     listed = getattr(model, "units", None)
     if not callable(listed):
         raise UserError(
-            f"{kind} has no units(): petra-zoo convert makes a reversible network of a ResNet; "
+            f"{kind} has no units(): petra-zoo convert makes a reversible network of most; "
             "docs/extending.md says how to write units()"
         )
     given = listed() or ()

@@ -64,7 +64,8 @@ class CouplingSchedule:
         epochs: the first epoch (counted from 0) that trains at coupling 1.
 
     Raises:
-        UserError: the model has no couplings, was built with a fixed one, or has a run too long to start from 0.
+        UserError: the model has no couplings, was built with a fixed one, is exact, or has a run too long to start
+            from 0.
     """
 
     def __init__(self, model: nn.Module, epochs: int) -> None:
@@ -77,6 +78,11 @@ class CouplingSchedule:
                 raise UserError(
                     f"coupling_epochs={epochs}: the network is built with coupling={layer.asked_for:g}, which would "
                     "contradict what is saved: leave coupling out of model_kwargs, or set coupling_epochs=0"
+                )
+            if layer.grid > 0.0:
+                raise UserError(
+                    f"coupling_epochs={epochs}: couplings move through values that exact inversion does not take: "
+                    "use exact=False, or set coupling_epochs=0"
                 )
             if layer.g() == 0.0 and len(layer.in_run()) > SHORT_RUN:
                 raise UserError(

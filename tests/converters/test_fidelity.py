@@ -34,9 +34,9 @@ def test_a_converted_network_predicts_what_its_source_predicts(name: str, epochs
 
 @pytest.mark.slow
 def test_scaling_the_branch_that_starts_a_run_is_closer_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    from petra_zoo.converters import choose
+    from petra_zoo.converters import resnet_family
 
-    def all_but_the_start(layer, g, scale=choose.scale_branches) -> None:  # type: ignore[no-untyped-def]
+    def all_but_the_start(layer, g, scale=resnet_family.scale_branches) -> None:  # type: ignore[no-untyped-def]
         scale(layer, g)
         for key, factor in branch_scales(layer, g).items():
             if layer.in_run() and key.startswith(f"{layer.in_run()[0]}."):
@@ -44,7 +44,7 @@ def test_scaling_the_branch_that_starts_a_run_is_closer_to_the_source(monkeypatc
 
     network = trained("digits", 5)
     scaled = measure_fidelity(network, convert(network, coupling=0.25), labelled("digits", "val"))
-    monkeypatch.setattr(choose, "scale_branches", all_but_the_start)
+    monkeypatch.setattr(resnet_family, "scale_branches", all_but_the_start)
     unscaled = measure_fidelity(network, convert(network, coupling=0.25), labelled("digits", "val"))
     assert scaled.logit_error < 0.8 * unscaled.logit_error
 

@@ -1,12 +1,15 @@
-"""Which networks of timm's registry convert: all ResNets of plain blocks; others are refused by name."""
+"""Which networks of timm's registry are converted by which family, and all ResNets of plain blocks by theirs."""
 
 import pytest
 import timm
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from petra_zoo.converters.checks import check_blocks
-from petra_zoo.converters.identity import take_identity
-from petra_zoo.errors import UserError
+from petra_zoo.converters.chain_family import ChainFamily
+from petra_zoo.converters.families import FAMILIES, NetworkFamily, family_for, register_family
+from petra_zoo.converters.resnet_family import ResNetFamily
+from petra_zoo.converters.resnet_identity import take_identity
+from petra_zoo.converters.transformer_family import TransformerFamily
 from petra_zoo.models import PetraRevNet
 
 CONVERTIBLE_IN_1_0_31 = 81
@@ -21,10 +24,9 @@ def test_every_resnet_of_plain_blocks_converts_and_all_but_the_pruned_can_be_sav
         network = timm.create_model(name, device="meta")
         blocks = {type(block) for i in range(1, 5) for block in getattr(network, f"layer{i}")}
         if type(network) is not ResNet or not blocks <= {BasicBlock, Bottleneck}:
-            with pytest.raises(UserError, match=f"{name} cannot be converted"):
-                check_blocks(network)
+            assert ResNetFamily().refusal(network, torch.zeros(0)) is not None
             continue
-        check_blocks(network)
+        assert type(family_for(network)) is ResNetFamily
         model = PetraRevNet.from_resnet(network)
         take_identity(model, {})
         assert model.pretrained_cfg["architecture"].startswith("petra_revnet") == (name not in PRUNED), name
@@ -33,18 +35,26 @@ def test_every_resnet_of_plain_blocks_converts_and_all_but_the_pruned_can_be_sav
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "family"),
     [
-        ("res2net50_26w_4s", "its blocks are Bottle2neck"),
-        ("resnest14d", "its blocks are ResNestBottleneck"),
-        ("skresnet18", "its blocks are SelectiveKernelBasic"),
-        ("resnetv2_18", "it is a ResNetV2"),
-        ("convnext_atto", "it is a ConvNeXt"),
-        ("regnety_002", "it is a RegNet"),
-        ("resnet61q", "it is a ByobNet"),
-        ("legacy_seresnet18", "it is a SENet"),
+        ("resnet18", ResNetFamily),
+        ("skresnet18", ChainFamily),
+        ("resnetv2_18", ChainFamily),
+        ("convnext_atto", ChainFamily),
+        ("regnety_002", ChainFamily),
+        ("vit_tiny_patch16_224", TransformerFamily),
+        ("eva02_tiny_patch14_224", TransformerFamily),
     ],
 )
-def test_other_residual_networks_are_refused_with_what_to_use_instead(name: str, kind: str) -> None:
-    with pytest.raises(UserError, match=rf"^{name} cannot be converted, {kind}: use a ResNet .*, such as resnet50"):
-        check_blocks(timm.create_model(name, device="meta"))
+def test_a_network_is_converted_by_the_family_that_knows_it_best(name: str, family: type[NetworkFamily]) -> None:
+    assert type(family_for(timm.create_model(name, device="meta"))) is family
+
+
+def test_a_family_can_be_plugged_in() -> None:
+    class Mine(ResNetFamily):
+        name = "mine"
+
+    with FAMILIES.restored():
+        mine = register_family(Mine())
+        assert family_for(timm.create_model("resnet18", device="meta")) is mine
+    assert type(family_for(timm.create_model("resnet18", device="meta"))) is ResNetFamily

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from petra_zoo.converters import convert, load_source, save_converted
-from petra_zoo.converters.identity import take_identity
+from petra_zoo.converters.resnet_identity import take_identity
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraRevNet
 from petra_zoo.models.layer_arguments import from_words

@@ -243,6 +243,13 @@ def test_an_exported_container_computes_the_same(g: float) -> None:
     assert torch.allclose(exported(tokens()), chain(tokens()), rtol=0, atol=1e-12)
 
 
+def test_a_compiled_container_computes_the_same() -> None:
+    chain = ReversibleSequential([Biased(), Biased()], coupling=0.5, gain=1.5).eval()
+    bias = torch.ones(WIDTH, dtype=torch.float64)
+    compiled = torch.compile(chain, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(tokens(), bias, negate=True), chain(tokens(), bias, negate=True), rtol=0, atol=1e-12)
+
+
 def test_a_traced_container_computes_the_same() -> None:
     chain = ReversibleSequential(transformer(2), coupling=0.5, gain=1.5).eval()
     traced = torch.jit.trace(chain, tokens())

@@ -3,7 +3,7 @@
 timm ships its tests in the source distribution only, so the one of the *installed* version is fetched with pip, once,
 into pytest's cache. The tests run in a process of their own because they narrow timm's registry
 (`timm_suite_plugin.py`) and go by timm's pytest settings, not ours. What they load as pretrained weights are ResNets
-initialised here, on a loopback Hub.
+initialised here, on a loopback Hub, and what torch keeps of files that come by their address.
 """
 
 import importlib.metadata
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save
 
 import petra_zoo  # noqa: F401  (importing it registers our models)
@@ -31,6 +32,7 @@ SMALL = (
     "petra_revnet_tiny",
     "petra_revnet18_paper_cifar",
     "petra_test_vit2",
+    "petra_revvit_micro",
 )
 LARGE = (
     "petra_revnet18",
@@ -48,6 +50,9 @@ LARGE = (
     "petra_revnet101_paper",
     "petra_revnet101_paper_cifar",
     "petra_revnet152",
+    "petra_revvit_tiny",
+    "petra_revvit_small",
+    "petra_revvit_base",
 )
 # Of each kind of transformer that the hundreds of names have; timm's own tests of the others are about their sizes.
 TRANSFORMERS = (
@@ -85,6 +90,9 @@ EXPECTED = {
     "test_model_backward_fx",
     "test_model_forward_fx_torchscript",
 }
+# Of transformers, which give tokens, in the place of those that look at their features as maps.
+OF_TOKENS = {"test_model_default_cfgs_non_std"}
+OF_MAPS = {"test_model_default_cfgs", "test_model_forward_features", "test_model_features_pretrained"}
 # For every model with weights, too: they adapt the weights of its default tag.
 EXPECTED_OF_WEIGHTS = {"test_model_load_pretrained", "test_model_features_pretrained"}
 
@@ -129,11 +137,14 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
     unwanted = {"GITHUB_ACTIONS", "TORCH_BACKEND", "TORCH_DEVICE", "PYTEST_ADDOPTS"}
     environment = {name: value for name, value in os.environ.items() if name not in unwanted}
     with tempfile.TemporaryDirectory() as scratch, LoopbackHub(Path(scratch) / "server") as hub:
+        kept = Path(scratch) / "torch" / "hub" / "checkpoints"
+        kept.mkdir(parents=True)
         for model in models:
-            _serve_weights(hub, model)
+            _serve_weights(hub, kept, model)
         report = Path(scratch) / "report.json"
         environment |= hub.environment(Path(scratch) / "client")
         environment |= {
+            "TORCH_HOME": str(Path(scratch) / "torch"),
             "PETRA_ZOO_TIMM_SUITE_MODELS": ",".join(models),
             "PETRA_ZOO_TIMM_SUITE_REPORT": str(report),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
@@ -160,12 +171,14 @@ def _run(home: Path, models: tuple[str, ...]) -> tuple[list[dict[str, str]], str
     return records, (done.stdout + done.stderr)[-4000:]
 
 
-def _serve_weights(hub: LoopbackHub, model: str) -> None:
-    """Puts a ResNet with initial weights where timm publishes the trained ones of the model's default tag."""
+def _serve_weights(hub: LoopbackHub, kept: Path, model: str) -> None:
+    """Puts initial weights where the trained ones of the model's default tag are published, or kept: a ResNet's."""
     cfg = timm.get_pretrained_cfg(model)
     if cfg.hf_hub_id:
         network = timm.create_model(cfg.hf_hub_id.removeprefix("timm/").partition(".")[0], num_classes=cfg.num_classes)
         hub.add(cfg.hf_hub_id, {"model.safetensors": save(network.state_dict())})
+    elif cfg.url:
+        torch.save({"model_state": timm.create_model(model).state_dict()}, kept / Path(cfg.url).name)
 
 
 def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
@@ -181,9 +194,7 @@ def _check(model: str, home: Path, models: tuple[str, ...]) -> None:
         pytest.fail(f"{model}: {len(failed)} of timm's {len(mine)} tests did not pass\n\n{details}", pytrace=False)
     expected = EXPECTED | (EXPECTED_OF_WEIGHTS if timm.get_pretrained_cfg(model).has_weights else set())
     if not model.startswith("petra_revnet"):  # features that are no map: timm tests other things of such a network
-        std = {"test_model_default_cfgs", "test_model_forward_features", "test_model_features_pretrained"}
-        expected = expected - std
-        expected |= {"test_model_default_cfgs_non_std"}
+        expected = expected - OF_MAPS | OF_TOKENS
     if "distilled" in model:
         expected = expected - {"test_model_forward_fx_torchscript"}
     missing = sorted(expected - {record["test"] for record in mine})
@@ -202,7 +213,7 @@ def test_every_registered_model_is_listed() -> None:
     families = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
     twins = {f"petra_{name}" for family in families for name in timm.list_models(module=family)}
     assert twins > set(TRANSFORMERS)
-    assert set(timm.list_models("petra_*")) == twins | {*SMALL, *LARGE}
+    assert set(timm.list_models("petra_*")) == twins | {*SMALL, *LARGE, "petra_any"}
 
 
 @pytest.mark.timeout(OUTER_SECONDS)

@@ -6,6 +6,7 @@ which models to test while it is imported, so the registry's listing is narrowed
 
 import json
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def _is_default(name: str) -> bool:
     return not tag or tag == timm.get_pretrained_cfg(architecture).tag
 
 
+def _timms(name: str) -> str:
+    """What timm would call a model of ours: its filters tell transformers, which give tokens, by their names."""
+    return re.sub(r"^petra_(rev(?=vit))?", "", name)
+
+
 def _list_chosen(filter: Any = "", module: Any = "", *args: Any, exclude_filters: Any = "", **kwargs: Any) -> list[str]:
     # `module` is dropped: timm selects the forward_intermediates and pruning tests by the file names of its own
     # families, so that a model from elsewhere would never meet them.
@@ -48,7 +54,7 @@ def _list_chosen(filter: Any = "", module: Any = "", *args: Any, exclude_filters
 
 
 def _matches(name: str, filters: Any) -> bool:
-    timms = name.removeprefix("petra_")
+    timms = _timms(name)
     for pattern in [filters] if isinstance(filters, str) else filters:
         if pattern == "test_*":  # networks whose logits timm has recorded
             continue

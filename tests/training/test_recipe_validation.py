@@ -68,7 +68,7 @@ def test_two_updates_are_made_at_the_recipes_learning_rate(monkeypatch: pytest.M
         return pipelines[-1][1]
 
     monkeypatch.setattr(preparation, "build_pipeline", record)
-    recipe = load_recipe(DIGITS, [f"method={method}", "accumulation_steps=3", "opt=adamw"])
+    recipe = load_recipe(DIGITS, [f"method={method}", "batch_size=32", "accumulation_steps=3", "opt=adamw"])
     try_recipe(recipe)
     ((tried, pipeline),) = pipelines
     assert (pipeline.fed, pipeline.in_flight) == (6, 0)
@@ -94,7 +94,7 @@ def test_a_file_is_tried_by_its_path(tmp_path: Path) -> None:
     [
         (["model=petra_revnet_tinny"], "model 'petra_revnet_tinny' is unknown; nearest: petra_revnet_tiny"),
         (["optt=sgd"], "unknown setting 'optt'; did you mean 'opt'?"),
-        (["opt_kwargs={x: 1}"], "optimizer 'sgd'"),
+        (["opt=sgd", "opt_kwargs={x: 1}"], "optimizer 'sgd'"),
         (["dataset=torch/nothing"], "timm cannot open data set 'torch/nothing'"),
         (["lr=1e30"], "the loss of stage 3 is nan"),
         (["lr=1e-60", "warmup_epochs=0"], "no parameter of stage 0 changed in 2 updates"),
@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_recipe_is_the_reason(overrides: list[str], reason:
     ("overrides", "reason"),
     [
         (["batch_size=2000"], "batch_size=2000 is more than the 1437 training images"),
-        (["accumulation_steps=50"], "accumulation_steps=50 is more than the 45 micro-batches of an epoch"),
+        (["batch_size=32", "accumulation_steps=50"], "=50 is more than the 45 micro-batches of an epoch"),
         (["batch_size=4", "stages=1"], "batch_size=4: batch norms see micro-batches, and 4 images are too few"),
         (["batch_size=4", "freeze_bn=true", "lr=1e-3"], None),
         (["update_size=64", "max_delay=1"], None),
