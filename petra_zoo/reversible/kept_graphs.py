@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from petra_zoo.reversible.live_bytes import LiveBytes
+from petra_zoo.reversible.parts import parts_of
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.unit import CoupledUnit, Gradients, Streams, Unit, edge_of, gradients_of
 
@@ -145,7 +146,7 @@ class _Counter:
 def _structure(unit: Unit) -> Hashable:
     """What a unit's memory depends on, beside its input."""
     state = unit.state
-    coupled = (unit.coupling(), unit.starts) if isinstance(unit, CoupledUnit) else None
+    coupled = (unit.coupling(), unit.starts, parts_of(unit.branch)) if isinstance(unit, CoupledUnit) else None
     tensors = tuple(x if x is None else (x.shape, x.dtype, x.requires_grad) for x in state.tensors())
     return type(unit), unit.reversible, unit.anchor, coupled, tuple(map(type, state.modules)), tensors
 

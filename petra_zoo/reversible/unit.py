@@ -21,6 +21,7 @@ from petra_zoo.reversible.checksum import checksum
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
 from petra_zoo.reversible.operands import Operand
 from petra_zoo.reversible.ownership import apart
+from petra_zoo.reversible.parts import PartedBranch
 from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
@@ -302,14 +303,9 @@ class CoupledUnit(Unit):
         d_b_out, d_a_out = output_gradients
         activation = Activation(partial(streams_type.activated, activate=self.activate, branch=self.block), a_out)
         # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
-        # from the same evaluation. A second one would cost a fourth of the step, and under PETRA it would not even
-        # be another number: forward and backward of a tick use one version of the parameters.
+        # from the same evaluation. A second one would cost a fourth of the step, and be the same number under PETRA.
         with self.untouched():  # as in `recompute`
-            with torch.set_grad_enabled(d_b_out is not None), activation.forgetting():
-                # No name is bound to h, here or in a function between: only so it dies inside of the branch.
-                f = self.branch(streams_type.for_branch(activation.give(), self.block))
-            value, graph = f.detach(), edge_of(f)
-            del f
+            value, gradients = self._pull(activation, streams_type, gain, d_b_out, parameters)
             inputs: Streams = (a_out,)  # of a block that starts its run: the one stream b
             if not self.starts:
                 h = value if g == 1.0 and not self.whole else activation.value()  # no part of the step at g = 1
@@ -321,11 +317,7 @@ class CoupledUnit(Unit):
                 inputs = (a_out, a)
                 del step
             del value
-            d_h: Tensor | None = None
-            d_parameters: Sequence[Tensor | None] = [None] * len(parameters)
-            if graph is not None:
-                d_f = _times(gain, d_b_out)
-                d_h, *d_parameters = gradients_of((graph,), (d_f,), [activation.start, *parameters])
+            d_h, *d_parameters = gradients()
             # (1 - g) * h, or h where a = h, is the part of b' beside s * F(h) and g * a; F = B - id of a whole block.
             beside = (1.0 if self.starts else 1.0 - g) - (gain if self.whole else 0.0)
             d_h = _sum(d_h, _times(beside, d_b_out))
@@ -335,6 +327,26 @@ class CoupledUnit(Unit):
         if self.starts:
             return Reversal(inputs, (d_b,), tuple(d_parameters))
         return Reversal(inputs, (d_b, _times(g, d_b_out)), tuple(d_parameters))
+
+    def _pull(
+        self,
+        activation: Activation,
+        streams_type: StreamType,
+        gain: float,
+        d_b_out: Tensor | None,
+        parameters: Sequence[Tensor],
+    ) -> tuple[Tensor, Callable[[], Gradients]]:
+        """F(h), and what gives the gradients of h and the parameters; a branch in parts has them with its value."""
+        if isinstance(self.branch, PartedBranch) and (d_f := _times(gain, d_b_out)) is not None:
+            h = streams_type.for_branch(activation.give(), self.block)
+            value, d_h, d_parameters = self.branch.pull(h.detach(), d_f, parameters)
+            of_h = (d_h,) if h.is_leaf else gradients_of((h,), (d_h,), [activation.start])
+            return value, lambda: (*of_h, *d_parameters)
+        with torch.set_grad_enabled(d_b_out is not None), activation.forgetting():
+            # No name is bound to h, here or in a function between: only so it dies inside of the branch.
+            f = self.branch(streams_type.for_branch(activation.give(), self.block))
+        graph = edge_of(f)
+        return f.detach(), lambda: gradients_of((graph,), (_times(gain, d_b_out),), [activation.start, *parameters])
 
     def _look(self, f: Tensor, residue: Residue, g: float, streams_type: StreamType) -> Tensor | None:
         """What g has dropped, from a residue; looks whether F(h) has the bits of the forward where it tells of them."""
