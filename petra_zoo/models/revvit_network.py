@@ -24,6 +24,7 @@ from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.revvit_weights import from_published, is_published
 from petra_zoo.models.two_stream_blocks import TwoStreamBlock, TwoStreamBlocks
 from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate, kept_units
+from petra_zoo.reversible.parts import check_chunks
 from petra_zoo.reversible.stream_type import check_kind
 
 
@@ -42,6 +43,8 @@ class PetraRevViT(MemoryModes, VisionTransformer):
         norm_layer: of the last norm and the blocks'; None: LayerNorm with eps 1e-6.
         weight_init: timm's.
         streams: what carries the streams, see `set_streams`.
+        chunks: in how many parts a block's branches are evaluated, the MLP by tokens, the attention by heads: less
+            memory at the peak of a reversible step, and the same gradients but for their rounding.
         **kwargs: timm's `VisionTransformer` arguments.
 
     Raises:
@@ -63,6 +66,7 @@ class PetraRevViT(MemoryModes, VisionTransformer):
         norm_layer: Argument = None,
         weight_init: Literal["skip", "reset", "jax", "jax_nlhb", "moco", ""] = "",
         streams: StreamKind = "auto",
+        chunks: int = 1,
         **kwargs: Argument,
     ) -> None:
         _check_pool(global_pool)
@@ -90,6 +94,8 @@ class PetraRevViT(MemoryModes, VisionTransformer):
         self.fc_norm = norm() if final_norm and behind_pool else nn.Identity()
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self._use_streams(streams)
+        for block in self.blocks:
+            block.chunks = check_chunks(chunks)
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         if weight_init != "skip":
             self.init_weights(needs_reset=False)

@@ -8,9 +8,8 @@ The blocks state it as ordinary operations, for evaluation, TorchScript, tracers
 two `CoupledUnit`s per block run the same branches.
 """
 
-import copy
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, overload
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from timm.models.vision_transformer import Block
@@ -19,8 +18,12 @@ from torch import Tensor, nn
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import saves_memory
 from petra_zoo.models.paper_blocks import paper_coupling
+from petra_zoo.models.run_slices import RunSlices
+from petra_zoo.models.transformer_parts import attention_in_groups, mlp_in_chunks
 from petra_zoo.reversible import CoupledUnit, Streams, StreamType, Unit, backpropagate, coupled
 from petra_zoo.reversible.stream_type import check_kind, scripted_kind, to_carrier
+
+Branch = Callable[[Tensor], Tensor]
 
 
 class TwoStreamBlock(Block):
@@ -31,6 +34,7 @@ class TwoStreamBlock(Block):
 
     Attributes:
         kind: what carries the streams, see `petra_zoo.reversible.StreamType`.
+        chunks: in how many parts each branch is evaluated, see `petra_zoo.models.transformer_parts`.
     """
 
     if TYPE_CHECKING:
@@ -39,14 +43,23 @@ class TwoStreamBlock(Block):
     def __init__(self, *args: Argument, **kwargs: Argument) -> None:
         super().__init__(*args, **kwargs)
         self.kind = "auto"
+        self.chunks = 1
 
     def attend(self, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """The first branch."""
+        if not torch.jit.is_scripting():
+            parted = attention_in_groups(self, self.chunks)
+            if parted is not None and attn_mask is None and not is_causal:
+                return parted(h)
         x = self.attn(self.norm1(h), attn_mask=attn_mask, is_causal=is_causal)
         return self.drop_path1(self.ls1(x))
 
     def transform(self, h: Tensor) -> Tensor:
         """The second branch."""
+        if not torch.jit.is_scripting():
+            parted = mlp_in_chunks(self, self.chunks)
+            if parted is not None:
+                return parted(h)
         return self.drop_path2(self.ls2(self.mlp(self.norm2(h))))
 
     # Two streams where timm's block takes their sum.
@@ -74,7 +87,10 @@ class TwoStreamBlock(Block):
             "attn": [self.norm1, self.attn, self.ls1, self.drop_path1],
             "mlp": [self.norm2, self.mlp, self.ls2, self.drop_path2],
         }
-        branches = {"attn": self.attend, "mlp": self.transform}
+        branches: dict[str, Branch] = {
+            "attn": attention_in_groups(self, self.chunks) or self.attend,
+            "mlp": mlp_in_chunks(self, self.chunks) or self.transform,
+        }
         return [
             CoupledUnit(
                 f"{name}.{part}",
@@ -102,7 +118,7 @@ class TwoStreamBlock(Block):
             return coupled(h, f, a, 1.0, self.streams())
 
 
-class TwoStreamBlocks(nn.Sequential):
+class TwoStreamBlocks(RunSlices):
     """The body of a reversible vision transformer: tokens [B, N, C] become both streams, concatenated, [B, N, 2C].
 
     Reversibility sits here, so that whoever calls it saves memory: in train mode it stores its output alone.
@@ -118,21 +134,6 @@ class TwoStreamBlocks(nn.Sequential):
 
         def __iter__(self) -> Iterator[TwoStreamBlock]: ...
 
-    if TYPE_CHECKING:
-
-        @overload
-        def __getitem__(self, idx: slice) -> "TwoStreamBlocks": ...
-
-        @overload
-        def __getitem__(self, idx: int) -> TwoStreamBlock: ...
-
-    def __getitem__(self, idx: int | slice) -> nn.Module:
-        if not isinstance(idx, slice):
-            return super().__getitem__(idx)
-        other = copy.copy(self)
-        other._modules = dict(list(self._modules.items())[idx])
-        return other
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
             if attn_mask is None and not is_causal and saves_memory(self, x):
@@ -145,12 +146,21 @@ class TwoStreamBlocks(nn.Sequential):
 
     def enter(self, x: Tensor) -> Tensor:
         """The one stream that tokens are in front of the first block."""
-        return x if torch.jit.is_scripting() else self[0].streams().carry(x)
+        return x if torch.jit.is_scripting() else self._first().streams().carry(x)
 
     def join(self, b: Tensor, a: Tensor | None = None) -> Tensor:
         """What the head reads: the streams behind the last attention and the last MLP, concatenated, [B, N, 2C]."""
         x = torch.cat([b if a is None else a, b], dim=-1)
-        return x if torch.jit.is_scripting() else self[0].streams().leave(x, self[0])
+        return x if torch.jit.is_scripting() else self._first().streams().leave(x, self._first())
+
+    @torch.jit.unused
+    def g(self) -> float:
+        """The coupling."""
+        return paper_coupling()
+
+    @torch.jit.unused
+    def _first(self) -> TwoStreamBlock:
+        return next(iter(self))
 
     @torch.jit.unused
     def run(self, streams: Streams) -> Streams:
