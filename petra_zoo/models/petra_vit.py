@@ -17,7 +17,14 @@ from torch import Tensor
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import Family, register_twins
-from petra_zoo.models.transformer import Intermediates, Part, ReversibleTransformer, scripted_merge, scripted_step
+from petra_zoo.models.transformer import (
+    Intermediates,
+    Part,
+    ReversibleTransformer,
+    check_scripted,
+    scripted_merge,
+    scripted_step,
+)
 from petra_zoo.models.transformer_weights import couple_as_loaded, couple_transformer
 from petra_zoo.reversible import StreamKind, Unit
 
@@ -106,6 +113,7 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
         x = self.embed(x)
         if torch.jit.is_scripting():
             g, s = float(self.blocks.coupling), float(self.blocks.gain)
+            check_scripted(self.blocks.unit_kind, self.blocks.grid, g)
             a: Optional[Tensor] = None  # noqa: UP045
             for block in self.blocks:
                 b = scripted_step(x, block(x, attn_mask=attn_mask, is_causal=is_causal), a, g, s)

@@ -271,6 +271,12 @@ class OwnParameters(nn.Module):
         self._parameters = owner._parameters
 
 
+def check_scripted(units: str, grid: float, g: float) -> None:
+    """Refuses in a script what it would compute otherwise than the network does."""
+    if g > 0.0 and (units == "branch" or grid > 0.0):
+        raise RuntimeError("TorchScript knows neither units of branches nor exact streams: trace or export the network")
+
+
 def scripted_step(h: Tensor, y: Tensor, a: Optional[Tensor], g: float, s: float) -> Tensor:  # noqa: UP045
     """b' = s B(h) + (1 - g - s) h + g a of a whole block, with y = B(h), as TorchScript compiles it."""
     if a is None or g == 0.0:

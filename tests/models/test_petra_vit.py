@@ -266,6 +266,12 @@ def test_a_script_computes_what_the_network_does(kind: str) -> None:
         torch.testing.assert_close(torch.jit.script(model)(images(kind)), model(images(kind)), rtol=0, atol=1e-6)
 
 
+def test_a_script_of_branches_is_refused() -> None:
+    script = torch.jit.script(coupled(units="branch").eval())
+    with pytest.raises(torch.jit.Error, match="TorchScript knows neither units of branches nor exact streams"):
+        script(images())
+
+
 # -- timm's registry ----------------------------------------------------------------------------------------------
 
 
