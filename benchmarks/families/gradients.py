@@ -1,6 +1,6 @@
 """Gradients through reversible chains of timm's blocks against autograd's, in float64.
 
-    python benchmarks/families/gradients.py benchmarks/families
+    python benchmarks/families/gradients.py runs/families
 
 Once per distinct block (class and structure): of the smallest network that has it, a chain's first three blocks as timm
 initialises them, with random offsets so that no gain or layer scale is zero; coupling 1/2, gain 3/2, train mode. Kept

@@ -83,7 +83,7 @@ def find_chains(model: nn.Module, example: Example | None = None, *, shortest: i
     """
     found: list[Chain] = []
     for seen in _watched(model, example_of(model, example)):
-        inside = any(seen.path.startswith(f"{block}.") for chain in found for block in chain.blocks)
+        inside = any(f"{seen.path}.".startswith(f"{block}.") for chain in found for block in chain.blocks)
         if not inside and (chain := seen.chain(shortest)) is not None:
             found.append(chain)
     return found

@@ -41,6 +41,7 @@ from petra_zoo.petra.prediction import Batches, predict_batches
 from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
+from petra_zoo.petra.stage import precision
 from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.tick import run_tick
 from petra_zoo.petra.world import World
@@ -99,7 +100,8 @@ class Pipeline:
         self.model, self.method, self.prepare = model, find_method(method), prepare
         self.optimization = optimization or Optimization()
         self.world = world or World(device=next(model.parameters()).device)
-        units = units_of(model)
+        with precision(self.world.device, autocast):  # which decides how far apart anchors may be
+            units = units_of(model)
         require_all_parameters(model, units)
         self.layout = Layout.of(model, layout, method=self.method, ranks=self.world.size)
         require_one_stage_each(model, units, self.layout)

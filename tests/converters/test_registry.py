@@ -38,8 +38,8 @@ def test_every_resnet_of_plain_blocks_converts_and_all_but_the_pruned_can_be_sav
     ("name", "family"),
     [
         ("resnet18", ResNetFamily),
-        ("skresnet18", ChainFamily),
-        ("resnetv2_18", ChainFamily),
+        ("res2net50_26w_4s", ChainFamily),
+        ("resnetv2_50", ChainFamily),
         ("convnext_atto", ChainFamily),
         ("regnety_002", ChainFamily),
         ("vit_tiny_patch16_224", TransformerFamily),

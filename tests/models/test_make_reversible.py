@@ -43,7 +43,7 @@ def maxvit() -> nn.Module:
 
 
 def efficientnet() -> nn.Module:
-    return _gen_efficientnetv2_s("efficientnetv2_rw_t", 0.1, 0.3, num_classes=5, stem_size=8, num_features=16)
+    return _gen_efficientnetv2_s("efficientnetv2_rw_t", 0.1, 0.3, num_classes=5)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[tuple[str, int, int]]]] = {
@@ -214,6 +214,14 @@ def test_a_list_of_blocks_becomes_a_reversible_container() -> None:
 def test_a_sequential_of_blocks_becomes_a_reversible_container() -> None:
     model = petra_zoo.make_reversible(nn.Sequential(*transformer(3)), example=torch.zeros(1, 5, WIDTH).double())
     assert isinstance(model, ReversibleSequential)
+
+
+def test_chains_inside_of_a_chains_blocks_are_left() -> None:
+    blocks = [nn.Sequential(*transformer(2)) for _ in range(3)]
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(WIDTH, 3).double())
+    made = make_reversible(model, example=torch.zeros(1, 5, WIDTH, dtype=torch.float64))
+    assert isinstance(made, ReversibleChains)
+    assert list(made.named_layers()) == ["0"]
 
 
 def test_a_network_without_a_configuration_needs_an_example() -> None:
