@@ -227,6 +227,7 @@ class CoupledLayer(RunBuffers):
             The units, and what turns the last one's streams into the activation [B, C, H, W] that the layer hands on.
         """
         units: list[Unit] = []
+        every = self.spacing()
         before: Enter = enter if self.starts else InFront(enter, self.streams)  # from the streams in front to h
         for key, block, in_run, run_index in self.positions():
             unit = f"{name}.{key}"
@@ -238,7 +239,7 @@ class CoupledLayer(RunBuffers):
                     activate=before.activate if isinstance(before, Behind | Merge) else before,
                     coupling=self.g,
                     starts=run_index == 0,
-                    anchor=self.anchor_every > 0 and run_index > 0 and run_index % self.anchor_every == 0,
+                    anchor=every > 0 and run_index > 0 and run_index % every == 0,
                     streams=self.streams,
                 )
                 units.append(coupled_unit)

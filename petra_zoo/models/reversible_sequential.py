@@ -232,6 +232,7 @@ class ReversibleSequential(RunBuffers):
             in_front = -1 if opens else in_front + 1
             whole = opens or self.unit_kind != "branch"
             parts: Sequence[tuple[str, Branch]] = [("", block)] if whole else branches_of(block)
+            every = self.spacing(len(parts))
             for i, (part, function) in enumerate(parts):
                 steps.append(
                     Step(
@@ -242,7 +243,7 @@ class ReversibleSequential(RunBuffers):
                         whole=whole,
                         in_run=not opens,
                         starts=in_front == 0 and i == 0,
-                        anchor=i == 0 and in_front > 0 and self.anchor_every > 0 and in_front % self.anchor_every == 0,
+                        anchor=i == 0 and in_front > 0 and every > 0 and in_front % every == 0,
                         index=index,
                         ends=i == len(parts) - 1,
                     )

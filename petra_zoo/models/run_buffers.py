@@ -16,7 +16,7 @@ from petra_zoo.reversible import COUPLING_STEPS, Coupling, StreamKind, StreamTyp
 from petra_zoo.reversible.reading import BufferReading
 from petra_zoo.reversible.remainder import check_exact_coupling
 from petra_zoo.reversible.saturation import Saturation
-from petra_zoo.reversible.stream_type import check_kind
+from petra_zoo.reversible.stream_type import check_kind, compute_type, inversions_in_a_row
 
 FIXED_EXPONENT = 8  # of the default grid
 LARGEST_GAIN = 4.0
@@ -33,6 +33,8 @@ class RunBuffers(RunSlices):
         gain: s, where there `has_gain`; None: 1, and whatever a checkpoint says.
         has_gain: whether the gain is a buffer; else it is 1.
     """
+
+    anchor_every = 0
 
     if TYPE_CHECKING:
         coupling: Tensor
@@ -105,6 +107,21 @@ class RunBuffers(RunSlices):
             UserError: a value was beyond it.
         """
         self._saturation.check()
+
+    @torch.jit.unused
+    def spacing(self, units: int = 1) -> int:
+        """Every so many blocks the streams of a run are kept; 0: never.
+
+        That is `anchor_every`, but less where branches compute in 16 bits now (see `inversions_in_a_row`).
+
+        Args:
+            units: in a block.
+        """
+        most = inversions_in_a_row(self._g.latest(self.coupling), self.streams(), compute_type(self))
+        if most is None:
+            return self.anchor_every
+        bearable = max(1, most // units)
+        return min(self.anchor_every, bearable) if self.anchor_every > 0 else bearable
 
     # -- the coupling ---------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from petra_zoo.petra.prediction import Batches, predict_batches
 from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
+from petra_zoo.petra.stage import precision
 from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.tick import run_tick
 from petra_zoo.petra.world import World
@@ -99,7 +100,8 @@ class Pipeline:
         self.model, self.method, self.prepare = model, find_method(method), prepare
         self.optimization = optimization or Optimization()
         self.world = world or World(device=next(model.parameters()).device)
-        units = units_of(model)
+        with precision(self.world.device, autocast):  # which decides how far apart anchors may be
+            units = units_of(model)
         require_all_parameters(model, units)
         self.layout = Layout.of(model, layout, method=self.method, ranks=self.world.size)
         require_one_stage_each(model, units, self.layout)
@@ -273,22 +275,25 @@ class Pipeline:
     def state_dict(self) -> PipelineState:
         """Everything a bit-exact continuation needs: model, optimizers, schedules, counters, messages, FIFOs.
 
+        A rank of several gives what its own stages have; those of all ranks together are what one process would give.
         The tensors are the live ones: copy or save them before the next step.
-
-        Raises:
-            RuntimeError: the stages are spread over processes.
         """
-        self._require_one_process("state_dict()", "whole_model() gathers the weights")
         return state_of(self)
 
-    def load_state_dict(self, state: PipelineState) -> None:
-        """Restores what `state_dict` gave, the model included.
+    def load_state_dict(self, state: PipelineState, images: int = 0) -> None:
+        """Restores what `state_dict` gave, the model included, whichever processes gave it.
+
+        Args:
+            state: of all stages; a rank of several needs those of its own, and `sent` of the stages beside them.
+            images: of a full micro-batch, where the first to be fed may be smaller.
 
         Raises:
-            UserError: the state is of another method or partition, or its streams are of another type.
-            RuntimeError: the stages are spread over processes.
+            UserError: the state is of another method, partition or model, or its streams are of another type.
+            RuntimeError: the stages are spread over processes, and messages are under way between them.
         """
-        self._require_one_process("load_state_dict()", "load the model's weights before the pipeline is made")
+        if self.world.size > 1 and self.fed:
+            raise RuntimeError("load_state_dict() comes before the first step() where stages are spread over processes")
+        self.links.begin_with(images)
         with own_generators(self.world.device):
             restore(self, state)
         self.settings.finite.forget()  # what was not finite may be why one goes back

@@ -76,7 +76,7 @@ torch.fx.wrap("saturated")
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, grid: float, most: float, saturation: Saturation | None) -> Tensor:
-        steps = (x / grid).round_()
+        steps = (x / grid).round_()  # `rounded`, in one tensor
         in_range = saturation is not None and saturation.note(largest_of(steps), grid, most)
         return (steps if in_range else steps.clamp_(-most, most)).mul_(grid)
 
@@ -89,7 +89,7 @@ class _Floor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, a: Tensor, grid: float, g: Coupling) -> Tensor:
         ctx.g = g
-        return floored(a, grid, g)
+        return (a * (g / grid)).floor_().mul_(grid)  # `floored`
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None, None]:

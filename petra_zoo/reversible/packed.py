@@ -39,7 +39,7 @@ def subtract(b_out: Tensor, step: Tensor, over: bool = False) -> Tensor:
     return b_out.copy_(a) if over else a
 
 
-def restore(b_out: Tensor, step: Tensor, low: Tensor, dropped: int, over: bool = False) -> Tensor:
+def restore_bits(b_out: Tensor, step: Tensor, low: Tensor, dropped: int, over: bool = False) -> Tensor:
     """`subtract` where bits were dropped, of which `low` is the number: uint8."""
     (a,) = _restore(b_out, step, low, dropped=dropped)
     return b_out.copy_(a) if over else a

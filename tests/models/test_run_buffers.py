@@ -1,14 +1,17 @@
 """What a container of coupled blocks keeps beside its weights: the gain, which is no part of a ResNet's state."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.reversible_sequential import ReversibleSequential
 from petra_zoo.models.run_buffers import RunBuffers
-from tests.models.networks import small
+from petra_zoo.petra import Pipeline
+from tests.models.networks import small, tiny
 
 
 def container(coupling: float | None = None, gain: float | None = None, *, has_gain: bool = True) -> RunBuffers:
@@ -80,3 +83,40 @@ def test_a_resnet_saves_no_gain() -> None:
     model = small()
     assert not [name for name in model.state_dict() if name.endswith("gain")]
     assert model.layer2.gain_now() == 1.0
+
+
+def anchors(g: float, autocast: bool, **kwargs: Any) -> list[int]:
+    blocks = [nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(12)]
+    network = ReversibleSequential(blocks, coupling=g, **kwargs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        units, _ = network.units("blocks")
+    return [i for i, unit in enumerate(units) if unit.anchor]
+
+
+def test_below_1_streams_are_kept_every_few_blocks_where_branches_compute_in_16_bits() -> None:
+    spacing = {bits: anchors(2.0**-bits, autocast=True)[0] for bits in (1, 2, 3)}
+    assert spacing[1] > spacing[2] > spacing[3] > 0
+
+
+@pytest.mark.parametrize(
+    ("g", "autocast", "kwargs"),
+    [
+        (1.0, True, {}),
+        (0.0, True, {}),
+        (0.25, False, {}),
+        (0.25, True, {"exact": True}),
+        (0.25, True, {"streams": "fixed16"}),
+    ],
+)
+def test_elsewhere_they_are_kept_as_often_as_is_asked_for(g: float, autocast: bool, kwargs: dict[str, Any]) -> None:
+    assert anchors(g, autocast, **kwargs) == []
+    assert anchors(g, autocast, anchor_every=5, **kwargs) == [5, 10]
+
+
+def test_a_pipeline_keeps_them_as_its_autocast_asks() -> None:
+    model = tiny(coupling=0.125).train()
+    kept = []
+    for autocast in (None, torch.bfloat16):
+        pipeline = Pipeline(model, [len(model.units())], method="reversible", autocast=autocast)
+        kept.append([unit.name for unit in pipeline.stages[0].units if unit.anchor])
+    assert kept == [[], ["layer1.2"]]
