@@ -18,7 +18,7 @@ from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import Family, register_twins
 from petra_zoo.models.transformer import (
     Intermediates,
-    Part,
+    Portion,
     ReversibleTransformer,
     check_scripted,
     scripted_merge,
@@ -94,7 +94,7 @@ class PetraBeit(ReversibleTransformer, Beit):
             NotImplementedError: a subclass has features of its own, which the units would leave out.
         """
         reads = {} if self.rel_pos_bias is None else {"rel_pos_bias": self.rel_pos_bias}
-        return self._list_units(Part(self.embed, STEM), Part(self.forward_head, HEAD), self._bias, reads)
+        return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD), self._bias, reads)
 
     @torch.jit.unused
     def _bias(self) -> tuple[Argument, ...]:

@@ -20,7 +20,7 @@ from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
 from petra_zoo.models.timm_twins import Family, register_twins
 from petra_zoo.models.transformer import (
     Intermediates,
-    Part,
+    Portion,
     ReversibleTransformer,
     check_scripted,
     scripted_merge,
@@ -124,7 +124,7 @@ class PetraEva(ReversibleTransformer, Eva):
                 f"the network as a whole, or leave {random} out"
             )
         reads = {} if self.rope is None else {"rope": self.rope}
-        return self._list_units(Part(self.embed, STEM), Part(self.forward_head, HEAD), self._rotation, reads)
+        return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD), self._rotation, reads)
 
     @torch.jit.unused
     def _rotation(self) -> tuple[Argument, ...]:

@@ -27,7 +27,7 @@ Shared = Callable[[], tuple[Argument, ...]]  # what every block takes behind its
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """What stands in front of the blocks or behind them: a function, and names of the modules that it calls."""
 
     function: Callable[[Tensor], Argument]
@@ -167,8 +167,8 @@ class ReversibleTransformer(MemoryModes, nn.Module):
     @torch.jit.unused
     def _list_units(
         self,
-        stem: Part,
-        head: Part,
+        stem: Portion,
+        head: Portion,
         shared: Shared = tuple,
         reads: Mapping[str, nn.Module] | None = None,
     ) -> list[Unit]:

@@ -107,6 +107,7 @@ def test_a_transformer_is_compared_with_its_copy() -> None:
     assert [run.layer for run in report.runs] == ["blocks"]
 
 
+@pytest.mark.slow
 def test_the_command_converts_a_transformer_and_says_what_it_costs(tmp_path: Path) -> None:
     network = transformer()
     data = {"input_size": (3, 16, 16)}
