@@ -34,9 +34,8 @@ class ChainFamily(NetworkFamily):
 
     def refusal(self, network: nn.Module, example: Tensor) -> Refusal | None:
         what = f"it is a {type(network).__name__}"
-        containers = (nn.Sequential, nn.ModuleList)
-        if not any(isinstance(m, containers) and len(m) > 1 for m in network.modules()):
-            return Refusal(what)
+        if not any(len(list(module.children())) > 1 for module in network.modules()):
+            return Refusal(what)  # a layer, and no network
         try:
             found = find_chains(network, example, shortest=2)
         except Exception as error:  # whatever a network does with an image that it does not take

@@ -80,16 +80,24 @@ def choose_inverse(attempt: Attempt, exact: bool | Literal["auto"] | None) -> Co
         return _couple(attempt, exact)
     if attempt.purpose == "petra":
         return _couple(attempt, exact=False)
-    ways: list[Coupled] = []
-    errors: list[UserError | Failure] = []
-    for bits in (False, True):
-        try:
-            ways.append(_couple(attempt, bits))
-        except (UserError, Failure) as error:  # also: no 2**-m, values beyond the grid, kernels that differ
-            errors.append(error)
-    if not ways:
-        raise errors[0]
-    return ways[0] if len(ways) == 1 or ways[1].exact_bits is None else _better(attempt, *ways)
+    try:
+        anchored = _couple(attempt, exact=False)
+    except UserError as refused:
+        return _with_bits(attempt, refused)
+    if not any(0.0 < run.g() < 1.0 for run in anchored.runs):
+        return anchored
+    try:
+        return _better(attempt, anchored, _couple(attempt, exact=True))
+    except (UserError, Failure):  # a coupling that is no 2**-m, values beyond the grid, kernels that differ
+        return anchored
+
+
+def _with_bits(attempt: Attempt, refused: UserError) -> Coupled:
+    """What anchors could not give: they need a larger coupling, which moves outputs further."""
+    try:
+        return _couple(attempt, exact=True)
+    except (UserError, Failure):
+        raise refused from None
 
 
 def _check_exact(attempt: Attempt) -> None:

@@ -31,14 +31,13 @@ from petra_zoo.models.petra_revnet import DIGITS_WEIGHTS
 from petra_zoo.settings.recipe_files import load_recipe
 
 RECIPE = "digits/petra_revnet_tiny"
-SETTINGS = ["opt=sgd", "lr_base=0.4", "batch_size=32"]  # the recipe's own when these weights were trained
 SEEDS = (0, 1, 2, 3, 4)  # besides the recipe's own
 RESULTS = Path(__file__).with_name("results.json")
 
 
 def train(seed: int, folder: Path) -> dict[str, Any]:
     """One run: its accuracy, the processor's time that it took, and the SHA-256 of its weights in `folder`."""
-    command = ["train", RECIPE, *SETTINGS, f"seed={seed}", "val_interval=1000"]
+    command = ["train", RECIPE, f"seed={seed}", "val_interval=1000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "petra_zoo", *command, f"output={folder}"]
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL) as process:
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="copy the weights of the recipe's seed into the package")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     arguments = parser.parse_args()
-    recipe = load_recipe(RECIPE, SETTINGS)
+    recipe = load_recipe(RECIPE)
     bundled, images = recipe.seed, recipe.epochs * len(open_dataset(recipe.dataset, "train"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

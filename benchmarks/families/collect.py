@@ -1,6 +1,6 @@
 """Puts what sweep.py and gradients.py found into a results file, whose tables docs/families.md shows.
 
-python benchmarks/families/collect.py benchmarks/families
+python benchmarks/families/collect.py runs/families benchmarks/families/results.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from petra_zoo.machine import describe_machine, describe_versions, now
 COMMAND = "python benchmarks/families/{}.py"
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, output: Path) -> None:
     timms = {module: timm.list_models(module=module) for module in timm.list_modules()}
     names = {module: len(found) for module, found in timms.items() if found and not found[0].startswith("petra_")}
     results = Results("families", "families", {"names": names})
@@ -33,8 +33,8 @@ def main(folder: Path) -> None:
             result = {"failed": found["error"]} if "error" in found else {"difference": found["difference"]}
             of = {"of": "block", "network": found["name"], "path": found["path"]}
             results.add(Record(block, 0, of, COMMAND.format("gradients"), result, **facts))
-    results.write(folder / "results.json")
+    results.write(output)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """Gradients through reversible chains of timm's blocks against autograd's, in float64.
 
-    python benchmarks/families/gradients.py benchmarks/families
+    python benchmarks/families/gradients.py runs/families
 
 Once per distinct block (class and structure): of the smallest network that has it, a chain's first three blocks as timm
 initialises them, with random offsets so that no gain or layer scale is zero; coupling 1/2, gain 3/2, train mode. Kept
@@ -69,7 +69,7 @@ def checked(name: str, path: str) -> dict[str, float | str]:
 
 
 def _reached(model: nn.Module, path: str, image: Tensor) -> tuple[list[nn.Module], Tensor, tuple, dict]:
-    """The first three blocks behind a container's first one, and what the first of them is given."""
+    """The first three blocks of a container that keep their shape, and what the first of them is given."""
     container = model.get_submodule(path)
     blocks = list(container.children())
     seen = []
@@ -82,10 +82,17 @@ def _reached(model: nn.Module, path: str, image: Tensor) -> tuple[list[nn.Module
     for block in blocks:
         block._forward_pre_hooks.clear()
         block._forward_pre_hooks_with_kwargs.clear()
-    index = next(i for i, (_, args, _) in enumerate(seen[1:], 1) if seen[i - 1][1][0].shape == args[0].shape)
-    _, (x, *args), kwargs = seen[index]
+    shapes = [args[0].shape for _, args, _ in seen]
+    keeps = [before == behind for before, behind in zip(shapes, [*shapes[1:], shapes[-1]], strict=True)]
+    start, count = next((i, n) for n in (3, 2) for i in range(len(seen) - n + 1) if all(keeps[i : i + n]))
+    _, (x, *args), kwargs = seen[start]
     x = torch.randn(x.shape[0] * BATCH, *x.shape[1:], dtype=torch.float64)
-    return blocks[index : index + 3], x, tuple(map(_double, args)), {k: _double(v) for k, v in kwargs.items()}
+    return (
+        [module for module, _, _ in seen[start : start + count]],
+        x,
+        tuple(map(_double, args)),
+        {k: _double(v) for k, v in kwargs.items()},
+    )
 
 
 def _double(x: object) -> object:

@@ -1,6 +1,6 @@
 """Which of timm's networks have chains that can be made reversible: every name, on the meta device.
 
-    python benchmarks/families/sweep.py benchmarks/families/chains.jsonl [--part 0 --parts 2]
+    python benchmarks/families/sweep.py runs/families/chains.jsonl [--part 0 --parts 2]
 
 A line of JSON per name; names that the files beside the output have are left out, so it can be stopped and goes on.
 """
@@ -32,6 +32,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     done = {json.loads(line)["name"] for line in _lines(options.output.parent)}
     names = _names()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a", encoding="utf-8") as file:
         for name in names[options.part :: options.parts]:
             if name not in done:

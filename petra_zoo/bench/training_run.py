@@ -37,6 +37,7 @@ def measured_training(recipe: Recipe, probe: int | None) -> JsonObject:
         Failure: training has diverged.
     """
     start, quiet = _Start(), Reporter(quiet=True)
+    recipe = recipe.model_copy(update={"checkpoint_every": None})  # a study begins a run anew that was cut short
     probed: JsonObject = {}
     if probe is None:
         result = train(recipe, callbacks=[start], reporter=quiet)

@@ -16,6 +16,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
 from petra_zoo.models.describe import nearest_models, zoo_names
 
+LAST = "last"  # in a run directory: the last model, where the run's own is the best one
 _FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -64,12 +65,12 @@ def load_model(source: str, device: torch.device, cache_dir: Path | None = None)
 
 
 def resolve_source(source: str) -> str:
-    """A run directory, a Hub name or a model's name as timm wants it.
+    """A run directory, a Hub name or a model's name as timm wants it; RUN@last is the last model of a run.
 
     Raises:
         UserError: it looks like a run directory, but is none.
     """
-    path = Path(source)
+    path = run_path(source)
     if path.is_dir():
         for name in ("config.json", "model.safetensors"):
             if not (path / name).is_file():
@@ -78,6 +79,14 @@ def resolve_source(source: str) -> str:
     if "/" in source and not source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise UserError(f"there is no run directory {source!r}; for a model on the Hub write hf-hub:{source}")
     return source
+
+
+def run_path(source: str) -> Path:
+    """Where a run's model is: the best one's directory, or that of the last one for RUN@last."""
+    run = Path(source.removesuffix(f"@{LAST}"))
+    if source.endswith(f"@{LAST}") and run.is_dir():
+        return run / LAST if (run / LAST).is_dir() else run
+    return Path(source)
 
 
 def check_image_size(model: Classifier, name: str, size: int) -> None:

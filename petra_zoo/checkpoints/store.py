@@ -19,7 +19,7 @@ from petra_zoo.checkpoints.packing import CheckpointError
 from petra_zoo.errors import UserError
 
 CHECKPOINTS = "checkpoints"  # in a run directory
-_NAMED = re.compile(r"tick-([0-9]{10})")
+_NAMED = re.compile(r"tick-[0-9]{10}(-[0-9]{2})?")
 _SAVING, _REMOVING = ".saving-", ".removing-"
 LOWER_IS_BETTER = ("loss",)
 _log = logging.getLogger(__name__)
@@ -76,16 +76,19 @@ class Store:
             OSError: it cannot be written.
         """
         manifest = replace(manifest, files=dict(files))
-        beside, path = self.saving(manifest.tick), self.folder / f"tick-{manifest.tick:010}"
+        beside, path = self.saving(manifest.tick), self._free(manifest.tick)
         content = manifest.text().encode()
         self.disk.write(beside / MANIFEST, content)
         self.disk.write(beside / SEAL, seal_of(content))
         self.disk.sync(beside)
-        if path.exists():  # of this very tick, damaged, or it would have been continued from
-            self._remove(path)
         self.disk.rename(beside, path)
         self.disk.sync(self.folder)
         return RunCheckpoint(path, manifest)
+
+    def _free(self, tick: int) -> Path:
+        """A name that sorts behind all of this tick: an epoch may end where it was saved already."""
+        names = [f"tick-{tick:010}", *(f"tick-{tick:010}-{n:02}" for n in range(1, 100))]
+        return self.folder / next(name for name in names if not (self.folder / name).exists())
 
     def give_up(self, tick: int) -> None:
         """Removes what a save has written that failed."""
@@ -103,6 +106,14 @@ class Store:
         except OSError as error:
             raise UserError(f"{self.folder} cannot be looked into: {error.strerror}") from error
         return sorted(found)
+
+    def open(self, name: str) -> RunCheckpoint:
+        """One of the names, its manifest read.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return RunCheckpoint(self.folder / name, read_manifest(self.folder / name))
 
     def newest_good(self) -> RunCheckpoint | None:
         """The newest checkpoint of which every byte is right; None where there is none.

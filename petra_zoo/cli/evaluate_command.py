@@ -20,7 +20,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RUN_OR_MODEL...",
-            help="Runs, hf-hub:ORG/NAME[@REVISION], or pretrained models.",
+            help="Runs (RUN@last: the last model, not the best), hf-hub:ORG/NAME[@REVISION], or pretrained models.",
             autocompletion=complete_model,
         ),
     ],

@@ -26,6 +26,20 @@ def train(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Processes to start on this machine; each owns consecutive stages.")
     ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: start again after a failure, from the last checkpoint.")
+    ] = 0,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="auto|PATH|never", help="Go on with the run in output=DIR, or from a checkpoint's path."),
+    ] = "auto",
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A setting in which a run that goes on may differ; repeatable."),
+    ] = None,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="1h30m", help="Save and stop after this time; exit code 75.")
+    ] = None,
     on_bad_image: Annotated[
         Literal["fail", "skip"] | None,
         typer.Option(help="Stop at an unreadable image, or put the next one in its place."),
@@ -37,6 +51,10 @@ def train(
     old. The first lines say it, and warn where it is expected to cost accuracy;
     update_size=64 max_delay=3 choose accumulation_steps and batch_size by it.
 
+    A run whose output=DIR is there goes on where it was saved last. SIGTERM,
+    SIGUSR1 or Ctrl-C ends it behind a tick, saved: exit code 75, the same command
+    goes on; a second signal ends it at once.
+
     With --nproc 4 the stages run in four processes. On several machines, on each:
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m petra_zoo train RECIPE
     """
@@ -44,17 +62,24 @@ def train(
     from petra_zoo.settings.recipe_files import load_recipe
     from petra_zoo.training.launch import as_worker, launch
     from petra_zoo.training.run import train as run_training
+    from petra_zoo.training.stopping import seconds_of
 
     settings = [*(overrides or []), *([f"on_bad_image={on_bad_image}"] if on_bad_image else [])]
-    resolved = load_recipe(recipe, settings)
+    resolved, seconds = load_recipe(recipe, settings), seconds_of(max_time) if max_time else None
     if nproc and nproc > 1:
-        raise typer.Exit(launch(nproc, [*import_options(), "train", recipe, *settings]))
-    result = as_worker(lambda: run_training(resolved, name=recipe))
+        options = ["--resume", resume, *(["--max-time", max_time] if max_time else [])]
+        options += [word for key in allow_change or [] for word in ("--allow-change", key)]
+        raise typer.Exit(launch(nproc, [*import_options(), "train", recipe, *settings, *options], max_restarts))
+    result = as_worker(
+        lambda: run_training(resolved, name=recipe, resume=resume, allow_change=allow_change or (), max_seconds=seconds)
+    )
     if global_rank() > 0:
+        return
+    if result.finished_before:
+        scores = result.evaluation
+        typer.echo(f"{result.path} is finished: top-1 {scores.top1:.2f} % on {scores.images} images")
         return
     typer.echo(f"saved {result.path}: top-1 {result.evaluation.top1:.2f} % on {result.evaluation.images} images")
     if result.bad_images:
         typer.echo(f"{result.bad_images} unreadable training images skipped")
-    if result.interrupted:
-        raise typer.Exit(1)
     typer.echo(f"next: petra-zoo evaluate {result.path}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source
+from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source, run_path
 from petra_zoo.checkpoints.provenance import sha256
 from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.data.datasets import ImageDataset, open_dataset
@@ -156,7 +156,7 @@ def evaluate_checkpoint(
     resolve_source(source)
     split_name = None
     if dataset is None:
-        dataset, data_dir, split_name = _trained_on(source, data_dir)
+        dataset, data_dir, split_name = _trained_on(str(run_path(source)), data_dir)
     data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name)
     model = load_model(source, choose_device(options.device), cache_dir)
     class_names = _number_as_the_model(data, model, source, f"data set {dataset}")
@@ -165,7 +165,7 @@ def evaluate_checkpoint(
     measured = _measure(model, source, data, preprocessing, options)
     if not math.isfinite(measured.scores.loss):  # its best classes would be those of argmax over numbers that are none
         raise Failure(f"{source} gives logits on {dataset} that are not finite: its training has diverged")
-    weights = Path(source) / "model.safetensors"
+    weights = run_path(source) / "model.safetensors"
     labels = torch.cat(measured.watched.labels)
     counted = labels >= 0
     decoded = zip(measured.fingerprints, counted.tolist(), strict=True) if options.fingerprints else ()

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 
 from petra_zoo.checkpoints.hub_errors import explain
-from petra_zoo.checkpoints.load import create_any_model
+from petra_zoo.checkpoints.load import create_any_model, run_path
 from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint, probe, read_checkpoint
 from petra_zoo.hub.commit import Commit, CommitOptions
@@ -58,7 +58,8 @@ def push(
     The repository is made if there is none. Where all its files are the same already there is no commit.
 
     Args:
-        directory: what `petra-zoo train`, `petra-zoo convert` or timm's `save_for_hf` wrote.
+        directory: what `petra-zoo train`, `petra-zoo convert` or timm's `save_for_hf` wrote; RUN@last is the last model
+            of a run whose own is the best.
         repo_id: ORG/NAME.
         card_only: the card and the results, not the weights.
         dry_run: send nothing, not even a question.
@@ -75,7 +76,7 @@ def push(
     revision = commit.get("revision")
     if commit.get("create_pr") and revision not in (None, "main"):
         raise UserError(f"--create-pr opens a pull request for main: leave --revision {revision} out")
-    checkpoint = read_checkpoint(directory)
+    checkpoint = read_checkpoint(run_path(str(directory)))
     files = repository_files(
         checkpoint, f"hf-hub:{repo_id}", card_only=card_only, license=license, dataset_id=dataset_id
     )

@@ -83,7 +83,7 @@ def find_chains(model: nn.Module, example: Example | None = None, *, shortest: i
     """
     found: list[Chain] = []
     for seen in _watched(model, example_of(model, example)):
-        inside = any(seen.path.startswith(f"{block}.") for chain in found for block in chain.blocks)
+        inside = any(f"{seen.path}.".startswith(f"{block}.") for chain in found for block in chain.blocks)
         if not inside and (chain := seen.chain(shortest)) is not None:
             found.append(chain)
     return found
@@ -91,14 +91,14 @@ def find_chains(model: nn.Module, example: Example | None = None, *, shortest: i
 
 def goes_through_blocks(model: nn.Module, paths: Sequence[str], example: Example | None = None) -> bool:
     """Whether timm's `forward_intermediates` calls modules of these containers one by one, not the containers."""
-    skeleton = on_meta(model)
+    skeleton = on_meta(model).eval()
     if not callable(forward_intermediates := getattr(skeleton, "forward_intermediates", None)):
         return False
     seen = [_Container(path, skeleton.get_submodule(path)) for path in paths]
     with _hooks(seen):
         try:
             forward_intermediates(example_of(model, example)[0].to("meta"))
-        except (NotImplementedError, RuntimeError, TypeError):
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
             return True
     return any(not call.inside for container in seen for call in container.calls)
 

@@ -16,7 +16,14 @@ from petra_zoo.models.branches import Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import Family, register_twins
-from petra_zoo.models.transformer import Intermediates, Part, ReversibleTransformer, scripted_merge, scripted_step
+from petra_zoo.models.transformer import (
+    Intermediates,
+    Portion,
+    ReversibleTransformer,
+    check_scripted,
+    scripted_merge,
+    scripted_step,
+)
 from petra_zoo.models.transformer_weights import couple_transformer
 from petra_zoo.reversible import StreamKind, Unit
 
@@ -87,7 +94,7 @@ class PetraBeit(ReversibleTransformer, Beit):
             NotImplementedError: a subclass has features of its own, which the units would leave out.
         """
         reads = {} if self.rel_pos_bias is None else {"rel_pos_bias": self.rel_pos_bias}
-        return self._list_units(Part(self.embed, STEM), Part(self.forward_head, HEAD), self._bias, reads)
+        return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD), self._bias, reads)
 
     @torch.jit.unused
     def _bias(self) -> tuple[Argument, ...]:
@@ -106,6 +113,7 @@ class PetraBeit(ReversibleTransformer, Beit):
         bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None
         if torch.jit.is_scripting():
             g, s = float(self.blocks.coupling), float(self.blocks.gain)
+            check_scripted(self.blocks.unit_kind, self.blocks.grid, g)
             a: Tensor | None = None
             for block in self.blocks:
                 b = scripted_step(x, block(x, shared_rel_pos_bias=bias), a, g, s)

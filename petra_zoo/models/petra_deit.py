@@ -6,8 +6,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.petra_vit import PetraVit
-from petra_zoo.models.timm_twins import Family, register_twins
+from petra_zoo.models.petra_vit import PetraVit, resampled
+from petra_zoo.models.timm_twins import Family, rebound, register_twins
 from petra_zoo.models.transformer_weights import couple_transformer
 from petra_zoo.reversible import Unit
 
@@ -19,6 +19,8 @@ class PetraVitDistilled(PetraVit, VisionTransformerDistilled):
 
     With `set_distilled_training(True)` it gives the logits of both heads in train mode, as timm's does.
     """
+
+    _pos_embed = rebound(VisionTransformerDistilled._pos_embed, resample_abs_pos_embed=resampled)
 
     @torch.jit.ignore
     def units(self) -> list[Unit]:

@@ -18,7 +18,14 @@ from petra_zoo.models.branches import Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
 from petra_zoo.models.timm_twins import Family, register_twins
-from petra_zoo.models.transformer import Intermediates, Part, ReversibleTransformer, scripted_merge, scripted_step
+from petra_zoo.models.transformer import (
+    Intermediates,
+    Portion,
+    ReversibleTransformer,
+    check_scripted,
+    scripted_merge,
+    scripted_step,
+)
 from petra_zoo.models.transformer_weights import couple_transformer
 from petra_zoo.reversible import StreamKind, Unit
 
@@ -117,7 +124,7 @@ class PetraEva(ReversibleTransformer, Eva):
                 f"the network as a whole, or leave {random} out"
             )
         reads = {} if self.rope is None else {"rope": self.rope}
-        return self._list_units(Part(self.embed, STEM), Part(self.forward_head, HEAD), self._rotation, reads)
+        return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD), self._rotation, reads)
 
     @torch.jit.unused
     def _rotation(self) -> tuple[Argument, ...]:
@@ -142,6 +149,7 @@ class PetraEva(ReversibleTransformer, Eva):
         x = self.norm_pre(x)
         if torch.jit.is_scripting():
             g, s = float(self.blocks.coupling), float(self.blocks.gain)
+            check_scripted(self.blocks.unit_kind, self.blocks.grid, g)
             a: Optional[Tensor] = None  # noqa: UP045
             for i, block in enumerate(self.blocks):
                 rotation = rope

@@ -10,14 +10,22 @@ from collections.abc import Callable
 from typing import Optional
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import vision_transformer, vision_transformer_hybrid
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import Units
-from petra_zoo.models.timm_twins import Family, register_twins
-from petra_zoo.models.transformer import Intermediates, Part, ReversibleTransformer, scripted_merge, scripted_step
+from petra_zoo.models.timm_twins import Family, rebound, register_twins
+from petra_zoo.models.transformer import (
+    Intermediates,
+    Portion,
+    ReversibleTransformer,
+    check_scripted,
+    scripted_merge,
+    scripted_step,
+)
 from petra_zoo.models.transformer_weights import couple_as_loaded, couple_transformer
 from petra_zoo.reversible import StreamKind, Unit
 
@@ -25,6 +33,18 @@ __all__ = ["PetraVit"]
 
 STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
 HEAD = ("attn_pool", "fc_norm", "head_drop", "head", "head_dist")
+
+
+def resampled(
+    posemb: Tensor,
+    new_size: list[int],
+    old_size: Optional[list[int]] = None,  # noqa: UP045 - TorchScript
+    num_prefix_tokens: int = 1,
+) -> Tensor:
+    """timm's resampling of position embeddings, called by this module: torch.fx wraps what the modules of a network's
+    own forward call, and this function decides by sizes.
+    """
+    return resample_abs_pos_embed(posemb, new_size, old_size, num_prefix_tokens)
 
 
 class PetraVit(ReversibleTransformer, VisionTransformer):
@@ -91,7 +111,9 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
 
     @torch.jit.unused
     def _all_units(self) -> list[Unit]:
-        return self._list_units(Part(self.embed, STEM), Part(self.forward_head, HEAD))
+        return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD))
+
+    _pos_embed = rebound(VisionTransformer._pos_embed, resample_abs_pos_embed=resampled)
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] of images [B, C, H, W], prefix tokens first."""
@@ -106,6 +128,7 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
         x = self.embed(x)
         if torch.jit.is_scripting():
             g, s = float(self.blocks.coupling), float(self.blocks.gain)
+            check_scripted(self.blocks.unit_kind, self.blocks.grid, g)
             a: Optional[Tensor] = None  # noqa: UP045
             for block in self.blocks:
                 b = scripted_step(x, block(x, attn_mask=attn_mask, is_causal=is_causal), a, g, s)

@@ -50,11 +50,9 @@ class Step:
         block: holds the parameters.
         function: B or F: (h, what all blocks take beside it) -> [B, ...].
         whole: it is B.
-        in_run: it has an inverse where g > 0.
-        starts: it is the first of its run.
-        anchor: the streams in front of it are kept.
         index: the block's place.
-        ends: it is the last of its block.
+        in_front: how many blocks of its run are in front of the block; -1: it is in none.
+        part, parts: which of the block's branches it is, of how many.
     """
 
     name: str
@@ -62,11 +60,29 @@ class Step:
     block: nn.Module
     function: Branch
     whole: bool
-    in_run: bool
-    starts: bool
-    anchor: bool
     index: int
-    ends: bool
+    in_front: int
+    part: int
+    parts: int
+
+    @property
+    def in_run(self) -> bool:
+        """Whether it has an inverse where g > 0."""
+        return self.in_front >= 0
+
+    @property
+    def starts(self) -> bool:
+        """Whether it is the first of its run."""
+        return self.in_front == 0 and self.part == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether it is the last of its block."""
+        return self.part == self.parts - 1
+
+    def is_anchor(self, every: int) -> bool:
+        """Whether the streams in front of it are kept, as they are every so many blocks; 0: never."""
+        return every > 0 and self.in_front > 0 and self.part == 0 and self.in_front % every == 0
 
 
 class ReversibleSequential(RunBuffers):
@@ -232,22 +248,9 @@ class ReversibleSequential(RunBuffers):
             in_front = -1 if opens else in_front + 1
             whole = opens or self.unit_kind != "branch"
             parts: Sequence[tuple[str, Branch]] = [("", block)] if whole else branches_of(block)
-            every = self.spacing(len(parts))
             for i, (part, function) in enumerate(parts):
-                steps.append(
-                    Step(
-                        name=f"{key}.{part}".rstrip("."),
-                        key=key,
-                        block=block,
-                        function=function,
-                        whole=whole,
-                        in_run=not opens,
-                        starts=in_front == 0 and i == 0,
-                        anchor=i == 0 and in_front > 0 and every > 0 and in_front % every == 0,
-                        index=index,
-                        ends=i == len(parts) - 1,
-                    )
-                )
+                name = f"{key}.{part}".rstrip(".")
+                steps.append(Step(name, key, block, function, whole, index, in_front, i, len(parts)))
         return steps
 
     @torch.jit.unused
@@ -305,7 +308,7 @@ class ReversibleSequential(RunBuffers):
                     activate=unchanged,
                     coupling=self.g,
                     starts=step.starts,
-                    anchor=step.anchor,
+                    anchor=step.is_anchor(self.spacing(step.parts)),
                     streams=self.streams,
                     gain=self.gain_now,
                     whole=step.whole,

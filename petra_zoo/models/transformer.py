@@ -27,7 +27,7 @@ Shared = Callable[[], tuple[Argument, ...]]  # what every block takes behind its
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """What stands in front of the blocks or behind them: a function, and names of the modules that it calls."""
 
     function: Callable[[Tensor], Argument]
@@ -167,8 +167,8 @@ class ReversibleTransformer(MemoryModes, nn.Module):
     @torch.jit.unused
     def _list_units(
         self,
-        stem: Part,
-        head: Part,
+        stem: Portion,
+        head: Portion,
         shared: Shared = tuple,
         reads: Mapping[str, nn.Module] | None = None,
     ) -> list[Unit]:
@@ -269,6 +269,12 @@ class OwnParameters(nn.Module):
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
         self._parameters = owner._parameters
+
+
+def check_scripted(units: str, grid: float, g: float) -> None:
+    """Refuses in a script what it would compute otherwise than the network does."""
+    if g > 0.0 and (units == "branch" or grid > 0.0):
+        raise RuntimeError("TorchScript knows neither units of branches nor exact streams: trace or export the network")
 
 
 def scripted_step(h: Tensor, y: Tensor, a: Optional[Tensor], g: float, s: float) -> Tensor:  # noqa: UP045

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Block
@@ -78,7 +77,8 @@ def _heads(attention: Attention, scale: Callable[[Tensor], Tensor], first: int, 
 def _factor(drops: tuple[nn.Module, ...], h: Tensor) -> Tensor | None:
     """By what dropout and stochastic depth multiply a branch: [B, 1, 1], or [B, N, C] where elements are dropped."""
     whole = any(isinstance(drop, nn.Dropout) and drop.p > 0.0 and drop.training for drop in drops)
-    ones = torch.ones_like(h) if whole else h.new_ones(len(h), *(1,) * (h.ndim - 1))
+    # New, not like h: in another layout, as a reconstructed stream may have, the same draws would fall on others.
+    ones = h.new_ones(h.shape if whole else (len(h), *(1,) * (h.ndim - 1)))
     factor = ones
     for drop in drops:
         factor = drop(factor)

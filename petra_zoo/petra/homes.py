@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from petra_zoo.petra.links import Links
+from petra_zoo.petra.links import Links, Message
 from petra_zoo.petra.messages import Down, Up
-
-Message = TypeVar("Message", Up, Down)
 
 
 class Homes:

@@ -17,6 +17,7 @@ from petra_zoo.petra.messages import Down, Up
 
 Direction = Literal["up", "down"]
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+Message = TypeVar("Message", Up, Down)
 
 
 class LinkError(RuntimeError):
@@ -51,6 +52,13 @@ class Wire:
         """What arrives of tensors that are sent."""
         return tuple(None if x is None else self.pack(x, direction).to(x.dtype) for x in tensors)
 
+    def arriving(self, message: Message) -> Message:
+        """What arrives of a message."""
+        if isinstance(message, Up):
+            return replace(message, streams=self.rounded(message.streams, "up"))
+        streams, gradients = self.rounded(message.streams, "down"), self.rounded(message.gradients, "down")
+        return replace(message, streams=streams, gradients=gradients)
+
 
 class Links:
     """Links between stages of one process: queues. `ProcessLinks` adds those that leave the process.
@@ -69,12 +77,11 @@ class Links:
 
     def send_up(self, to: int, up: Up) -> None:
         """Sends a message to stage `to`."""
-        self.ups[to].append(replace(up, streams=self.wire.rounded(up.streams, "up")))
+        self.ups[to].append(self.wire.arriving(up))
 
     def send_down(self, to: int, down: Down) -> None:
         """Sends a message to stage `to`."""
-        streams, gradients = self.wire.rounded(down.streams, "down"), self.wire.rounded(down.gradients, "down")
-        self.downs[to].append(replace(down, streams=streams, gradients=gradients))
+        self.downs[to].append(self.wire.arriving(down))
 
     def receive_up(self, stage: int, keep: bool = False) -> Up:
         """The oldest message for `stage`; `keep`: it will be looked at after this tick."""
@@ -83,6 +90,26 @@ class Links:
     def receive_down(self, stage: int) -> Down:
         """The oldest message for `stage`."""
         return self.downs[stage].popleft()
+
+    def sent_by(self, stage: int) -> tuple[list[Up], list[Down]]:
+        """Between two ticks: what a stage has sent in the last one, as it arrives."""
+        return list(self.ups.get(stage + 1, ())), list(self.downs.get(stage - 1, ()))
+
+    def resend_up(self, to: int, up: Up) -> None:
+        """Before the first tick: what a stage had sent to stage `to` when it was saved."""
+        self.ups[to].append(up)
+
+    def resend_down(self, to: int, down: Down) -> None:
+        """See `resend_up`."""
+        self.downs[to].append(down)
+
+    def begin_with(self, images: int) -> None:
+        """Before the first tick: a full micro-batch has so many images, though the first to travel may be smaller."""
+
+    def forget(self) -> None:
+        """Drops all messages."""
+        self.ups.clear()
+        self.downs.clear()
 
     def finish(self) -> None:
         """Waits until everything sent is on its way, so that its memory may be used again."""

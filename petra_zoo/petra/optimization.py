@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 
@@ -73,3 +73,24 @@ class Optimization:
             raise UserError(f"accumulation_steps must be at least 1, not {self.accumulation_steps}")
         if self.weight_prediction not in get_args(WeightPrediction):
             raise UserError(f"weight_prediction is 'none', 'head' or 'backward', not {self.weight_prediction!r}")
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """An optimizer's `state_dict()` without the functions among its settings (Kron has one): they are made again."""
+    state = optimizer.state_dict()
+    plain = [{key: x for key, x in group.items() if not callable(x)} for group in state["param_groups"]]
+    return {**state, "param_groups": plain}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Restores what `optimizer_state` gave, types included: torch casts to those of the parameters."""
+    functions = [{key: x for key, x in group.items() if callable(x)} for group in optimizer.param_groups]
+    groups = [{**group, **made} for group, made in zip(state["param_groups"], functions, strict=False)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in state["param_groups"] for n in group["params"]]
+    for p, n in zip(parameters, numbers, strict=True):
+        for key, x in state["state"].get(n, {}).items():
+            found = optimizer.state[p][key]
+            if isinstance(x, Tensor) and isinstance(found, Tensor) and found.dtype != x.dtype:
+                optimizer.state[p][key] = x.to(found.device, copy=True)

@@ -275,22 +275,25 @@ class Pipeline:
     def state_dict(self) -> PipelineState:
         """Everything a bit-exact continuation needs: model, optimizers, schedules, counters, messages, FIFOs.
 
+        A rank of several gives what its own stages have; those of all ranks together are what one process would give.
         The tensors are the live ones: copy or save them before the next step.
-
-        Raises:
-            RuntimeError: the stages are spread over processes.
         """
-        self._require_one_process("state_dict()", "whole_model() gathers the weights")
         return state_of(self)
 
-    def load_state_dict(self, state: PipelineState) -> None:
-        """Restores what `state_dict` gave, the model included.
+    def load_state_dict(self, state: PipelineState, images: int = 0) -> None:
+        """Restores what `state_dict` gave, the model included, whichever processes gave it.
+
+        Args:
+            state: of all stages; a rank of several needs those of its own, and `sent` of the stages beside them.
+            images: of a full micro-batch, where the first to be fed may be smaller.
 
         Raises:
-            UserError: the state is of another method or partition, or its streams are of another type.
-            RuntimeError: the stages are spread over processes.
+            UserError: the state is of another method, partition or model, or its streams are of another type.
+            RuntimeError: the stages are spread over processes, and messages are under way between them.
         """
-        self._require_one_process("load_state_dict()", "load the model's weights before the pipeline is made")
+        if self.world.size > 1 and self.fed:
+            raise RuntimeError("load_state_dict() comes before the first step() where stages are spread over processes")
+        self.links.begin_with(images)
         with own_generators(self.world.device):
             restore(self, state)
         self.settings.finite.forget()  # what was not finite may be why one goes back

@@ -1,10 +1,18 @@
-"""A pipeline in one process as plain values, messages in flight included, and back."""
+"""A pipeline as plain values, by stage, messages in flight included, and back.
+
+A process gives what its own stages have, and takes back what those have that it owns by then: which process has a stage
+is no part of the state. A message belongs to the stage that has sent it, which is all that is known of it between two
+ticks; it comes back in the queue of the stage that will receive it.
+"""
 
 from __future__ import annotations
 
-from typing import NotRequired, Protocol, TypedDict
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Protocol, TypedDict
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.clock import Clock
@@ -14,7 +22,8 @@ from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.methods import Method
 from petra_zoo.petra.stage import Stage, StageState, copies
 from petra_zoo.petra.stream_watch import StreamWatch
-from petra_zoo.reversible import Gradients, Streams, UnitModel
+from petra_zoo.petra.world import World
+from petra_zoo.reversible import Gradients, Streams, UnitModel, units_of
 
 
 class Running(Protocol):
@@ -23,6 +32,7 @@ class Running(Protocol):
     model: UnitModel
     method: Method
     layout: Layout
+    world: World
     stages: list[Stage]
     clock: Clock
     links: Links
@@ -30,35 +40,45 @@ class Running(Protocol):
     fed: int
 
 
+class Sent(TypedDict):
+    """What a stage has sent in the last tick: (micro-batch, streams, labels) up and (..., gradients) down."""
+
+    ups: list[tuple[int, Streams, Tensor]]
+    downs: list[tuple[int, Streams, Gradients]]
+
+
 class PipelineState(TypedDict):
-    """A pipeline as plain values; messages are by receiving stage, oldest first."""
+    """A pipeline as plain values; by stage of this process what is one's own, and alike in all processes the rest.
+
+    `weights` are parameters and buffers by name, `shared` those that belong to no unit.
+    """
 
     method: str
     partition: list[int]
     tick: int
     feeds: dict[int, bool]
     fed: int
-    model: dict[str, Tensor]
-    ups: dict[int, list[tuple[int, Streams, Tensor]]]
-    downs: dict[int, list[tuple[int, Streams, Gradients]]]
-    stages: list[StageState]
-    streams: NotRequired[list[str]]  # what carries them, in words
+    shared: dict[str, Tensor]
+    weights: dict[int, dict[str, Tensor]]
+    stages: dict[int, StageState]
+    sent: dict[int, Sent]
+    streams: dict[int, list[str]]  # what carries them, in words
 
 
 def state_of(pipeline: Running) -> PipelineState:
     """See `Pipeline.state_dict`."""
-    clock, links = pipeline.clock, pipeline.links
+    clock, own = pipeline.clock, pipeline.stages
     return {
         "method": pipeline.method.name,
         "partition": pipeline.layout.sizes,
         "tick": clock.tick,
         "feeds": dict(clock.fed),
         "fed": pipeline.fed,
-        "model": pipeline.model.state_dict(),
-        "ups": {j: [(m.micro_batch, m.streams, m.labels) for m in queue] for j, queue in links.ups.items()},
-        "downs": {j: [(m.micro_batch, m.streams, m.gradients) for m in queue] for j, queue in links.downs.items()},
-        "stages": [stage.state_dict() for stage in pipeline.stages],
-        "streams": pipeline.streams.kinds(),
+        "shared": shared_tensors(pipeline.model),
+        "weights": {stage.index: stage_tensors(pipeline.model, pipeline.layout, stage.index) for stage in own},
+        "stages": {stage.index: stage.state_dict() for stage in own},
+        "sent": {stage.index: _sent_by(stage.index, pipeline.links) for stage in own},
+        "streams": {stage.index: StreamWatch(stage.units).kinds() for stage in own},
     }
 
 
@@ -70,22 +90,77 @@ def restore(pipeline: Running, state: PipelineState) -> None:
     ):
         if its != mine:
             raise UserError(f"the state is of a pipeline with {key}={its}, this one has {key}={mine}")
-    clock = pipeline.clock
+    clock, layout, links = pipeline.clock, pipeline.layout, pipeline.links
     clock.tick, clock.fed, pipeline.fed = state["tick"], dict(state["feeds"]), state["fed"]
-    pipeline.model.load_state_dict(state["model"])  # before the stages: graphs in flight are built of its modules
-    kinds = pipeline.streams.kinds()
-    for then, now in zip(state.get("streams", kinds), kinds, strict=True):
-        if then != now:
-            raise UserError(f"the state has {then}, this pipeline's model {now}: call set_streams() as it was, first")
+    load_tensors(shared_tensors(pipeline.model), state["shared"])
+    for stage in pipeline.stages:  # before what they keep: graphs in flight are built of these modules
+        load_tensors(stage_tensors(pipeline.model, layout, stage.index), state["weights"][stage.index])
+    for stage in pipeline.stages:
+        for then, now in zip(state["streams"][stage.index], StreamWatch(stage.units).kinds(), strict=True):
+            if then != now:
+                raise UserError(
+                    f"the state has {then}, this pipeline's model {now}: call set_streams() as it was, first"
+                )
     pipeline.streams.look(in_flight=0)
-    pipeline.links = Links(pipeline.links.wire)
-    for j, ups in state["ups"].items():
-        pipeline.links.ups[j].extend(Up(n, copies(x), y.clone()) for n, x, y in ups)
-    for j, downs in state["downs"].items():
-        pipeline.links.downs[j].extend(Down(n, copies(x), _copies(d)) for n, x, d in downs)
-    for stage, stage_state in zip(pipeline.stages, state["stages"], strict=True):
-        stage.load_state_dict(stage_state)
+    links.forget()
+    for j, sent in sorted(state["sent"].items()):
+        for n, x, y in sent["ups"]:
+            links.resend_up(j + 1, Up(n, copies(x), y.clone()))
+        for n, x, d in sent["downs"]:
+            links.resend_down(j - 1, Down(n, copies(x), _copies(d)))
+    for stage in pipeline.stages:
+        stage.load_state_dict(state["stages"][stage.index])
         stage.ranges.forget()
+
+
+def stages_to_read(layout: Layout, rank: int) -> tuple[range, list[int]]:
+    """The stages whose state a rank takes back, and those whose messages it does: its own and their neighbours'."""
+    own = layout.ranks[rank]
+    return own, [j for j in range(own.start - 1, own.stop + 1) if 0 <= j < len(layout.stages)]
+
+
+def stage_tensors(model: UnitModel, layout: Layout, stage: int) -> dict[str, Tensor]:
+    """Parameters and buffers of a stage's units, by their names in the model; the live ones."""
+    units = units_of(model)
+    own = {id(x) for i in layout.stages[stage] for x in _tensors(units[i])}
+    return {name: x.detach() for name, x in _named(model) if id(x) in own}
+
+
+def shared_tensors(model: UnitModel) -> dict[str, Tensor]:
+    """Those that belong to no unit, such as couplings: every process has them."""
+    owned = {id(x) for unit in units_of(model) for x in _tensors(unit)}
+    return {name: x.detach() for name, x in _named(model) if id(x) not in owned}
+
+
+@torch.no_grad()
+def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Gives tensors the values of others of the same names and shapes, where they lie.
+
+    Raises:
+        UserError: they are those of another model; names one.
+    """
+    for name in own.keys() ^ state.keys():
+        raise UserError(f"the state is another model's: {name} is in one of them only")
+    for name, x in own.items():
+        if x.shape != state[name].shape:
+            raise UserError(f"the state is another model's: {name} is {list(state[name].shape)}, not {list(x.shape)}")
+        x.copy_(state[name])
+
+
+def _named(model: UnitModel) -> Iterator[tuple[str, Tensor]]:
+    yield from chain(model.named_parameters(), model.named_buffers())
+
+
+def _tensors(unit: nn.Module) -> Iterator[Tensor]:
+    yield from chain(unit.parameters(), unit.buffers())
+
+
+def _sent_by(stage: int, links: Links) -> Sent:
+    ups, downs = links.sent_by(stage)
+    return {
+        "ups": [(m.micro_batch, m.streams, m.labels) for m in ups],
+        "downs": [(m.micro_batch, m.streams, m.gradients) for m in downs],
+    }
 
 
 def _copies(gradients: Gradients) -> Gradients:

@@ -58,9 +58,12 @@ class ProcessLinks(Links):
         self._ends = [end for end in ends if end]
         for end in self._ends:
             end.running = running
+        self._gone_up: Up | None = None  # sent to another rank in the last tick: the sender saves it
+        self._gone_down: Down | None = None
 
     def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
         self.finish()  # before the buffers that were sent from are received into
+        self._gone_up = self._gone_down = None
         if any(end.running for end in self._ends):  # the other ranks have begun as well
             for end in self._ends:
                 end.running = True
@@ -72,6 +75,7 @@ class ProcessLinks(Links):
     def send_up(self, to: int, up: Up) -> None:
         if to in self.owned or not self._to_above:
             return super().send_up(to, up)
+        self._gone_up = up
         tensors = [*(self.wire.pack(x, "up") for x in up.streams), up.labels]
         types = [*(x.dtype for x in up.streams), up.labels.dtype]
         self._to_above.send(up.micro_batch, tensors, types, len(up.streams))
@@ -79,6 +83,7 @@ class ProcessLinks(Links):
     def send_down(self, to: int, down: Down) -> None:
         if to in self.owned or not self._to_below:
             return super().send_down(to, down)
+        self._gone_down = down
         whole = [*down.streams, *down.gradients]
         tensors = [None if x is None else self.wire.pack(x, "down") for x in whole]
         self._to_below.send(
@@ -86,17 +91,41 @@ class ProcessLinks(Links):
         )
 
     def receive_up(self, stage: int, keep: bool = False) -> Up:
-        if stage != self.owned[0] or not self._from_below:
+        if stage != self.owned[0] or not self._from_below or self.ups.get(stage):  # some came back out of a state
             return super().receive_up(stage, keep)
         number, tensors, _ = self._from_below.receive(keep or len(self.owned) > 1)
         *streams, labels = _present(tensors)
         return Up(number, tuple(streams), labels.clone())  # labels are handed to the user
 
     def receive_down(self, stage: int) -> Down:
-        if stage != self.owned[-1] or not self._from_above:
+        if stage != self.owned[-1] or not self._from_above or self.downs.get(stage):
             return super().receive_down(stage)
         number, tensors, streams = self._from_above.receive(len(self.owned) > 1)
         return Down(number, _present(tensors[:streams]), tuple(tensors[streams:]))  # only gradients may be missing
+
+    def sent_by(self, stage: int) -> tuple[list[Up], list[Down]]:
+        ups, downs = super().sent_by(stage)
+        if stage == self.owned[-1] and (up := self._gone_up):
+            ups = [self.wire.arriving(up)]
+        if stage == self.owned[0] and (down := self._gone_down):
+            downs = [self.wire.arriving(down)]
+        return ups, downs
+
+    def resend_up(self, to: int, up: Up) -> None:
+        if to in self.owned:
+            super().resend_up(to, up)
+        elif to == self.owned[-1] + 1:
+            self._gone_up = up  # the rank above has read it for itself; it is this one's to save again
+
+    def resend_down(self, to: int, down: Down) -> None:
+        if to in self.owned:
+            super().resend_down(to, down)
+        elif to == self.owned[0] - 1:
+            self._gone_down = down
+
+    def begin_with(self, images: int) -> None:
+        for end in self._ends:
+            end.images = images
 
     def finish(self) -> None:
         for outlet in (self._to_above, self._to_below):
@@ -126,10 +155,10 @@ class _Form:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Tensor, dtype: torch.dtype) -> Self:
+    def of(cls, x: Tensor, dtype: torch.dtype, images: int = 0) -> Self:
         order = tuple(sorted(range(x.ndim), key=lambda i: -x.stride()[i]))
         dense = x.permute(order).is_contiguous() and order[0] == 0
-        return cls(tuple(x.shape), order if dense else tuple(range(x.ndim)), x.dtype, dtype)
+        return cls((max(images, len(x)), *x.shape[1:]), order if dense else tuple(range(x.ndim)), x.dtype, dtype)
 
     def buffer(self, device: torch.device, pin: bool = False) -> Tensor:
         """An empty tensor of a full micro-batch in this layout, as a contiguous view."""
@@ -177,6 +206,7 @@ class _End:
         self.layouts: list[_Form | None] | None = None
         self.tick = 0
         self.running = False  # whether a message has passed
+        self.images = 0  # of a full micro-batch, where the first to travel may be smaller
 
     def present(self) -> list[_Form]:
         """Layouts of the tensors that a message has."""
@@ -237,7 +267,8 @@ class _Outlet(_End):
         size = next(len(x) for x in tensors if x is not None)
         if self.layouts is None:
             self.layouts = [
-                None if x is None or t is None else _Form.of(x, t) for x, t in zip(tensors, types, strict=True)
+                None if x is None or t is None else _Form.of(x, t, self.images)
+                for x, t in zip(tensors, types, strict=True)
             ]
             rows = [layout and layout.as_json() for layout in self.layouts]
             text = json.dumps([streams, rows]).encode().ljust(LAYOUT_BYTES)

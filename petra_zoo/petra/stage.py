@@ -23,7 +23,7 @@ from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.finite import StreamRanges, pooled
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State
+from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State, load_optimizer, optimizer_state
 from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.rates import Rates, rates_of
 from petra_zoo.petra.weight_prediction import Prediction
@@ -340,7 +340,7 @@ class Stage:
     def state_dict(self) -> StageState:
         """Optimizer, schedule, accumulated gradients and everything in flight inside the stage."""
         return {
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "optimizer": optimizer_state(self.optimizer) if self.optimizer else None,
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "gradients": [p.grad for p in self.own_parameters()],
             "gradients_in_window": self.gradients_in_window,
@@ -352,7 +352,7 @@ class Stage:
     def load_state_dict(self, state: StageState) -> None:
         """Restores what `state_dict` gave; the model's own parameters must have been restored before."""
         if self.optimizer and state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
         if self.scheduler and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         for p, gradient in zip(self.own_parameters(), state["gradients"], strict=True):

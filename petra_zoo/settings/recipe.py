@@ -10,6 +10,9 @@ from petra_zoo.settings.types import (
     AtLeastOne,
     BadImagePolicy,
     Count,
+    Every,
+    Interval,
+    Metric,
     NotNegative,
     Place,
     Positive,
@@ -74,7 +77,14 @@ class Recipe(Augmentation):
             whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
             unless 0 < g < 1.
         val_interval, log_interval: Epochs between validations; updates between log lines.
-        output: The run directory, absent or empty; None for `runs/` + the recipe's name and time.
+        checkpoint_every: How often everything is saved that the run needs to go on after it has been ended: `1 epoch`,
+            `500 ticks` (micro-batches), `10 minutes`; null never.
+        keep_last, keep_best: How many of the newest of these checkpoints stay, and of the best by `checkpoint_metric`
+            (top1 where it is null).
+        checkpoint_metric: `loss`, `top1` or `top5` on the validation split: the run directory's model is the best by
+            it, and RUN@last the last one. Null: the last one is the run's.
+        output: The run directory, absent, empty, or of a run to go on with; None for `runs/` + the recipe's name and
+            time.
     """
 
     model: str
@@ -161,6 +171,10 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
+    checkpoint_every: Every | None = Interval(1, "epochs")
+    keep_last: AtLeastOne = 1
+    keep_best: Count = 0
+    checkpoint_metric: Metric | None = None
     output: Place | None = None
 
     @property

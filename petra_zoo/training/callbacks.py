@@ -82,7 +82,6 @@ class EndEvent:
         path: the run directory.
         loss, top1, top5: of the model saved there, on the validation split.
         training_seconds: validation and saving apart.
-        interrupted: whether it was stopped before its last epoch.
     """
 
     path: Path
@@ -90,7 +89,6 @@ class EndEvent:
     top1: float
     top5: float
     training_seconds: float
-    interrupted: bool
 
 
 class Callback:
@@ -114,4 +112,4 @@ class Callback:
         """After every validation, when the model is saved."""
 
     def on_end(self, event: EndEvent) -> None:
-        """At the end of a run that leaves a model, an interrupted one included."""
+        """At the end of a run; one that was stopped, to be continued, has not ended."""

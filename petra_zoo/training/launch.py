@@ -16,39 +16,48 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from petra_zoo.errors import Failure
 from petra_zoo.petra import LinkError, global_rank, world_size
 from petra_zoo.training.ranks import SharedError
+from petra_zoo.training.stopping import STOPPED, RunStopped
 
 T = TypeVar("T")
-INTERRUPTED = 130
+_HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # A rank that lost a neighbour waits so long before it ends, so that the launcher finds the cause first.
 LINGER_SECONDS = 2.0
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
+def launch(processes: int, arguments: Sequence[str], restarts: int = 0) -> int:
     """Runs `python -m petra_zoo ARGUMENTS` in several processes of this machine.
 
     All of them share the terminal. Where one fails or dies, the others are ended within seconds.
 
+    Args:
+        processes: how many.
+        arguments: of the command line.
+        restarts: how often all of them are started again after one has failed: a run goes on where it was saved.
+
     Returns:
-        The exit code: 0 done, 2 bad use, else 1 with one line on the first failure; 130 interrupted.
+        The exit code: 0 done, 2 bad use, 75 stopped by a signal or by the time that was given, saved; else 1 with one
+        line on the first failure.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # Seconds before a rank that does not end is killed; by the environment, because torch 2.11 has no such option
-    # (and waits 30 seconds).
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    # Seconds for a rank to end its tick and save, before it is killed; by the environment, because torch 2.11 has no
+    # such option (and waits 30 seconds).
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    # SIGUSR1 is what batch queues send ahead of the end.
+    for name in ("PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        os.environ.setdefault(name, _HANDED_ON)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its banner buries the one line that matters
-    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "petra_zoo"]
+    options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts), "-m", "petra_zoo"]
     try:
         torchrun.run(torchrun.parse_args([*options, *arguments]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # the process has said why
-            return 2
+        if failure.exitcode in (2, STOPPED):  # the process has said why
+            return int(failure.exitcode)
         what = failure.message.strip().splitlines()[-1] if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         print(f"petra-zoo: rank {rank} failed ({what}); the other ranks were ended", file=sys.stderr)
         return 1
     except (SignalException, KeyboardInterrupt):
-        print("petra-zoo: interrupted; what was saved before is still there", file=sys.stderr)
-        return INTERRUPTED
+        return STOPPED  # its processes have got the signal too, and have saved
     return 0
 
 
@@ -60,13 +69,21 @@ def as_worker(work: Callable[[], T]) -> T:
     told too.
     """
     if world_size() == 1:
-        return work()
+        try:
+            return work()
+        except RunStopped as stopped:
+            print(f"petra-zoo: {stopped}", file=sys.stderr)
+            sys.exit(STOPPED)
     try:
         result = record(work)()
     except SharedError:
         if global_rank() > 0:
             sys.exit(2)
         raise
+    except RunStopped as stopped:
+        if global_rank() == 0:
+            print(f"petra-zoo: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except Failure as error:
         print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # torch's process group would wait for the neighbour

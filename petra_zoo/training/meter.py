@@ -24,6 +24,15 @@ class Meter:
         """A micro-batch: its mean loss and how many of its images were told right, 0-d each; how many there are."""
         self._unread.append((loss, correct, images))
 
+    def state(self) -> Tensor:
+        """Everything so far, float64 [micro-batches, 3]: loss, images told right, images."""
+        return torch.tensor(self._rows(), dtype=torch.float64).view(-1, 3)
+
+    def load(self, state: Tensor) -> None:
+        """Restores what `state` gave."""
+        self._read = [(loss, int(correct), int(images)) for loss, correct, images in state.tolist()]
+        self._unread = []
+
     def recent(self) -> tuple[float | None, float]:
         """Mean loss and accuracy in percent over the last micro-batches; no loss before the first came out."""
         rows = self._rows()[-self.WINDOW :]

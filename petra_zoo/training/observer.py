@@ -9,17 +9,21 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from petra_zoo.checkpoints.load import LAST
+from petra_zoo.checkpoints.store import LOWER_IS_BETTER
 from petra_zoo.errors import Failure
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import Output
+from petra_zoo.petra.optimization import State
+from petra_zoo.settings.types import Metric
 from petra_zoo.training.callbacks import Callback, EndEvent, LogEvent, StartEvent, ValidationEvent
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.meter import Meter, Speed
 from petra_zoo.training.optimization import learning_rates
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.run_directory import RunDirectory, record_run
+from petra_zoo.training.run_directory import PROFILE, RunDirectory, record_run
 
 SHOWN_EVERY = 1.0  # seconds between two readings for a person to see: each waits for the device
 ADVICE = "lower the learning rate, set clip_grad, or look for bad images"
@@ -49,24 +53,58 @@ class Observer:
         self._read_at = 0.0
         self.directory: RunDirectory | None = None
         self._rate = learning_rates(run.recipe, len(run.train_loader))
+        self.best: Scores | None = None  # of the run's model
+        self._in_training = False
 
-    def open_directory(self) -> None:
-        """Makes the run directory.
+    def open_directory(self, again: Path | None = None) -> None:
+        """Makes the run directory, or takes that of a run that goes on.
 
         Raises:
             UserError: it holds anything, or cannot be written.
         """
         if self.run.world.reports:
-            self.directory = RunDirectory(self.run.recipe, self.run.name)
+            recipe = self.run.recipe
+            self.directory = RunDirectory.of(again, recipe) if again else RunDirectory(recipe, self.run.name)
             if self.run.profile:
-                self.run.profile.save(self.directory.path / "profile.json")
+                self.run.profile.save(self.directory.path / PROFILE)
+
+    def state(self) -> State:
+        """What a continuation needs to say, and to log, what it would have."""
+        assert self.directory is not None
+        return {
+            "meter": self.meter.state(),
+            "training_seconds": self.training_seconds,
+            "wall_seconds": time.perf_counter() - self.started,
+            "logs": self.directory.log_sizes(),
+            "best": None if self.best is None else vars(self.best),
+        }
+
+    def continue_from(self, state: State, *, same_directory: bool) -> None:
+        """Restores what `state` gave, and takes from the logs what came later."""
+        assert self.directory is not None
+        self.meter.load(state["meter"])
+        self.training_seconds = state["training_seconds"]
+        self.started = time.perf_counter() - state["wall_seconds"]
+        if same_directory:  # else the run's model is not in here
+            self.best = None if state["best"] is None else Scores(**state["best"])
+        self.directory.cut_logs(state["logs"] if same_directory else {})
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """What is done in here counts as training."""
+        started, self._in_training = time.perf_counter(), True
+        try:
+            yield
+        finally:
+            self._in_training = False
+            self.training_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What is done in here, inside training, does not count as it."""
         started = time.perf_counter()
         yield
-        self.training_seconds += time.perf_counter() - started
+        self.training_seconds -= (time.perf_counter() - started) if self._in_training else 0.0
 
     def start(self) -> None:
         """Says what is about to run."""
@@ -87,11 +125,13 @@ class Observer:
             for callback in self.callbacks:
                 callback.on_start(event)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """From now on, losses and speed are this epoch's."""
-        self.epoch, self.meter, self.speed = epoch, Meter(), Speed()
+    def begin_epoch(self, epoch: int, batch: int = 0) -> None:
+        """From now on, losses and speed are this epoch's; of one that goes on, the losses are there already."""
+        self.epoch, self.speed = epoch, Speed()
+        if batch == 0:
+            self.meter = Meter()
         self._recent, self._read_at = (None, 0.0), 0.0
-        self.batches_done = epoch * len(self.run.train_loader)
+        self.batches_done = epoch * len(self.run.train_loader) + batch
 
     def saw(self, output: Output) -> None:
         """A tick of the pipeline in which a micro-batch was fed."""
@@ -125,14 +165,13 @@ class Observer:
         hard = labels.argmax(1) if labels.ndim == 2 else labels
         self.meter.add(output.loss, (output.logits.argmax(1) == hard).sum(), len(hard))
 
-    def validated(self, scores: Scores, whole: Classifier, seconds: float, ended: bool = True) -> None:
+    def validated(self, scores: Scores, whole: Classifier, seconds: float) -> None:
         """Saves a model that was validated.
 
         Args:
             scores: on the validation split.
             whole: the model, on the CPU.
             seconds: that the validation took.
-            ended: whether an epoch has; else training was interrupted.
 
         Raises:
             Failure: the model or its loss is not finite; it is not saved.
@@ -142,47 +181,58 @@ class Observer:
         event = ValidationEvent(
             self.epoch, train_loss, scores.loss, scores.top1, scores.top5, lr, self.training_seconds
         )
-        if ended:
-            self.directory.log(
-                event="validation",
-                epoch=self.epoch,
-                top1=scores.top1,
-                top5=scores.top5,
-                loss=scores.loss,
-                seconds=seconds,
-            )
+        self.directory.log(
+            event="validation",
+            epoch=self.epoch,
+            top1=scores.top1,
+            top5=scores.top5,
+            loss=scores.loss,
+            seconds=seconds,
+        )
         if not math.isfinite(scores.loss):
             kept = self.directory.what_is_kept()
             raise Failure(f"the validation loss is {scores.loss}: the model is not saved, {kept}: {ADVICE}")
-        self.directory.save_model(whole, self.run.preprocessing, self.run.data.class_names)
-        if ended:
-            self.directory.summarize(
-                {
-                    "epoch": self.epoch,
-                    "train_loss": train_loss,
-                    "eval_loss": scores.loss,
-                    "eval_top1": scores.top1,
-                    "eval_top5": scores.top5,
-                    "lr": lr,
-                }
-            )
-            self.reporter.epoch(event)
-            for callback in self.callbacks:
-                callback.on_validation(event)
+        self._save_model(scores, whole)
+        self.directory.summarize(
+            {
+                "epoch": self.epoch,
+                "train_loss": train_loss,
+                "eval_loss": scores.loss,
+                "eval_top1": scores.top1,
+                "eval_top5": scores.top5,
+                "lr": lr,
+            }
+        )
+        self.reporter.epoch(event)
+        for callback in self.callbacks:
+            callback.on_validation(event)
 
-    def complete(self, scores: Scores) -> Path:
-        """Completes the run directory of a model that was saved; gives it."""
+    def _save_model(self, scores: Scores, whole: Classifier) -> None:
+        """As the run's, where it is the best or nobody asks for that; as its last, where these may be two."""
         assert self.directory is not None
+        preprocessing, names = self.run.preprocessing, self.run.data.class_names
+        metric = self.run.recipe.checkpoint_metric
+        if metric is not None:
+            self.directory.save_model(whole, preprocessing, names, LAST)
+            self.directory.save_recipe(self.run.recipe, LAST)
+        if metric is None or self.best is None or _better(scores, self.best, metric):
+            self.directory.save_model(whole, preprocessing, names)
+            self.best = scores
+
+    def complete(self) -> None:
+        """Completes the run directory of a model that was saved."""
+        if not self.directory:
+            return
+        assert self.best is not None
         path, wall = self.directory.path, time.perf_counter() - self.started
         seconds = {"wall_seconds": wall, "training_seconds": self.training_seconds}
-        record_run(path, self.run.recipe, scores, self.run.world.size, **seconds)
-        return path
+        record_run(path, self.run.recipe, self.best, self.run.world.size, **seconds)
 
-    def end(self, scores: Scores, interrupted: bool) -> None:
+    def end(self, scores: Scores) -> None:
         """Says that the run is over."""
         if self.directory:
             path, seconds = self.directory.path, self.training_seconds
-            event = EndEvent(path, scores.loss, scores.top1, scores.top5, seconds, interrupted)
+            event = EndEvent(path, scores.loss, scores.top1, scores.top5, seconds)
             for callback in self.callbacks:
                 callback.on_end(event)
 
@@ -193,3 +243,8 @@ class Observer:
     def what_is_kept(self) -> str:
         """For messages about training that cannot go on."""
         return self.directory.what_is_kept() if self.directory else "what was saved before is kept"
+
+
+def _better(scores: Scores, than: Scores, metric: Metric) -> bool:
+    now, then = getattr(scores, metric), getattr(than, metric)
+    return bool(now < then if metric in LOWER_IS_BETTER else now > then)

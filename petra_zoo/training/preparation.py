@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
@@ -78,13 +78,13 @@ class Prepared:
     distillation: Distillation | None
     schedule: CouplingSchedule | None
 
-    def batches(self, loader: ImageLoader) -> Iterator[Batch]:
+    def batches(self, loader: ImageLoader, start: int = 0) -> Iterator[Batch]:
         """What a loader reads, on the device: images as bytes, which `transform` makes what the network takes."""
-        return on_device(loader.read(), self.world.device, memory_format(self.recipe))
+        return on_device(loader.read(start), self.world.device, memory_format(self.recipe))
 
-    def ticks(self, loader: ImageLoader) -> Iterable[Batch | tuple[None, None]]:
-        """What each tick feeds: a batch, on the rank that owns the stem; as many times nothing on the others."""
-        return self.batches(loader) if self.world.first else repeat((None, None), len(loader))
+    def ticks(self, loader: ImageLoader, start: int = 0) -> Iterable[Batch | tuple[None, None]]:
+        """What each tick feeds from a batch on: it, on the rank that owns the stem; as often nothing on the others."""
+        return self.batches(loader, start) if self.world.first else repeat((None, None), len(loader) - start)
 
 
 def prepare(
@@ -94,6 +94,7 @@ def prepare(
     world: World | None = None,
     data: Splits | None = None,
     teacher_from: LoadTeacher = load_teacher,
+    partition: Sequence[int] | None = None,
 ) -> Prepared:
     """Builds everything that a recipe asks for; writes nothing.
 
@@ -103,14 +104,17 @@ def prepare(
         world: this process among those that train together; default: alone.
         data: both splits, in the place of the recipe's.
         teacher_from: where a teacher comes from.
+        partition: units per stage, of a run that goes on: costs are not measured again.
 
     Raises:
         UserError: settings, data or devices do not allow it. Every process raises it, whichever one found the mistake.
     """
     world = world or World(device=choose_device(recipe.device))
-    parts = together(world, lambda: _build_parts(recipe, data, world))
+    cut = recipe if partition is None else recipe.model_copy(update={"split": list(partition)})
+    parts = together(world, lambda: _build_parts(cut, data, world))
     profile = share_profile(parts.profile, world)
-    return together(world, lambda: _assemble(recipe, name, world, parts, profile, teacher_from))
+    prepared = together(world, lambda: _assemble(cut, name, world, parts, profile, teacher_from))
+    return replace(prepared, recipe=recipe)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from torch import Tensor
 from petra_zoo.device import computing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
-from petra_zoo.files import check_free
-from petra_zoo.petra import NotFiniteError, Output, World, first_not_finite, leave
+from petra_zoo.petra import NotFiniteError, Output, first_not_finite, leave
 from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe
@@ -21,6 +21,11 @@ from petra_zoo.training.observer import ADVICE, Observer
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.ranks import enter, together
+from petra_zoo.training.resuming import Start, adopt, find_start, finished_result, remember_launch
+from petra_zoo.training.resuming import with_the_launchs_directory as fixed
+from petra_zoo.training.run_lock import held_by_this_run
+from petra_zoo.training.saving import Place, Saver
+from petra_zoo.training.stopping import Agreement, Deadline, RunStopped, Told, Word, listening
 from petra_zoo.training.validation import validate
 
 
@@ -33,7 +38,7 @@ class Result:
         evaluation: of the model saved there, on the validation split.
         training_seconds: time spent training, validation and saving apart.
         delay: D_0, how many updates old the first stage's gradients were.
-        interrupted: whether the run was stopped before its last epoch.
+        finished_before: whether there was nothing left to do.
         bad_images: how many training images could not be read and were skipped.
     """
 
@@ -41,7 +46,7 @@ class Result:
     evaluation: Scores
     training_seconds: float
     delay: float
-    interrupted: bool = False
+    finished_before: bool = False
     bad_images: int = 0
 
 
@@ -52,8 +57,13 @@ def train(
     name: str | None = None,
     callbacks: Sequence[Callback] = (),
     reporter: Reporter | None = None,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    max_seconds: float | None = None,
 ) -> Result:
     """Trains by a recipe, from data to a saved checkpoint, with the processes that were launched together.
+
+    A first SIGTERM, SIGINT or SIGUSR1 ends the run behind a tick, saved (in the main thread, which alone hears them).
 
     Args:
         recipe: an installed recipe's name, the path of a `.yaml` file, or a recipe.
@@ -61,11 +71,16 @@ def train(
         name: for the default run directory, ``runs/NAME-TIME``; default: the recipe's.
         callbacks: who is told of what happens, on the rank that sees the losses; see `Callback`.
         reporter: who tells the user; default: the console, on that rank. `Reporter(quiet=True)` says nothing.
+        resume: `auto`: the run in `output` goes on where it was saved last; the path of a run or of one checkpoint, to
+            go on from there; `never`: `output` must be absent or empty.
+        allow_change: settings that may differ from those of the run that goes on.
+        max_seconds: how long the run may take before it is saved and stopped.
 
     Raises:
         UserError: settings, data or disk do not allow it; what was saved before is still there. Every process raises
             it, whichever one found the mistake.
         Failure: training has diverged; likewise.
+        RunStopped: by a signal or by `max_seconds`; called again, it goes on.
 
     Example:
         >>> result = train("digits/petra_revnet_tiny", ["epochs=2", "output=runs/first"])
@@ -79,14 +94,25 @@ def train(
         settings, name = override_recipe(recipe, overrides), name or "run"
     else:
         settings, name = load_recipe(str(recipe), overrides), name or str(recipe)
-    world = enter(settings)
-    try:
-        together(world, lambda: _check_output(settings, world))  # before data is fetched and the model is measured
-        with computing(world.device, deterministic=settings.deterministic, tf32=settings.tf32):
-            prepared = prepare(settings, name=name, world=world)
-            return Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks).train()
-    finally:
-        leave()
+    deadline = Deadline(max_seconds)
+    with listening() as told:
+        world = enter(settings)
+        try:
+            settings = world.from_reporter(fixed(settings))
+            # Before data is fetched and the model is measured.
+            start = together(world, lambda: find_start(settings, resume, allow_change) if world.reports else None)
+            start = world.from_reporter(start) or Start()
+            if start.finished and start.directory:
+                scores, seconds = finished_result(start.directory)
+                return Result(start.directory, scores, seconds, settings.delay[0], finished_before=True)
+            adopt(start)
+            partition = start.checkpoint.manifest.stages if start.checkpoint else None
+            with computing(world.device, deterministic=settings.deterministic, tf32=settings.tf32):
+                prepared = prepare(settings, name=name, world=world, partition=partition)
+                run = Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks)
+                return run.train(start, told, deadline)
+        finally:
+            leave()
 
 
 class Run:
@@ -107,49 +133,108 @@ class Run:
         self.pipeline, self.ema = prepared.pipeline, prepared.ema
         self.observer = Observer(prepared, reporter, callbacks)
 
-    def train(self) -> Result:
-        """Runs all epochs, drains the pipeline and saves the model after every validation."""
-        observer, world = self.observer, self.world
-        together(world, observer.open_directory)
-        scores: Scores | None = None
-        interrupted = False
-        with self.reporter:
-            observer.start()
-            try:
-                for epoch in range(observer.epochs):
-                    observer.begin_epoch(epoch)
-                    self.move_couplings(epoch)
-                    self.run_epoch(epoch)
-                    last = epoch == observer.epochs - 1
-                    if last:
-                        for output in self.drain():
-                            observer.count(output)
-                    if last or (epoch + 1) % self.recipe.val_interval == 0:
-                        scores = validate(self.prepared, observer)
-            except NotFiniteError as error:
-                raise self.diverged(error) from error
-            except KeyboardInterrupt:
-                if not world.alone:  # ranks stop in different ticks: the last saved epoch is what there is
-                    raise
-                interrupted = True
-                self.reporter.line("interrupted: saving the model as it is (weights only, the run cannot be continued)")
-                scores = validate(self.prepared, observer, ended=False)
-        bad_images = sum(world.gather(len(self.prepared.data.bad_images)))
-        path, scores = world.from_reporter((observer.complete(scores) if scores else None, scores))
-        assert path is not None
-        assert scores is not None
-        observer.end(scores, interrupted)
-        delay = self.pipeline.delay[0]
-        return Result(path, scores, observer.training_seconds, delay, interrupted, bad_images)
+    def train(self, start: Start | None = None, told: Told | None = None, deadline: Deadline | None = None) -> Result:
+        """Runs all epochs, drains the pipeline and saves the model after every validation.
 
-    def run_epoch(self, epoch: int) -> None:
-        """Feeds one epoch; micro-batches in flight stay in flight."""
-        loader = self.prepared.train_loader
+        Args:
+            start: what it goes on from; default: from nothing.
+            told: whether it was told to stop.
+            deadline: of the run.
+
+        Raises:
+            RunStopped: it was told to, or its time is over; it is saved.
+        """
+        observer, world, start = self.observer, self.world, start or Start()
+        self.told, self.deadline = told or Told(), deadline or Deadline(None)
+        together(world, lambda: observer.open_directory(start.directory))
+        path = world.from_reporter(observer.directory.path if observer.directory else None)
+        assert path is not None
+        with held_by_this_run(path) if world.reports else nullcontext():
+            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(world)
+            if world.reports:
+                remember_launch(path)
+            with self.reporter:
+                self.run_epochs(self.begin_at(start))
+        bad_images = sum(world.gather(len(self.prepared.data.bad_images)))
+        scores = world.from_reporter(observer.best)
+        assert scores is not None
+        observer.end(scores)
+        delay = self.pipeline.delay[0]
+        return Result(path, scores, observer.training_seconds, delay, bad_images=bad_images)
+
+    def begin_at(self, start: Start) -> Place:
+        """Says what is about to run; of a run that goes on, takes back all that was saved."""
+        at, observer = Place(), self.observer
+        if checkpoint := start.checkpoint:
+            here = start.directory is not None
+            at = together(self.world, lambda: self.saver.load(checkpoint, same_directory=here))
+            if at.epoch >= observer.epochs:
+                raise UserError(
+                    f"{checkpoint.path} has trained {at.epoch} epochs, which is all that there are to train"
+                )
+            self.reporter.line(f"goes on from {checkpoint.path}: epoch {at.epoch + 1}, micro-batch {at.batch}")
+        observer.start()
+        return at
+
+    def run_epochs(self, at: Place) -> None:
+        """Runs what is left of all epochs."""
+        self.told.saves = True
+        try:
+            for epoch in range(at.epoch, self.observer.epochs):
+                self.run_epoch(Place(epoch, at.batch if epoch == at.epoch else 0))
+        except NotFiniteError as error:
+            raise self.diverged(error) from error
+
+    def run_epoch(self, at: Place) -> None:
+        """Feeds what is left of an epoch, validates and saves; micro-batches in flight stay in flight."""
+        observer, epoch = self.observer, at.epoch
+        observer.begin_epoch(epoch, at.batch)
+        if at.batch == 0:
+            self.move_couplings(epoch)
+        self.feed(at)
+        last, scores = epoch == observer.epochs - 1, None
+        if last:
+            for output in self.drain():
+                observer.count(output)
+        if last or (epoch + 1) % self.recipe.val_interval == 0:
+            scores = validate(self.prepared, observer)
+        if last:
+            observer.complete()  # before the checkpoint that says so
+        if self.saver.due_after_epoch(epoch) or (last and self.saver.every):
+            self.save(Place(epoch + 1), scores, finished=last)
+
+    def feed(self, at: Place) -> None:
+        """Feeds an epoch from a micro-batch on; saves where it is time to, and where it is time to stop."""
+        loader, batch = self.prepared.train_loader, at.batch
         self.model.train()
-        loader.set_epoch(epoch)
+        loader.set_epoch(at.epoch)
         with self.observer.training():
-            for images, labels in self.prepared.ticks(loader):
+            for images, labels in self.prepared.ticks(loader, batch):
                 self.observer.saw(self.step(images, labels))
+                batch += 1
+                self.look_up(Place(at.epoch, batch))
+
+    def look_up(self, at: Place) -> None:
+        """Between two ticks: saves where it is time to; stops, where any process was told to.
+
+        Raises:
+            RunStopped: it is saved.
+        """
+        told, late = self.told, self.world.reports and self.deadline.passed
+        word = self.agreement.exchange(Word(told.by is not None or late, self.saver.due_by_clock()))
+        if word.stop or word.save or self.saver.due_after_tick():
+            word = Word(word.stop or self.agreement.settle().stop, True)
+            self.save(at)
+        if word.stop:
+            whys = self.world.gather(told.by or ("--max-time" if late else None))
+            raise RunStopped(next((why for why in whys if why), "a signal"), self.saver.path)
+
+    def save(self, at: Place, scores: Scores | None = None, *, finished: bool = False) -> None:
+        """Saves, and does not count it as training."""
+        scores = self.world.from_reporter(scores)
+        metrics = {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5} if scores else None
+        with self.observer.pausing():
+            self.saver.save(at, metrics, finished=finished)
 
     def step(self, images: Images | None, labels: Tensor | None) -> Output:
         """One tick: the pipeline's, with the teacher's word where images are fed, and the moving average behind it."""
@@ -183,8 +268,3 @@ class Run:
         where = f"in epoch {self.observer.epoch + 1}, tick {self.pipeline.tick}"
         kept = self.observer.what_is_kept()
         return Failure(f"training stopped {where}: {error}{also}; no model is saved, {kept}: {ADVICE}")
-
-
-def _check_output(recipe: Recipe, world: World) -> None:
-    if recipe.output and world.reports:
-        check_free(recipe.output, "output=DIR")

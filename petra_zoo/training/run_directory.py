@@ -10,9 +10,11 @@ import copy
 import csv
 import os
 import tempfile
+from collections.abc import Mapping
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -30,15 +32,17 @@ from petra_zoo.data.labels import all_named
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
-from petra_zoo.files import apply_umask, check_free
+from petra_zoo.files import apply_umask, check_free, write_whole
 from petra_zoo.machine import now
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import first_not_finite
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.settings.recipe_files import save_recipe
+from petra_zoo.settings.recipe_files import recipe_yaml, save_recipe
 from petra_zoo.strict_json import Json, JsonObject, to_json
 
 RECIPE, MODEL = "recipe.yaml", "model.safetensors"
+PROFILE = "profile.json"
+LOGS = ("metrics.jsonl", "summary.csv")
 
 
 def default_path(name: str) -> Path:
@@ -62,9 +66,48 @@ class RunDirectory:
         wanted = recipe.output or default_path(name)
         try:
             self.path = _claim(wanted) if recipe.output else _claim_with_suffix(wanted)
-            save_recipe(recipe, self.path / RECIPE)
+            save_recipe(_for_anywhere(recipe), self.path / RECIPE)
         except OSError as error:
             raise UserError(f"cannot write the run to {wanted}: {error.strerror}; choose another output=DIR") from error
+
+    @classmethod
+    def of(cls, path: Path, recipe: Recipe) -> Self:
+        """The directory of a run that goes on.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self = cls.__new__(cls)
+        self.path = path
+        self.save_recipe(recipe)
+        return self
+
+    def save_recipe(self, recipe: Recipe, folder: str = ".") -> None:
+        """Writes recipe.yaml, as a whole."""
+        with self._writing(RECIPE):
+            write_whole(self.path / folder / RECIPE, recipe_yaml(_for_anywhere(recipe)))
+
+    def log_sizes(self) -> dict[str, int]:
+        """How many bytes the logs have; nothing of them is in a cache only."""
+        sizes = {}
+        for name in LOGS:
+            if (path := self.path / name).exists():
+                with self._writing(name):
+                    _flush_to_disk(path)
+                sizes[name] = path.stat().st_size
+        return sizes
+
+    def cut_logs(self, sizes: Mapping[str, int]) -> None:
+        """Takes from the logs what came after they had these sizes: it comes again."""
+        for name in LOGS:
+            path, size = self.path / name, sizes.get(name, 0)
+            if not path.exists():
+                continue
+            with self._writing(name):
+                if size == 0:
+                    path.unlink()
+                elif path.stat().st_size > size:
+                    os.truncate(path, size)
 
     def log(self, **values: Json) -> None:
         """Appends a line to metrics.jsonl; null where a number is not finite."""
@@ -82,13 +125,16 @@ class RunDirectory:
                     writer.writeheader()
                 writer.writerow(row)
 
-    def save_model(self, model: Classifier, preprocessing: Preprocessing | None, class_names: list[str]) -> None:
+    def save_model(
+        self, model: Classifier, preprocessing: Preprocessing | None, class_names: list[str], folder: str = "."
+    ) -> None:
         """Writes model.safetensors and config.json, which `timm.create_model('local-dir:...')` reads.
 
         Args:
             model: complete, on any device.
             preprocessing: that its images get; None for the architecture's.
             class_names: of the data; classes beyond are numbered.
+            folder: in the run directory.
 
         Raises:
             Failure: a parameter or buffer is not finite; what was saved before is still there.
@@ -109,9 +155,10 @@ class RunDirectory:
                 data_config={**preprocessing.as_dict()} if preprocessing else None,
             )
             apply_umask(Path(new) / MODEL)
+            (self.path / folder).mkdir(exist_ok=True)
             for name in (MODEL, "config.json"):
                 _flush_to_disk(Path(new) / name)
-                os.replace(Path(new) / name, self.path / name)
+                os.replace(Path(new) / name, self.path / folder / name)
 
     def what_is_kept(self) -> str:
         """For messages about training that cannot go on."""
@@ -119,6 +166,11 @@ class RunDirectory:
 
     def _writing(self, name: str) -> _Writing:
         return _Writing(self.path / name)
+
+
+def _for_anywhere(recipe: Recipe) -> Recipe:
+    """As it is saved: run again, it gets a directory of its own."""
+    return recipe.model_copy(update={"output": None})
 
 
 def _claim(path: Path) -> Path:

@@ -13,13 +13,12 @@ from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import average_statistics, held
 
 
-def validate(run: Prepared, observer: Observer, *, ended: bool = True) -> Scores | None:
+def validate(run: Prepared, observer: Observer) -> Scores | None:
     """Evaluates the model through the pipeline of the first replica, and has it saved; what is in flight stays there.
 
     Args:
         run: in progress.
         observer: of it.
-        ended: whether an epoch has; else training was interrupted.
 
     Returns:
         The evaluation, on the rank that reports.
@@ -41,5 +40,5 @@ def validate(run: Prepared, observer: Observer, *, ended: bool = True) -> Scores
         if whole is None:
             return None
         assert isinstance(whole, nn.Module)
-        observer.validated(scores, as_classifier(whole), time.perf_counter() - started, ended)
+        observer.validated(scores, as_classifier(whole), time.perf_counter() - started)
         return scores

@@ -154,11 +154,12 @@ def test_the_only_good_one_is_never_removed(tmp_path: Path) -> None:
     assert store.names() == ["tick-0000000001", "tick-0000000003"]
 
 
-def test_a_save_at_the_tick_of_a_damaged_one_takes_its_place(tmp_path: Path) -> None:
+def test_a_save_at_the_tick_of_another_one_comes_behind_it(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (save(store, 1).path / PARTS[0]).write_bytes(b"")
-    save(store, 1)
-    assert verified(tmp_path / "tick-0000000001")
+    again, later = save(store, 1), save(store, 2)
+    assert store.names() == ["tick-0000000001", again.path.name, later.path.name]
+    assert store.prune(2) == ["tick-0000000001"]
 
 
 @pytest.mark.parametrize(

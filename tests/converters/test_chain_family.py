@@ -73,6 +73,7 @@ def test_timms_network_is_converted_saved_and_brought_back(convnext: nn.Module, 
     assert torch.equal(back(images()), convnext(images()))
 
 
+@pytest.mark.slow
 def test_what_is_converted_can_be_described_exported_and_published(convnext: nn.Module, tmp_path: Path) -> None:
     save_converted(convert(convnext), tmp_path / "out")
     model = create_any_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)

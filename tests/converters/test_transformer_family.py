@@ -17,6 +17,7 @@ from petra_zoo.converters.reconstruction import measure_runs
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraBeit, PetraEva, PetraVit, PetraVitDistilled
 from tests.cli.test_main import petra_zoo
+from tests.converters.networks import calibration, labelled
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
 KINDS = {
@@ -107,6 +108,7 @@ def test_a_transformer_is_compared_with_its_copy() -> None:
     assert [run.layer for run in report.runs] == ["blocks"]
 
 
+@pytest.mark.slow
 def test_the_command_converts_a_transformer_and_says_what_it_costs(tmp_path: Path) -> None:
     network = transformer()
     data = {"input_size": (3, 16, 16)}
@@ -120,5 +122,31 @@ def test_the_command_converts_a_transformer_and_says_what_it_costs(tmp_path: Pat
     assert content["calibration_images"] == 0  # no statistics
     assert len(content["steps"]["blocks"]) == 6
     memory = content["activation_bytes_per_image"]
-    assert memory["converted"]["peak"] < memory["source, checkpointed"]["peak"]
+    assert memory["converted"]["peak"] < memory["source"]["peak"]
     assert json.loads((tmp_path / "report.json").read_text())["images"] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trained_transformer_predicts_what_its_source_predicts() -> None:
+    torch.manual_seed(0)
+    small = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10, "depth": 8}
+    network = timm.create_model("vit_tiny_patch16_224", **small)
+    batches = labelled("digits", "train")
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=0.05)
+    for _ in range(12):
+        for i in torch.randperm(len(batches)).tolist():
+            x, labels = batches[i]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(x), labels).backward()
+            optimizer.step()
+    found = {}
+    for exact in (False, True):
+        model = convert(network.eval(), calibration=calibration("digits"), exact=exact)
+        found[exact] = measure_fidelity(network, model, labelled("digits", "val"))
+    assert found[True].source_top1 > 70
+    assert found[True].agreement >= 97
+    assert found[False].agreement >= 95
+    assert found[True].logit_error < found[False].logit_error
+    assert (found[True].runs[0].g, found[True].runs[0].error) == (1 / 16, 0.0)
+    assert 0 < found[False].runs[0].error <= 1e-4

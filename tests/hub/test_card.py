@@ -65,7 +65,7 @@ def test_a_card_has_no_gap_in_its_tables(tmp_path: Path) -> None:
         (["update_size=64", "max_delay=3"], "32 images x 2 per update: D_0 = 3 updates", False),
         (["stages=14", "weight_prediction=head", "max_delay=null"],
          "64 images per update: D_0 = 26 updates, weights predicted to the head", True),
-        (["method=backprop", "stages=14"], "64 images per update: no delay", False),
+        (["method=backprop", "stages=14", "max_delay=null"], "64 images per update: no delay", False),
     ],
 )  # fmt: skip
 def test_a_card_says_how_late_gradients_were(tmp_path: Path, settings: list[str], update: str, late: bool) -> None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def maxvit() -> nn.Module:
 
 
 def efficientnet() -> nn.Module:
-    return _gen_efficientnetv2_s("efficientnetv2_rw_t", 0.1, 0.3, num_classes=5, stem_size=8, num_features=16)
+    return _gen_efficientnetv2_s("efficientnetv2_rw_t", 0.1, 0.3, num_classes=5)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[tuple[str, int, int]]]] = {
@@ -51,7 +52,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[tuple[str, int, int
     "swin": (swin, 56, [("layers.0.blocks", 2, 0), ("layers.1.blocks", 3, 0)]),
     "mixer": (mixer, 32, [("blocks", 3, 0)]),
     "maxvit": (maxvit, 56, [("stages.1.blocks", 4, 1)]),
-    "efficientnetv2": (efficientnet, 32, []),
+    "efficientnetv2": (efficientnet, 32, [("blocks.4", 3, 0), ("blocks.5", 5, 1)]),
 }
 
 
@@ -65,11 +66,19 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, 3, size, size, dtype=torch.float64)
 
 
-def reversible(name: str, **kwargs: object) -> tuple[ReversibleChains, Tensor]:
+@cache
+def _made(name: str) -> nn.Module:
     model, x = network(name)
-    made = make_reversible(model, example=x[:1], **kwargs)
-    assert isinstance(made, ReversibleChains)
-    return made, x
+    return make_reversible(model, example=x[:1])
+
+
+def reversible(name: str, coupling: float = 1.0) -> tuple[ReversibleChains, Tensor]:
+    """The network, reversible; found once, and copied for every test."""
+    model = copy.deepcopy(_made(name))
+    assert isinstance(model, ReversibleChains)
+    model.set_coupling(coupling)
+    model.set_gain(1.5)
+    return model, torch.randn(2, 3, NETWORKS[name][1], NETWORKS[name][1], dtype=torch.float64)
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -103,8 +112,8 @@ def test_gradients_are_those_of_plain_backpropagation(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_at_coupling_0_the_network_is_the_one_it_was(name: str) -> None:
-    plain, x = network(name)
-    model, _ = reversible(name, coupling=0.0)
+    plain, _ = network(name)
+    model, x = reversible(name, coupling=0.0)
     assert list(model.state_dict()) != list(plain.state_dict())
     for module in (plain, model):
         module.train()
@@ -136,9 +145,10 @@ def test_units_are_blocks_where_modules_are_called_one_by_one() -> None:
 
 
 def test_the_gain_keeps_the_effect_of_trained_blocks_below_coupling_1() -> None:
-    gains = [
-        reversible("mixer", **kwargs)[0].blocks.gain_now() for kwargs in ({}, {"coupling": 1.0}, {"coupling": 0.5})
-    ]
+    gains = []
+    for coupling in (None, 1.0, 0.5):
+        model = make_reversible(nn.Sequential(*transformer(3)), coupling, example=torch.zeros(1, 5, WIDTH).double())
+        gains.append(model.gain_now())
     assert gains == [1.0, 1.0, 1.5]
 
 
@@ -214,6 +224,14 @@ def test_a_list_of_blocks_becomes_a_reversible_container() -> None:
 def test_a_sequential_of_blocks_becomes_a_reversible_container() -> None:
     model = petra_zoo.make_reversible(nn.Sequential(*transformer(3)), example=torch.zeros(1, 5, WIDTH).double())
     assert isinstance(model, ReversibleSequential)
+
+
+def test_chains_inside_of_a_chains_blocks_are_left() -> None:
+    blocks = [nn.Sequential(*transformer(2)) for _ in range(3)]
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(WIDTH, 3).double())
+    made = make_reversible(model, example=torch.zeros(1, 5, WIDTH, dtype=torch.float64))
+    assert isinstance(made, ReversibleChains)
+    assert list(made.named_layers()) == ["0"]
 
 
 def test_a_network_without_a_configuration_needs_an_example() -> None:

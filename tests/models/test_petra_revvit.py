@@ -17,6 +17,7 @@ from petra_zoo.reversible import LiveBytes
 from tests.models.networks import difference
 
 SMALL: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+MODES = ("reversible", "recompute")
 DROPS = {"drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "pos_drop_rate": 0.1, "drop_path_rate": 0.3}
 
 
@@ -66,8 +67,9 @@ def test_it_computes_the_published_formula() -> None:
     torch.testing.assert_close(model(images()), by_hand(model, images()), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("memory", ["reversible", "recompute"])
-@pytest.mark.parametrize("drops", [{}, DROPS])
+@pytest.mark.parametrize(
+    ("memory", "drops"), [("reversible", DROPS), *(pytest.param(m, {}, marks=pytest.mark.slow) for m in MODES)]
+)
 def test_gradients_are_those_of_plain_backpropagation(memory: str, drops: dict[str, float]) -> None:
     model = small(depth=6, **drops).train()
     expected, found = (gradients(model, m, images()) for m in ("plain", memory))

@@ -180,7 +180,7 @@ def test_a_restored_pipeline_has_its_heads_back_and_continues_to_the_bit() -> No
     pipeline = make_local(make_model(), accumulation_steps=3)
     run(pipeline, data[:7], drain=False)
     state = copy.deepcopy(pipeline.state_dict())
-    assert [stage["auxiliary"] is None for stage in state["stages"]] == [False] * 4 + [True]
+    assert [stage["auxiliary"] is None for stage in state["stages"].values()] == [False] * 4 + [True]
     expected = run(pipeline, data[7:])
     restored = make_local(make_model(), accumulation_steps=3)
     restored.load_state_dict(state)

@@ -398,14 +398,10 @@ def test_bad_settings_say_what_would_do(kwargs: dict[str, Any], message: str) ->
         make_pipeline(make_model(), **kwargs)
 
 
-def test_what_needs_the_whole_model_is_refused_where_stages_are_spread_over_processes() -> None:
+def test_a_probe_is_refused_where_stages_are_spread_over_processes() -> None:
     pipeline = make_pipeline(make_model(), 2, world=World(rank=0, size=2, peers=(0, 1)))
-    with pytest.raises(RuntimeError, match=r"state_dict\(\) is for a pipeline in one process; whole_model\(\)"):
-        pipeline.state_dict()
     with pytest.raises(RuntimeError, match=r"probe\(\) is for a pipeline in one process"), pipeline.probe():
         pass
-    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for a pipeline in one process"):
-        pipeline.load_state_dict({})
 
 
 def test_a_parameter_that_no_unit_has_is_refused_by_name() -> None:

@@ -20,8 +20,11 @@ from tests.petra.test_pipeline import SIZE, batches, make_pipeline, run, sgd
 from tests.petra.test_processes import adamw, differences
 
 UNITS = 8  # patch embedding, attention and MLP of three blocks, head
-METHODS = ("petra", "dsp", "delayed", "reversible")
 Batch = tuple[Tensor, Tensor]
+
+
+def slow(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def make_model(dtype: torch.dtype = torch.float64, **kwargs: Any) -> PetraRevViT:
@@ -42,8 +45,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert float((found[name] - gradient).norm()) < 1e-9 * float(gradient.norm()) + 1e-12, name
 
 
-@pytest.mark.parametrize("stages", [2, UNITS])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.slow), UNITS])
+@pytest.mark.parametrize("method", ["petra", "dsp", *(slow(name) for name in ("delayed", "reversible"))])
 def test_at_fixed_parameters_the_gradient_is_backpropagations(method: str, stages: int) -> None:
     """Dropout, attention's dropout and stochastic depth included."""
     data = batches(4)
@@ -83,7 +86,7 @@ def test_reconstruction_with_changed_parameters_is_approximate_but_close() -> No
     assert bool(((errors[1:] > 1e-7) & (errors[1:] < 0.05)).all())
 
 
-@pytest.mark.parametrize("prediction", ["none", "head", "backward"])
+@pytest.mark.parametrize("prediction", [slow("none"), "head", slow("backward")])
 def test_a_restored_pipeline_continues_to_the_bit(prediction: str) -> None:
     data = batches(14)
     settings: dict[str, Any] = {"accumulation_steps": 3, "optimizer": adamw, "clip_grad": 1.0}
@@ -173,7 +176,7 @@ def captured(method: str, graphs: Any) -> Pipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("method", ["petra", pytest.param("reversible", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["petra", slow("reversible")])
 def test_captured_ticks_compute_the_same_bits(method: str) -> None:
     ours, plain = captured(method, FakeGraph), captured(method, "off")
     assert_same(ours, plain, [batches(14, dtype=torch.float32)])

@@ -62,11 +62,10 @@ def test_a_callback_is_told_what_the_run_directory_says(tmp_path: Path) -> None:
         (line["loss"], line["top1"]) for line in lines if line["event"] == "validation"
     ]
     (end,) = listener.of(training.EndEvent)
-    assert (end.path, end.loss, end.top1, end.interrupted) == (
+    assert (end.path, end.loss, end.top1) == (
         result.path,
         result.evaluation.loss,
         result.evaluation.top1,
-        False,
     )
 
 

@@ -18,6 +18,7 @@ from petra_zoo.settings.recipe_files import save_recipe
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Run, train
 from petra_zoo.training.run_directory import RunDirectory
+from petra_zoo.training.saving import Place
 from tests.cli.test_main import petra_zoo
 from tests.training.test_feed import write_images
 from tests.training.test_train import QUICK
@@ -87,14 +88,14 @@ def test_a_model_that_is_not_finite_is_never_saved_over_a_good_one(tmp_path: Pat
 
 def test_a_model_that_predicts_no_numbers_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights are finite, but so large that evaluation overflows: the first sign of some divergences."""
-    real = Run.run_epoch
+    real = Run.feed
 
-    def run_epoch(self: Run, epoch: int) -> None:
-        real(self, epoch)
-        if epoch == 1:
+    def feed(self: Run, at: Place) -> None:
+        real(self, at)
+        if at.epoch == 1:
             self.model.fc.weight.data.fill_(3e38)
 
-    monkeypatch.setattr(Run, "run_epoch", run_epoch)
+    monkeypatch.setattr(Run, "feed", feed)
     with pytest.raises(
         Failure, match=r"the validation loss is (nan|inf): the model is not saved, the one in .* is kept"
     ):

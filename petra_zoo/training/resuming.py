@@ -1,0 +1,218 @@
+"""What a run goes on from: the run directory that is there, or a checkpoint by its path.
+
+One process looks, and all do what it has found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from petra_zoo.checkpoints.packing import CheckpointError
+from petra_zoo.checkpoints.provenance import ENVIRONMENT, EVALUATION
+from petra_zoo.checkpoints.store import CHECKPOINTS, RunCheckpoint, Store, checkpoints_in, verified
+from petra_zoo.errors import UserError
+from petra_zoo.evaluation.scores import Scores
+from petra_zoo.files import check_free
+from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import recipe_settings
+from petra_zoo.strict_json import Json, JsonObject
+from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
+from petra_zoo.training.run_lock import LOCK, held_by_this_run
+
+_LAUNCH = ".launch"  # in a run directory: which launch has made it
+# Launching, logging, output and workers: they decide no bit of a run.
+FREE = {
+    "balance",
+    "checkpoint_every",
+    "cuda_graphs",
+    "dataset_download",
+    "device",
+    "device_speed",
+    "keep_best",
+    "keep_last",
+    "link_timeout",
+    "log_interval",
+    "output",
+    "profile",
+    "workers",
+}
+
+# What is saved is of these.
+FIXED = {"data_parallel", "method", "model", "split", "stages"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins.
+
+    Attributes:
+        directory: of a run that goes on in its own; None: a new one.
+        checkpoint: what it goes on from.
+        finished: nothing is left to do.
+    """
+
+    directory: Path | None = None
+    checkpoint: RunCheckpoint | None = None
+    finished: bool = False
+
+
+def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) -> Start:
+    """Looks for what a run goes on from.
+
+    Args:
+        recipe: of the run.
+        resume: `auto`: the run in its output directory; the path of a run or of a checkpoint; `never`.
+        allow_change: settings that may differ from those of the run that goes on.
+
+    Raises:
+        UserError: the directory holds something else, settings have changed, or the checkpoint of a path is bad.
+    """
+    if unknown := [key for key in allow_change if key not in Recipe.model_fields]:
+        raise UserError(f"--allow-change {unknown[0]}: there is no such setting")
+    if fixed := sorted(FIXED & set(allow_change)):
+        raise UserError(f"--allow-change {fixed[0]}: what is saved is of this {fixed[0]}, and of no other")
+    if resume not in ("auto", "never"):
+        return _by_path(Path(resume), recipe, allow_change)
+    directory = recipe.output
+    if directory is None:
+        return Start()
+    if resume == "never" or not (directory / RECIPE).exists():
+        check_free(directory, "output=DIR")
+        return Start()
+    with held_by_this_run(directory):
+        pass
+    if checkpoint := Store(directory / CHECKPOINTS).newest_good():
+        changed = check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change)
+        done = checkpoint.manifest.finished and "epochs" not in changed
+        return Start(directory, checkpoint, finished=done)
+    if (directory / EVALUATION).exists():  # saved nothing to go on from, but it is finished
+        check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe)
+        return Start(directory, finished=True)
+    if not _failed_to_start(directory):
+        check_free(directory, "output=DIR")
+    for name in LOGS:
+        (directory / name).unlink(missing_ok=True)
+    return Start(directory)
+
+
+def check_unchanged(
+    where: Path, then: Mapping[str, Json], recipe: Recipe, allow_change: Sequence[str] = ()
+) -> set[str]:
+    """Refuses to go on with other settings; gives those that may and do differ.
+
+    Args:
+        where: what it would go on from.
+        then: its settings.
+        recipe: today's.
+        allow_change: settings that may differ.
+
+    Raises:
+        UserError: names them, what they were and what they are.
+    """
+    now = recipe.model_dump(mode="json")
+    differing = {key for key in now if key not in FREE and key in then and not _same(then[key], now[key])}
+    if refused := sorted(differing - set(allow_change)):
+        words = ", ".join(f"{key} was {_shown(then[key])} and is {_shown(now[key])}" for key in refused)
+        allowed = " ".join(f"--allow-change {key}" for key in refused)
+        raise UserError(
+            f"{where} is of a run with other settings: {words}; take them back, choose another output=DIR, "
+            f"or add {allowed}"
+        )
+    return differing
+
+
+def adopt(start: Start) -> None:
+    """Sets what of a run's process decides bits: the number of threads."""
+    if start.checkpoint and start.checkpoint.manifest.threads != torch.get_num_threads():
+        torch.set_num_threads(max(1, min(start.checkpoint.manifest.threads, 4096)))
+
+
+def finished_result(directory: Path) -> tuple[Scores, float]:
+    """What a finished run has left: the evaluation of its model, and the seconds of training.
+
+    Raises:
+        UserError: its records cannot be read.
+    """
+    try:
+        record, environment = (_read(directory / name) for name in (EVALUATION, ENVIRONMENT))
+        top1, top5, loss = (float(str(record[key])) for key in ("top1", "top5", "loss"))
+        scores = Scores(top1, top5, loss, int(str(record["images"])), torch.zeros(0, 0, dtype=torch.int64))
+        return scores, float(str(environment["training_seconds"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory} is finished, but its {EVALUATION} cannot be read: {error}") from error
+
+
+def _by_path(path: Path, recipe: Recipe, allow_change: Sequence[str]) -> Start:
+    """A checkpoint that the user has named: where it is bad, nothing else is taken in its place."""
+    newest = checkpoints_in(path)[-1]
+    try:
+        checkpoint = verified(newest)
+    except CheckpointError as error:
+        raise UserError(f"--resume {path}: {error}") from error
+    check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change)
+    run = newest.resolve().parent.parent
+    if recipe.output is None or recipe.output.resolve() == run:
+        return Start(recipe.output or run, checkpoint, finished=False)
+    check_free(recipe.output, "output=DIR")
+    return Start(None, checkpoint)
+
+
+def _failed_to_start(directory: Path) -> bool:
+    """Whether it holds a run that ended before anything was saved: the corrected one begins anew."""
+    its_own = {RECIPE, PROFILE, LOCK, _LAUNCH, *LOGS}
+    if any(path.name not in its_own and not _empty(path) for path in directory.iterdir()):
+        return False
+    try:
+        return recipe_settings(str(directory / RECIPE)).keys() >= Recipe.model_fields.keys()  # no user writes them all
+    except UserError:
+        return (directory / RECIPE).stat().st_size == 0  # claimed, and no more
+
+
+def _empty(path: Path) -> bool:
+    """Whether it is the folder of checkpoints without one in it."""
+    return path.name == CHECKPOINTS and not Store(path).names()
+
+
+def _read(path: Path) -> Mapping[str, Json]:
+    if path.stat().st_size > 1 << 20:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes")
+    found: JsonObject = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _same(a: Json, b: Json) -> bool:
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def _shown(value: Json) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def with_the_launchs_directory(recipe: Recipe) -> Recipe:
+    """The recipe; where the launcher has started its processes again, with the directory of the first time.
+
+    The default directory carries the time: without this, a restart would begin a run of its own.
+    """
+    launch = _launch()
+    if recipe.output is not None or launch is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return recipe
+    found = [path.parent for path in Path("runs").glob(f"*/{_LAUNCH}") if path.read_text(encoding="utf-8") == launch]
+    return recipe.model_copy(update={"output": found[0]}) if found else recipe
+
+
+def remember_launch(directory: Path) -> None:
+    """Leaves in a run's directory which launch it is of, where there is a launcher that may start it again."""
+    if launch := _launch():
+        (directory / _LAUNCH).write_text(launch, encoding="utf-8")
+
+
+def _launch() -> str | None:
+    found = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if found == "none" else found

@@ -1,0 +1,183 @@
+"""Saving a run, and taking it back: each process its own stages, one of them publishes.
+
+A save reads and copies, and changes nothing: with it and without it a run computes the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from petra_zoo.checkpoints.manifest import FileEntry, Manifest, verify_file
+from petra_zoo.checkpoints.packing import CheckpointError, from_safetensors, to_safetensors
+from petra_zoo.checkpoints.pipeline_files import Averages, from_files, to_files
+from petra_zoo.checkpoints.store import CHECKPOINTS, RunCheckpoint, Store
+from petra_zoo.data.image_dataset import BadImage
+from petra_zoo.errors import UserError
+from petra_zoo.machine import describe_versions, now
+from petra_zoo.petra.pipeline_state import load_tensors, shared_tensors, stage_tensors, stages_to_read
+from petra_zoo.reversible import UnitModel
+from petra_zoo.settings.types import Interval
+from petra_zoo.strict_json import JsonObject
+from petra_zoo.training.observer import Observer
+from petra_zoo.training.preparation import Prepared
+from petra_zoo.training.ranks import together
+
+T = TypeVar("T")
+RUN = "run.safetensors"  # what only the process that reports knows: losses so far, lengths of the logs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: so many micro-batches of an epoch are fed; epochs count from 0."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class Saver:
+    """Saves a run and takes it back. Every process has one and calls the same methods behind the same ticks.
+
+    Args:
+        run: what runs.
+        observer: of it.
+        path: the run directory, as this process sees it.
+    """
+
+    def __init__(self, run: Prepared, observer: Observer, path: Path) -> None:
+        self.run, self.observer, self.path = run, observer, path
+        self.every: Interval | None = run.recipe.checkpoint_every
+        self.saved_at = time.monotonic()
+
+    def due_after_tick(self) -> bool:
+        """Whether it is time to save behind this tick, which all processes know alike."""
+        every = self.every
+        return every is not None and every.unit == "ticks" and self.run.pipeline.fed % int(every.number) == 0
+
+    def due_by_clock(self) -> bool:
+        """Whether it is time to save, which only a clock knows."""
+        every = self.every
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return every is not None and every.unit == "minutes" and minutes >= every.number
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether it is time to save behind an epoch, counted from 0."""
+        every = self.every
+        return every is not None and every.unit == "epochs" and (epoch + 1) % int(every.number) == 0
+
+    def save(self, place: Place, metrics: Mapping[str, float] | None = None, *, finished: bool = False) -> None:
+        """Saves everything; removes what is not to be kept any longer.
+
+        Args:
+            place: where the run is.
+            metrics: of the validation at this place.
+            finished: whether nothing is left to train.
+
+        Raises:
+            UserError: the disk is full or not writable; the checkpoints from before are untouched.
+        """
+        run, world = self.run, self.run.world
+        run.pipeline.settings.finite.settle()  # nothing is saved that is not finite
+        tick = run.pipeline.tick
+        store = Store(self.path / CHECKPOINTS)
+        images = [asdict(image) for image in run.data.bad_images.values()] if world.first else None
+        bad = [images for images in world.gather(images) if images is not None]  # by replica
+        self._settled(lambda: store.begin(tick) if world.reports else None)
+        try:
+            files = self._settled(lambda: self._write(store, tick, bad))
+            entries = {name: entry for own in world.gather(files) for name, entry in own.items()}
+            manifest = self._manifest(place, metrics, finished)
+            self._settled(lambda: self._publish(store, manifest, entries) if world.reports else None)
+        except UserError:
+            if world.reports:
+                store.give_up(tick)
+            raise
+        self.saved_at = time.monotonic()
+
+    def load(self, checkpoint: RunCheckpoint, *, same_directory: bool) -> Place:
+        """Takes a run back from a checkpoint.
+
+        Args:
+            checkpoint: of the same partition.
+            same_directory: whether it goes on in the run's own directory, whose logs then lose what came later.
+
+        Raises:
+            UserError: a file is damaged, or the state is another model's.
+        """
+        run, world, pipeline = self.run, self.run.world, self.run.pipeline
+        own, senders = stages_to_read(pipeline.layout, world.rank)
+        try:
+            state, average = from_files(checkpoint, world.replica, own, senders)
+            told = from_safetensors(verify_file(checkpoint.path, checkpoint.manifest, RUN))
+        except CheckpointError as error:
+            raise UserError(f"cannot go on: {error}") from error
+        pipeline.load_state_dict(state, images=run.recipe.batch_size)
+        if run.ema and average:
+            module = run.ema.module
+            load_tensors(shared_tensors(module), average.shared)
+            for j in own:
+                load_tensors(stage_tensors(module, pipeline.layout, j), average.stages[j])
+        if world.first:
+            run.data.note_bad([BadImage(**image) for image in told["bad_images"][world.replica]])
+        if world.reports:
+            self.observer.continue_from(told["observer"], same_directory=same_directory)
+        return Place(checkpoint.manifest.epoch, checkpoint.manifest.batch)
+
+    def _write(self, store: Store, tick: int, bad_images: Sequence[Sequence[JsonObject]]) -> dict[str, FileEntry]:
+        """This process's own files."""
+        run, world = self.run, self.run.world
+        average = _averages(run.ema.module, run) if run.ema else None
+        files = to_files(run.pipeline.state_dict(), average, world.replica, with_clock=world.last)
+        if world.reports:
+            files[RUN] = {"observer": self.observer.state(), "bad_images": bad_images}
+        return {name: store.write(tick, name, to_safetensors(state)) for name, state in files.items()}
+
+    def _publish(self, store: Store, manifest: Manifest, entries: Mapping[str, FileEntry]) -> None:
+        recipe = self.run.recipe
+        saved = store.publish(manifest, entries)
+        metric = recipe.checkpoint_metric or "top1"
+        store.prune(recipe.keep_last, recipe.keep_best, metric, good=[saved.path.name])
+
+    def _manifest(self, place: Place, metrics: Mapping[str, float] | None, finished: bool) -> Manifest:
+        run = self.run
+        return Manifest(
+            tick=run.pipeline.tick,
+            epoch=place.epoch,
+            batch=place.batch,
+            stages=tuple(run.pipeline.layout.sizes),
+            replicas=run.world.replicas,
+            threads=torch.get_num_threads(),
+            recipe=run.recipe.model_dump(mode="json"),
+            versions=describe_versions(),
+            finished=finished,
+            metrics=metrics,
+            date=now(),
+        )
+
+    def _settled(self, step: Callable[[], T]) -> T:
+        """A step that every process does; where it fails in one, it fails in all."""
+
+        def attempt() -> T:
+            try:
+                return step()
+            except TypeError as error:  # of somebody's own optimizer or schedule
+                raise UserError(f"cannot save the run: {error}; checkpoint_every=null trains without") from error
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise UserError(
+                    f"cannot save to {self.path / CHECKPOINTS}: {reason}; the checkpoints from before are untouched"
+                    + ("" if self.run.world.alone else " (every process must see the run directory: output=DIR)")
+                ) from error
+
+        return together(self.run.world, attempt)
+
+
+def _averages(module: UnitModel, run: Prepared) -> Averages:
+    layout = run.pipeline.layout
+    own = [stage.index for stage in run.pipeline.stages]
+    return Averages(shared_tensors(module), {j: stage_tensors(module, layout, j) for j in own})
