@@ -23,10 +23,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from petra_zoo.reversible.reading import Coupling
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType, widened
+
+torch.fx.wrap("widened")  # it decides by a type, which a trace does not know; under the name that it has here
 
 COUPLING_STEPS = 256  # a coupling is a multiple of 1/256: exact in bfloat16 and float16
 
