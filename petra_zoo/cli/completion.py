@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What is registered by name, and how the sources say so: reading them takes no time, importing them takes seconds.
 _MODEL = r"^@register_model\s+def (\w+)"
+_TWINS = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")  # timm's, each with a name of ours
 _REGISTERED = {
     "model": ("models/*.py", _MODEL),
     "method": ("petra/methods.py", r"^register_method\(\s*Method\(\s*\"(\w+)\""),
@@ -35,12 +36,12 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_model(incomplete: str) -> list[str]:
     """Networks of the zoo."""
-    return [name for name in _registered_in("petra_zoo", *_REGISTERED["model"]) if name.startswith(incomplete)]
+    return [name for name in _models() if name.startswith(incomplete)]
 
 
 def complete_source(incomplete: str) -> list[str]:
-    """Networks that `petra-zoo convert` begins with: timm's ResNets."""
-    return [name for name in _registered_in("timm", "models/resnet.py", _MODEL) if name.startswith(incomplete)]
+    """Networks that `petra-zoo convert` begins with: timm's."""
+    return [name for name in _registered_in("timm", "models/*.py", _MODEL) if name.startswith(incomplete)]
 
 
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -60,6 +61,11 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     return [f"{key}=" for key in keys]
 
 
+def _models() -> list[str]:
+    twins = (f"petra_{name}" for family in _TWINS for name in _registered_in("timm", f"models/{family}.py", _MODEL))
+    return sorted([*_registered_in("petra_zoo", *_REGISTERED["model"]), *twins])
+
+
 def _registered_in(package: str, files: str, pattern: str) -> list[str]:
     found = find_spec(package)
     folders = found.submodule_search_locations if found else None
@@ -71,6 +77,8 @@ def _values(key: str) -> list[str]:
     """What a setting takes: all of it where it is one of a few words, else its default as an example."""
     from petra_zoo.settings.recipe import Recipe
 
+    if key == "model":
+        return _models()
     if key in _REGISTERED:
         return _registered_in("petra_zoo", *_REGISTERED[key])
     field = Recipe.model_fields.get(key)

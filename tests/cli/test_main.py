@@ -95,7 +95,7 @@ def test_info_is_readable() -> None:
         (["train", "digits/petra_revnet_tinny"], "digits/petra_revnet_tiny"),
         (["train", "digits/petra_revnet_tiny", "epoch=3"], "did you mean 'epochs'"),
         (["train", "digits/petra_revnet_tiny", "epochs=three"], "epochs='three'"),
-        (["train", "digits/petra_revnet_tiny", "stages=15"], "choose 1 to 14"),
+        (["train", "digits/petra_revnet_tiny", "stages=15", "batch_size=32"], "choose 1 to 14"),
         (["evaluate", "no/such/run"], "there is no run directory"),
         (["evaluate", "petra_revnet18"], "--dataset"),
         (["evaluate", "petra_revnet18_cifar", "--dataset", "digits"], "No pretrained weights exist"),

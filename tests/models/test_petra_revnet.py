@@ -119,7 +119,7 @@ def test_reversible_training_equals_plain_training(g: object) -> None:
 
 
 def test_training_stores_less_than_plain_and_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("petra_zoo.models.petra_revnet.kept_units", lambda units, x: 0)  # what has no graph kept
+    monkeypatch.setattr("petra_zoo.models.memory_modes.kept_units", lambda units, x: 0)  # what has no graph kept
     x = images(8, 32)
     peaks = {}
     for memory in ("plain", "recompute", "reversible"):
@@ -136,7 +136,7 @@ def test_graphs_that_are_kept_do_not_raise_the_peak(monkeypatch: pytest.MonkeyPa
     x = images(8, 32)
     peaks, stored = [], []
     for kept in (kept_units, lambda units, x: 0):
-        monkeypatch.setattr("petra_zoo.models.petra_revnet.kept_units", kept)
+        monkeypatch.setattr("petra_zoo.models.memory_modes.kept_units", kept)
         model = tiny().train()
         with LiveBytes([x, *model.parameters(), *model.buffers()]) as counted:
             logits = model(x)

@@ -48,8 +48,6 @@ def test_a_branch_that_is_not_recomputed_stops_training(deferred: bool) -> None:
     model = exact(0.5)
     pipeline = make_pipeline(model, 2, method="reversible", last_stage="recompute")
     pipeline.settings.finite.deferred = deferred
-    for saturation in {id(s): s for stage in pipeline.stages for s in stage.saturations}.values():
-        saturation.deferred = deferred
     calls = []
 
     def drift(block: nn.Module, inputs: object, f: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ METHODS = ("backprop", "reversible", "petra")
 
 def test_every_network_of_the_paper_and_its_twin_in_the_zoo_has_a_recipe() -> None:
     there = {name for name in list_recipes() if name.partition("/")[0] in PAPER}
-    assert {name for name in there if not name.endswith("_muon")} == set(RECIPES)
+    assert {name for name in there if not name.endswith("_muon") and "revvit" not in name} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("_muon")])
