@@ -131,7 +131,7 @@ def create_meta(name: str) -> UnitClassifier:
 def describe_model(model: UnitClassifier, name: str) -> Description:
     """The same facts about a model at hand, made by `timm.create_model` as `name`; it is left as it is."""
     channels, height, width = get_model_input_config(model)["input_size"]
-    meta = copy.deepcopy(model).to("meta").eval()
+    meta = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # the counter would look for graphs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(torch.empty(1, channels, height, width, device="meta"))
     units = units_of(model)

@@ -82,5 +82,7 @@ def _on_meta(model: UnitModel, input_size: Size) -> tuple[list[Unit], Streams]:
     """Units of a copy of the model on the meta device, in eval mode, and one image [1, C, H, W] for the first."""
     model = copy.deepcopy(model).to("meta").eval()
     forget_hooks(model)
+    for p in model.parameters():
+        p.requires_grad_(False)  # the counter of operations would look for their graphs
     image = torch.empty(1, *input_size, device="meta", dtype=next(model.parameters()).dtype)
     return units_of(model), (image,)

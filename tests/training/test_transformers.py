@@ -11,7 +11,8 @@ import torch
 from petra_zoo.errors import UserError
 from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
 from petra_zoo.models.transformer_weights import couple_as_loaded
-from petra_zoo.petra import Layout, Profile
+from petra_zoo.petra import Profile
+from petra_zoo.petra.counting import input_size_of
 from petra_zoo.planning.profiles import profile_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import build_model, open_data
@@ -55,7 +56,7 @@ def test_the_network_takes_the_images_size() -> None:
     recipe = Recipe(**{**QUICK, "model_kwargs": SMALL, "img_size": 16})
     model = build_model(recipe, open_data(recipe)[0])
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 4)
-    assert Layout.of(model, 3).input_size == (3, 16, 16)
+    assert input_size_of(model) == (3, 16, 16)
 
 
 def test_images_that_are_no_multiple_of_the_patches_are_refused() -> None:
