@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from timm.models import get_model_input_config
 from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -111,13 +112,13 @@ def example_of(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
     """
     if example is not None:
         return example if isinstance(example, tuple) else (example,)
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    if (size := configuration.get("input_size")) is None:
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("input_size"):
         raise UserError(
             f"{type(model).__name__} does not say what it takes: give example=, a tensor of one input, "
             "for instance torch.zeros(1, 3, 224, 224)"
         )
     weight = next(model.parameters())
+    size = get_model_input_config(model)["input_size"]  # as it was built, say with img_size=
     return (torch.zeros(1, *size, device=weight.device, dtype=weight.dtype),)
 
 

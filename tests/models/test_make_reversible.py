@@ -52,7 +52,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, list[tuple[str, int, int
     "swin": (swin, 56, [("layers.0.blocks", 2, 0), ("layers.1.blocks", 3, 0)]),
     "mixer": (mixer, 32, [("blocks", 3, 0)]),
     "maxvit": (maxvit, 56, [("stages.1.blocks", 4, 1)]),
-    "efficientnetv2": (efficientnet, 32, [("blocks.4", 3, 0), ("blocks.5", 5, 1)]),
+    "efficientnetv2": (efficientnet, 96, [("blocks.4", 3, 0), ("blocks.5", 5, 1)]),
 }
 
 
