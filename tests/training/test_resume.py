@@ -24,7 +24,7 @@ from petra_zoo.training.progress import Reporter
 from petra_zoo.training.resuming import remember_launch, with_the_launchs_directory
 from petra_zoo.training.run import Result, train
 from petra_zoo.training.run_lock import held_by_this_run
-from petra_zoo.training.stopping import RunStopped, seconds_of
+from petra_zoo.training.stopping import RunStopped, parse_duration
 
 # Five micro-batches per epoch, the last one smaller; windows of two close across the end of an epoch.
 BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8", "batch_size": 230, "workers": 0, "epochs": 2}
@@ -177,9 +177,9 @@ def test_the_time_that_is_given_ends_a_run_saved(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match="stopped by --max-time"):
         go(tmp_path / "run", {}, max_seconds=0.0)
     assert Store(tmp_path / "run" / "checkpoints").names() == ["tick-0000000001"]
-    assert (seconds_of("1h30m"), seconds_of("45m"), seconds_of("90s")) == (5400.0, 2700.0, 90.0)
+    assert (parse_duration("1h30m"), parse_duration("45m"), parse_duration("90s")) == (5400.0, 2700.0, 90.0)
     with pytest.raises(UserError, match="'soon' is no time: expected such as 1h30m"):
-        seconds_of("soon")
+        parse_duration("soon")
 
 
 def test_a_run_in_another_thread_trains_without_signals(tmp_path: Path) -> None:
