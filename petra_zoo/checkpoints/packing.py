@@ -23,7 +23,7 @@ from torch import Tensor
 
 from petra_zoo.errors import Failure
 from petra_zoo.petra.optimization import State
-from petra_zoo.strict_json import Json
+from petra_zoo.strict_json import Json, to_json
 
 TREE = "petra_zoo.state"  # the name of the nesting in the header
 _DEEPEST = 64  # levels of nesting: a stranger's file must not exhaust the stack
@@ -47,8 +47,8 @@ def to_safetensors(state: State) -> bytes:
         TypeError: it holds something else than tensors and plain values; says where.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _take_apart(state, (), tensors)
-    return save(tensors, {TREE: json.dumps(tree, separators=(",", ":"), allow_nan=False)})
+    tree = to_json(_take_apart(state, (), tensors))
+    return save(tensors, {TREE: tree})
 
 
 def from_safetensors(path: Path) -> State:

@@ -62,10 +62,10 @@ def train(
     from petra_zoo.settings.recipe_files import load_recipe
     from petra_zoo.training.launch import as_worker, launch
     from petra_zoo.training.run import train as run_training
-    from petra_zoo.training.stopping import seconds_of
+    from petra_zoo.training.stopping import parse_duration
 
     settings = [*(overrides or []), *([f"on_bad_image={on_bad_image}"] if on_bad_image else [])]
-    resolved, seconds = load_recipe(recipe, settings), seconds_of(max_time) if max_time else None
+    resolved, seconds = load_recipe(recipe, settings), parse_duration(max_time) if max_time else None
     if nproc and nproc > 1:
         options = ["--resume", resume, *(["--max-time", max_time] if max_time else [])]
         options += [word for key in allow_change or [] for word in ("--allow-change", key)]

@@ -77,7 +77,7 @@ def state_of(pipeline: Running) -> PipelineState:
         "shared": shared_tensors(pipeline.model),
         "weights": {stage.index: stage_tensors(pipeline.model, pipeline.layout, stage.index) for stage in own},
         "stages": {stage.index: stage.state_dict() for stage in own},
-        "sent": {stage.index: _sent_by(stage.index, pipeline.links) for stage in own},
+        "sent": {stage.index: _sent_by(stage.index, pipeline.links) if clock.delayed else _NOTHING for stage in own},
         "streams": {stage.index: StreamWatch(stage.units).kinds() for stage in own},
     }
 
@@ -153,6 +153,10 @@ def _named(model: UnitModel) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors(unit: nn.Module) -> Iterator[Tensor]:
     yield from chain(unit.parameters(), unit.buffers())
+
+
+# Without delay messages arrive in the tick in which they are sent, whatever a sender still knows of them.
+_NOTHING: Sent = {"ups": [], "downs": []}
 
 
 def _sent_by(stage: int, links: Links) -> Sent:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol, Self, TypedDict
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup, Work
 
 from petra_zoo.petra.links import Direction, LinkError, Links, Wire
 from petra_zoo.petra.messages import Down, Up
+from petra_zoo.petra.parcels import Form, Parcel
 from petra_zoo.petra.world import START_TIMEOUT, World
 
 LAYOUT_BYTES = 2048
@@ -76,19 +77,13 @@ class ProcessLinks(Links):
         if to in self.owned or not self._to_above:
             return super().send_up(to, up)
         self._gone_up = up
-        tensors = [*(self.wire.pack(x, "up") for x in up.streams), up.labels]
-        types = [*(x.dtype for x in up.streams), up.labels.dtype]
-        self._to_above.send(up.micro_batch, tensors, types, len(up.streams))
+        self._to_above.send(up.micro_batch, Parcel.of(up, self.wire))
 
     def send_down(self, to: int, down: Down) -> None:
         if to in self.owned or not self._to_below:
             return super().send_down(to, down)
         self._gone_down = down
-        whole = [*down.streams, *down.gradients]
-        tensors = [None if x is None else self.wire.pack(x, "down") for x in whole]
-        self._to_below.send(
-            down.micro_batch, tensors, [None if x is None else x.dtype for x in whole], len(down.streams)
-        )
+        self._to_below.send(down.micro_batch, Parcel.of(down, self.wire))
 
     def receive_up(self, stage: int, keep: bool = False) -> Up:
         if stage != self.owned[0] or not self._from_below or self.ups.get(stage):  # some came back out of a state
@@ -112,16 +107,22 @@ class ProcessLinks(Links):
         return ups, downs
 
     def resend_up(self, to: int, up: Up) -> None:
+        if to == self.owned[0] and self._from_below:
+            self._from_below.adopt(Parcel.of(up, self.wire))
         if to in self.owned:
             super().resend_up(to, up)
-        elif to == self.owned[-1] + 1:
+        elif to == self.owned[-1] + 1 and self._to_above:
             self._gone_up = up  # the rank above has read it for itself; it is this one's to save again
+            self._to_above.adopt(Parcel.of(up, self.wire))
 
     def resend_down(self, to: int, down: Down) -> None:
+        if to == self.owned[-1] and self._from_above:
+            self._from_above.adopt(Parcel.of(down, self.wire))
         if to in self.owned:
             super().resend_down(to, down)
-        elif to == self.owned[0] - 1:
+        elif to == self.owned[0] - 1 and self._to_below:
             self._gone_down = down
+            self._to_below.adopt(Parcel.of(down, self.wire))
 
     def begin_with(self, images: int) -> None:
         for end in self._ends:
@@ -137,51 +138,6 @@ def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     found = tuple(x for x in tensors if x is not None)
     assert len(found) == len(tensors), "a message without one of its streams"
     return found
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How one tensor of a message lies in memory.
-
-    Attributes:
-        shape: of a full micro-batch.
-        order: its dimensions from the outermost in memory to the innermost; the first is the batch.
-        wire: type on the way; `dtype`: type before and after.
-    """
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    wire: torch.dtype
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, x: Tensor, dtype: torch.dtype, images: int = 0) -> Self:
-        order = tuple(sorted(range(x.ndim), key=lambda i: -x.stride()[i]))
-        dense = x.permute(order).is_contiguous() and order[0] == 0
-        return cls((max(images, len(x)), *x.shape[1:]), order if dense else tuple(range(x.ndim)), x.dtype, dtype)
-
-    def buffer(self, device: torch.device, pin: bool = False) -> Tensor:
-        """An empty tensor of a full micro-batch in this layout, as a contiguous view."""
-        return torch.empty([self.shape[i] for i in self.order], dtype=self.wire, device=device, pin_memory=pin)
-
-    def view(self, buffer: Tensor, size: int) -> Tensor:
-        """The first `size` images of a buffer, in the tensor's own order of dimensions."""
-        return buffer[:size].permute([self.order.index(i) for i in range(len(self.order))])
-
-    def as_json(self) -> _FormJson:
-        return {"shape": self.shape, "order": self.order, "wire": str(self.wire), "dtype": str(self.dtype)}
-
-    @classmethod
-    def from_json(cls, values: _FormJson) -> Self:
-        wire, dtype = (getattr(torch, values[key].removeprefix("torch.")) for key in ("wire", "dtype"))
-        return cls(tuple(values["shape"]), tuple(values["order"]), wire, dtype)
-
-
-class _FormJson(TypedDict):
-    shape: Sequence[int]
-    order: Sequence[int]
-    wire: str
-    dtype: str
 
 
 class _Begin(Protocol):
@@ -203,14 +159,21 @@ class _End:
         self.staged = world.device.type == "cuda" and not world.nccl
         self.place = torch.device("cpu") if self.staged else world.device
         self.streams = 0
-        self.layouts: list[_Form | None] | None = None
+        self.layouts: list[Form | None] | None = None
         self.tick = 0
         self.running = False  # whether a message has passed
         self.images = 0  # of a full micro-batch, where the first to travel may be smaller
 
-    def present(self) -> list[_Form]:
+    def present(self) -> list[Form]:
         """Layouts of the tensors that a message has."""
         return [layout for layout in self.layouts or [] if layout]
+
+    def adopt(self, parcel: Parcel) -> None:
+        """Takes the layouts of a message that was saved, at both ends: neither waits for the other to say them.
+
+        Else, with first messages on their way up and down in one tick, each rank would wait for its own to be taken.
+        """
+        self.layouts, self.streams = parcel.layouts(self.images), parcel.streams
 
     def begin(self, operation: _Begin, x: Tensor, part: int) -> Work | None:
         """Begins a send or a receive.
@@ -260,18 +223,14 @@ class _Outlet(_End):
             f"from rank {self.world.peers[self.world.rank]}"
         )
 
-    def send(
-        self, number: int, tensors: Sequence[Tensor | None], types: Sequence[torch.dtype | None], streams: int
-    ) -> None:
+    def send(self, number: int, parcel: Parcel) -> None:
         """Begins to send a message."""
+        tensors = parcel.tensors
         size = next(len(x) for x in tensors if x is not None)
         if self.layouts is None:
-            self.layouts = [
-                None if x is None or t is None else _Form.of(x, t, self.images)
-                for x, t in zip(tensors, types, strict=True)
-            ]
+            self.layouts = parcel.layouts(self.images)
             rows = [layout and layout.as_json() for layout in self.layouts]
-            text = json.dumps([streams, rows]).encode().ljust(LAYOUT_BYTES)
+            text = json.dumps([parcel.streams, rows]).encode().ljust(LAYOUT_BYTES)
             assert len(text) == LAYOUT_BYTES
             self._isend(torch.frombuffer(bytearray(text), dtype=torch.uint8), 0)
         assert [x is None for x in tensors] == [layout is None for layout in self.layouts], "a message changed its form"
@@ -329,7 +288,7 @@ class _Inlet(_End):
 
     def post(self, tick: int) -> None:
         """Posts the receive of the message that will be used in a tick."""
-        if self._first is None:
+        if self._first is None and self.layouts is None:
             self._first = self._irecv(self._layout, 0)
         header = torch.empty(2, dtype=torch.int64)
         message = _Posted(tick, header, [self._irecv(header, 1)])
@@ -347,8 +306,8 @@ class _Inlet(_End):
         if self.layouts is None:  # the first message: only now the buffers' sizes are known
             self.wait(self._first)
             self.streams, rows = json.loads(bytes(self._layout.numpy()).decode())
-            self.layouts = [row and _Form.from_json(row) for row in rows]
-            self._slots = [[layout.buffer(self.place, pin=self.staged) for layout in self.present()] for _ in range(2)]
+            self.layouts = [row and Form.from_json(row) for row in rows]
+            self._make_slots()
             for message in self._posted:
                 self._post_tensors(message)
         message = self._posted.popleft()
@@ -359,12 +318,19 @@ class _Inlet(_End):
         filled = iter([x.clone() for x in message.slot] if keep else message.slot)
         return number, [None if y is None else self._unpack(y, next(filled), size) for y in self.layouts], self.streams
 
+    def adopt(self, parcel: Parcel) -> None:
+        super().adopt(parcel)
+        self._make_slots()
+
+    def _make_slots(self) -> None:
+        self._slots = [[layout.buffer(self.place, pin=self.staged) for layout in self.present()] for _ in range(2)]
+
     def _post_tensors(self, message: _Posted) -> None:
         self._slots.reverse()
         message.slot = self._slots[0]
         message.works += [self._irecv(x, 2 + i) for i, x in enumerate(message.slot)]
 
-    def _unpack(self, layout: _Form, buffer: Tensor, size: int) -> Tensor:
+    def _unpack(self, layout: Form, buffer: Tensor, size: int) -> Tensor:
         x = layout.view(buffer, size)
         if self.staged:
             x = x.to(self.world.device, non_blocking=True)

@@ -11,12 +11,12 @@ from petra_zoo.settings.types import (
     BadImagePolicy,
     Count,
     Every,
-    Interval,
     Metric,
     NotNegative,
     Place,
     Positive,
     Probability,
+    SaveInterval,
     Source,
     WeightPrediction,
     WireType,
@@ -171,7 +171,7 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
-    checkpoint_every: Every | None = Interval(1, "epochs")
+    checkpoint_every: Every | None = SaveInterval(1, "epochs")
     keep_last: AtLeastOne = 1
     keep_best: Count = 0
     checkpoint_metric: Metric | None = None

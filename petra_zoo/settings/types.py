@@ -22,7 +22,7 @@ Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 BadImagePolicy = Literal["fail", "skip"]
 
 
-class Interval(NamedTuple):
+class SaveInterval(NamedTuple):
     """How often something is done: every so many ticks, epochs or minutes."""
 
     number: float
@@ -32,16 +32,16 @@ class Interval(NamedTuple):
         return f"{self.number:g} {self.unit if self.number != 1 else self.unit[:-1]}"
 
 
-def _interval(value: Interval | str) -> Interval:
-    if isinstance(value, Interval):
+def _interval(value: SaveInterval | str) -> SaveInterval:
+    if isinstance(value, SaveInterval):
         return value
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(tick|epoch|minute)s?", str(value).strip())
     number = float(found[1]) if found else 0.0
     if not found or number <= 0 or (found[2] != "minute" and number != int(number)):
         raise ValueError("expected such as '1 epoch', '500 ticks' or '10 minutes'")
     units: dict[str, Literal["ticks", "epochs", "minutes"]] = {"tick": "ticks", "epoch": "epochs", "minute": "minutes"}
-    return Interval(number, units[found[2]])
+    return SaveInterval(number, units[found[2]])
 
 
-Every = Annotated[Interval, BeforeValidator(_interval), PlainSerializer(str, return_type=str)]
+Every = Annotated[SaveInterval, BeforeValidator(_interval), PlainSerializer(str, return_type=str)]
 Metric = Literal["loss", "top1", "top5"]

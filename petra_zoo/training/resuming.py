@@ -21,7 +21,7 @@ from petra_zoo.evaluation.scores import Scores
 from petra_zoo.files import check_free
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import recipe_settings
-from petra_zoo.strict_json import Json, JsonObject
+from petra_zoo.strict_json import Json, JsonObject, to_json
 from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
 from petra_zoo.training.run_lock import LOCK, held_by_this_run
 
@@ -187,11 +187,11 @@ def _read(path: Path) -> Mapping[str, Json]:
 
 
 def _same(a: Json, b: Json) -> bool:
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    return to_json(a, sort_keys=True) == to_json(b, sort_keys=True)
 
 
 def _shown(value: Json) -> str:
-    text = json.dumps(value)
+    text = to_json(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

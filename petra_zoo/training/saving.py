@@ -22,7 +22,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.machine import describe_versions, now
 from petra_zoo.petra.pipeline_state import load_tensors, shared_tensors, stage_tensors, stages_to_read
 from petra_zoo.reversible import UnitModel
-from petra_zoo.settings.types import Interval
+from petra_zoo.settings.types import SaveInterval
 from petra_zoo.strict_json import JsonObject
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
@@ -51,7 +51,7 @@ class Saver:
 
     def __init__(self, run: Prepared, observer: Observer, path: Path) -> None:
         self.run, self.observer, self.path = run, observer, path
-        self.every: Interval | None = run.recipe.checkpoint_every
+        self.every: SaveInterval | None = run.recipe.checkpoint_every
         self.saved_at = time.monotonic()
 
     def due_after_tick(self) -> bool:

@@ -153,7 +153,7 @@ class Deadline:
         return self.end is not None and time.monotonic() >= self.end
 
 
-def seconds_of(duration: str) -> float:
+def parse_duration(duration: str) -> float:
     """Of such as ``1h30m``, ``45m`` or ``90s``.
 
     Raises:

@@ -24,7 +24,7 @@ from petra_zoo.training.progress import Reporter
 from petra_zoo.training.resuming import remember_launch, with_the_launchs_directory
 from petra_zoo.training.run import Result, train
 from petra_zoo.training.run_lock import held_by_this_run
-from petra_zoo.training.stopping import RunStopped, seconds_of
+from petra_zoo.training.stopping import RunStopped, parse_duration
 
 # Five micro-batches per epoch, the last one smaller; windows of two close across the end of an epoch.
 BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8", "batch_size": 230, "workers": 0, "epochs": 2}
@@ -80,7 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"amp": True, "channels_last": True, "wire_up": "bfloat16", "sched": "step", "decay_epochs": 1},
     "lookahead": {"opt": "lookahead_sgd", "method": "delayed", "drop": 0.1},
 }
-FAST = ("petra", "delayed", "ema")
+FAST = ("petra",)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,7 @@ def test_loaders_workers_change_nothing(tmp_path: Path, die_in_tick: Callable[[i
     assert differing(tmp_path / "run", tmp_path / "undisturbed") == []
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_used(
     tmp_path: Path, die_in_tick: Callable[[int], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,7 +143,9 @@ def stop_in_tick(monkeypatch: pytest.MonkeyPatch, tick: int, number: int) -> Non
     monkeypatch.setattr(Pipeline, "step", step)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_ends_the_tick_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     before = signal.getsignal(number)
     with monkeypatch.context() as patched:
@@ -157,6 +160,7 @@ def test_a_signal_ends_the_tick_and_saves(tmp_path: Path, monkeypatch: pytest.Mo
         assert differing(tmp_path / "run", tmp_path / "undisturbed") == []
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
@@ -177,11 +181,12 @@ def test_the_time_that_is_given_ends_a_run_saved(tmp_path: Path) -> None:
     with pytest.raises(RunStopped, match="stopped by --max-time"):
         go(tmp_path / "run", {}, max_seconds=0.0)
     assert Store(tmp_path / "run" / "checkpoints").names() == ["tick-0000000001"]
-    assert (seconds_of("1h30m"), seconds_of("45m"), seconds_of("90s")) == (5400.0, 2700.0, 90.0)
+    assert (parse_duration("1h30m"), parse_duration("45m"), parse_duration("90s")) == (5400.0, 2700.0, 90.0)
     with pytest.raises(UserError, match="'soon' is no time: expected such as 1h30m"):
-        seconds_of("soon")
+        parse_duration("soon")
 
 
+@pytest.mark.slow
 def test_a_run_in_another_thread_trains_without_signals(tmp_path: Path) -> None:
     results: list[Result] = []
     thread = threading.Thread(target=lambda: results.append(go(tmp_path / "run", {"epochs": 1})))
@@ -212,6 +217,7 @@ def test_other_settings_are_refused_by_name_unless_they_are_allowed(tmp_path: Pa
     assert load_recipe(str(result.path / "recipe.yaml")).lr == 0.1
 
 
+@pytest.mark.slow
 def test_a_failed_start_does_not_block_the_corrected_one(tmp_path: Path, die_in_tick: Callable[[int], None]) -> None:
     die_in_tick(1)
     with pytest.raises(Died):
@@ -219,10 +225,12 @@ def test_a_failed_start_does_not_block_the_corrected_one(tmp_path: Path, die_in_
     assert go(tmp_path / "run", {"epochs": 1}).evaluation.images > 0
 
 
+@pytest.mark.slow
 def test_a_saved_recipe_runs_again_in_a_directory_of_its_own(tmp_path: Path) -> None:
     assert load_recipe(str(go(tmp_path / "run", {"epochs": 1}).path / "recipe.yaml")).output is None
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_runs_and_the_last_one_is_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +248,7 @@ def test_the_best_model_is_the_runs_and_the_last_one_is_beside_it(
     assert kept == {min(losses), losses[-1]}
 
 
+@pytest.mark.slow
 def test_data_are_read_from_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[int] = []
     real = ImageLoader.read
