@@ -20,7 +20,8 @@ from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import Pipeline, Profile, World
-from petra_zoo.reversible import CompileOptions, compile_branches
+from petra_zoo.petra.gather import keep_only
+from petra_zoo.reversible import CompileOptions, compile_branches, units_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
     build_loaders,
@@ -154,7 +155,13 @@ def _assemble(
     distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data)
     loss = distillation.loss if distillation else find_loss(recipe.loss)
     transform = BatchTransform(preprocessing, world.device)
+    # Of the whole model: timm asks where the first parameter is, which other ranks leave on the meta device.
+    ema = ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema and world.size > 1 else None
     pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing, world, profile, loss, transform)
+    if ema:
+        keep_only(units_of(ema.module), pipeline.layout.units_of_rank(world.rank), world.device)
+    elif recipe.model_ema:
+        ema = ModelEmaV3(model, decay=recipe.model_ema_decay)
     return Prepared(
         recipe=recipe,
         name=name,
@@ -167,7 +174,7 @@ def _assemble(
         transform=transform,
         profile=profile,
         pipeline=pipeline,
-        ema=ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema else None,
+        ema=ema,
         distillation=distillation,
         schedule=schedule,
     )
