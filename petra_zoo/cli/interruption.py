@@ -31,5 +31,5 @@ def was_interrupted(error: BaseException) -> bool:
     """Whether an interruption is behind it: an extension module makes an ImportError of one, typer an exit."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, KeyboardInterrupt):
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return cause is not None

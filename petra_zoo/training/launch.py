@@ -73,7 +73,7 @@ def as_worker(work: Callable[[], T]) -> T:
             return work()
         except RunStopped as stopped:
             print(f"petra-zoo: {stopped}", file=sys.stderr)
-            sys.exit(STOPPED)
+            raise SystemExit(STOPPED) from None  # it is no interruption any more
     try:
         result = record(work)()
     except SharedError:
@@ -83,7 +83,7 @@ def as_worker(work: Callable[[], T]) -> T:
     except RunStopped as stopped:
         if global_rank() == 0:
             print(f"petra-zoo: {stopped}", file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
+        raise SystemExit(STOPPED) from None
     except Failure as error:
         print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # torch's process group would wait for the neighbour

@@ -198,9 +198,9 @@ def test_the_grid_is_saved_and_a_state_without_one_has_the_default() -> None:
     assert int(other.layer2.exponent) == 8
 
 
-def test_fixed16_is_refused_between_the_couplings_0_and_1() -> None:
-    with pytest.raises(UserError, match=r"have an inverse at coupling 1 alone, not at 0\.5"):
-        tiny(coupling=0.5, streams="fixed16")(images())
+def test_fixed16_is_refused_at_couplings_that_drop_no_whole_bits() -> None:
+    with pytest.raises(UserError, match=r"0\.75"):
+        tiny(coupling=0.75, streams="fixed16")(images())
 
 
 def test_grids_are_chosen_by_magnitude_with_headroom() -> None:
