@@ -111,7 +111,7 @@ def test_ranks_that_disagree_are_refused_naming_the_difference(tmp_path: Path) -
     output = f"output={tmp_path / 'run'}"
     done = run_ranks([output], [output, "lr=0.3"])
     assert [process.returncode for process in done] == [2, 2]
-    assert "ranks disagree on the recipe: lr is None on rank 0 and 0.3 on rank 1" in done[0].stderr
+    assert "ranks disagree on the recipe: lr is 0.02 on rank 0 and 0.3 on rank 1" in done[0].stderr
     assert done[1].stderr == ""
 
 
