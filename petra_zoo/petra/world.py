@@ -130,7 +130,11 @@ def join(device: torch.device, replicas: int = 1) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     nccl = device.type == "cuda" and local_size <= torch.cuda.device_count()
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=START_TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        # A launcher that starts its workers again keeps its store, and in it where those before them were to be found.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
     except dist.DistNetworkError as error:
         address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         taken = "EADDRINUSE" in str(error) or "in use" in str(error)
