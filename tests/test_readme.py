@@ -23,7 +23,12 @@ def test_the_number_of_pretrained_tags_is_right() -> None:
     tags = [
         name for name in timm.list_models("petra_revnet*", pretrained=True) if not name.startswith("petra_revnet_tiny")
     ]
-    assert f"{len(tags)} tags of timm's ResNet weights" in README.read_text()
+    twins = [
+        name
+        for name in timm.list_models("petra_*", pretrained=True, exclude_filters=["petra_revnet*", "petra_revvit*"])
+    ]
+    text = f"{len(tags)} tags of timm's ResNet weights, {len(twins)} of its transformers'"
+    assert text in README.read_text()
 
 
 def test_every_command_is_in_the_table() -> None:
