@@ -23,10 +23,7 @@ def test_the_number_of_pretrained_tags_is_right() -> None:
     tags = [
         name for name in timm.list_models("petra_revnet*", pretrained=True) if not name.startswith("petra_revnet_tiny")
     ]
-    twins = [
-        name
-        for name in timm.list_models("petra_*", pretrained=True, exclude_filters=["petra_revnet*", "petra_revvit*"])
-    ]
+    twins = timm.list_models("petra_*", pretrained=True, exclude_filters=["petra_revnet*", "petra_revvit*"])
     text = f"{len(tags)} tags of timm's ResNet weights, {len(twins)} of its transformers'"
     assert text in README.read_text()
 
