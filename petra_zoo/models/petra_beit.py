@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from petra_zoo.models.branches import Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
-from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import Family, register_twins
 from petra_zoo.models.transformer import (
     Intermediates,
@@ -25,7 +24,7 @@ from petra_zoo.models.transformer import (
     scripted_step,
 )
 from petra_zoo.models.transformer_weights import couple_transformer
-from petra_zoo.reversible import StreamKind, Unit
+from petra_zoo.reversible import Unit
 
 __all__ = ["PetraBeit"]
 
@@ -54,32 +53,8 @@ register_branches(Block, _branches)
 class PetraBeit(ReversibleTransformer, Beit):
     """A reversible BEiT; stores no activations between its blocks in train mode.
 
-    Args:
-        *args: timm's `Beit` arguments.
-        coupling: see `PetraVit`, and so for all that follow.
-        gain: likewise.
-        anchor_every: likewise.
-        exact: likewise.
-        exact_bits: likewise.
-        units: likewise.
-        streams: likewise.
-        **kwargs: timm's `Beit` arguments; unknown ones raise TypeError.
+    Takes timm's `Beit` arguments, and those of `ReversibleTransformer`.
     """
-
-    def __init__(
-        self,
-        *args: Argument,
-        coupling: float | None = None,
-        gain: float | None = None,
-        anchor_every: int | None = None,
-        exact: bool = False,
-        exact_bits: int = 12,
-        units: Units = "auto",
-        streams: StreamKind = "auto",
-        **kwargs: Argument,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """timm's initialisation; the coupling becomes that of a newly built model."""

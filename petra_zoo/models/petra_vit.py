@@ -16,7 +16,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from petra_zoo.models.layer_arguments import Argument
-from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import Family, rebound, register_twins
 from petra_zoo.models.transformer import (
     Intermediates,
@@ -27,7 +26,7 @@ from petra_zoo.models.transformer import (
     scripted_step,
 )
 from petra_zoo.models.transformer_weights import couple_as_loaded, couple_transformer
-from petra_zoo.reversible import StreamKind, Unit
+from petra_zoo.reversible import Unit
 
 __all__ = ["PetraVit"]
 
@@ -52,32 +51,8 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
 
     In train mode the forward stores no activations between its blocks; stem and head are recomputed from their input.
 
-    Args:
-        *args: timm's `VisionTransformer` arguments.
-        coupling: g; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1/4).
-        gain: s; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1 + g).
-        anchor_every: keep the streams every so many blocks; 0: never; None: never, or as pretrained weights need it.
-        exact: reconstruct to the bit, on a grid of 2**-exact_bits.
-        exact_bits: streams must stay below 2**(24 - exact_bits) in float32.
-        units: ``'block'``, also ``'auto'``: a unit is a whole block; ``'branch'``: attention and MLP are, in turn.
-        streams: what carries the streams, see `set_streams`.
-        **kwargs: timm's `VisionTransformer` arguments; unknown ones raise TypeError.
+    Takes timm's `VisionTransformer` arguments, and those of `ReversibleTransformer`.
     """
-
-    def __init__(
-        self,
-        *args: Argument,
-        coupling: float | None = None,
-        gain: float | None = None,
-        anchor_every: int | None = None,
-        exact: bool = False,
-        exact_bits: int = 12,
-        units: Units = "auto",
-        streams: StreamKind = "auto",
-        **kwargs: Argument,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
 
     @torch.jit.ignore
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:

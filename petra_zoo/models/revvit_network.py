@@ -22,8 +22,9 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.revvit_weights import from_published, is_published
+from petra_zoo.models.transformer import OwnParameters
 from petra_zoo.models.two_stream_blocks import TwoStreamBlock, TwoStreamBlocks
-from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit, backpropagate, kept_units
+from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit
 from petra_zoo.reversible.parts import check_chunks
 from petra_zoo.reversible.stream_type import check_kind
 
@@ -194,13 +195,9 @@ class PetraRevViT(MemoryModes, VisionTransformer):
         """
         self._check_units()
         stem = {name: getattr(self, name) for name in ("patch_embed", "pos_drop", "patch_drop", "norm_pre")}
-        # The position embedding and tokens are bare parameters of the network: their very dictionary, so that what
-        # somebody puts in their place is what the unit holds.
-        bare = nn.Module()
-        bare._parameters = self._parameters
         head = {name: getattr(self, name) for name in ("norm", "fc_norm", "head_drop", "head")}
         units = [
-            FunctionUnit("stem", lambda x: (self.blocks.enter(self._embed(x)),), {**stem, "bare": bare}),
+            FunctionUnit("stem", lambda x: (self.blocks.enter(self._embed(x)),), {**stem, "bare": OwnParameters(self)}),
             *self.blocks.units("blocks"),
             FunctionUnit("head", self._head, head),
         ]
@@ -218,9 +215,7 @@ class PetraRevViT(MemoryModes, VisionTransformer):
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:
-        units, reconstruct = self.units(), self.memory == "reversible"
-        kept = kept_units(units, x) if reconstruct else 0
-        return backpropagate(units, (x,), reconstruct=reconstruct, kept=kept)[0]
+        return self._run_units(self.units(), x)[0]
 
 
 def _check_pool(global_pool: str) -> None:

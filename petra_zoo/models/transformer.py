@@ -48,13 +48,40 @@ class Intermediates:
 
 
 class ReversibleTransformer(MemoryModes, nn.Module):
-    """Base of vision transformers, in front of timm's class."""
+    """Base of vision transformers, in front of timm's class.
+
+    Args:
+        *args: the arguments of timm's class.
+        coupling: g; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1/4).
+        gain: s; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1 + g).
+        anchor_every: keep the streams every so many blocks; 0: never; None: never, or as pretrained weights need it.
+        exact: reconstruct to the bit, on a grid of 2**-exact_bits.
+        exact_bits: streams must stay below 2**(24 - exact_bits) in float32.
+        units: ``'block'``, also ``'auto'``: a unit is a whole block; ``'branch'``: attention and MLP are, in turn.
+        streams: what carries the streams, see `set_streams`.
+        **kwargs: the arguments of timm's class; unknown ones raise TypeError.
+    """
 
     if TYPE_CHECKING:
         blocks: Argument  # a Sequential to some of timm's classes, a ModuleList to others
         norm: nn.Module
         patch_embed: PatchEmbed
         num_prefix_tokens: int
+
+    def __init__(
+        self,
+        *args: Argument,
+        coupling: float | None = None,
+        gain: float | None = None,
+        anchor_every: int | None = None,
+        exact: bool = False,
+        exact_bits: int = 12,
+        units: Units = "auto",
+        streams: StreamKind = "auto",
+        **kwargs: Argument,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
 
     @classmethod
     def from_timm(cls, source: nn.Module) -> Self:
