@@ -22,7 +22,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
 from petra_zoo.models.revvit_weights import from_published, is_published
-from petra_zoo.models.transformer import OwnParameters
+from petra_zoo.models.transformer import Intermediates, OwnParameters, as_asked
 from petra_zoo.models.two_stream_blocks import TwoStreamBlock, TwoStreamBlocks
 from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit
 from petra_zoo.reversible.parts import check_chunks
@@ -160,25 +160,13 @@ class PetraRevViT(MemoryModes, VisionTransformer):
         is_causal: bool = False,
     ) -> Argument:
         """timm's forward_intermediates, of both streams behind every block: [B, 2C, H, W] or [B, N, 2C]."""
-        prefix = self.num_prefix_tokens
+        options = Intermediates(
+            indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
+        )
         take, last = feature_take_indices(len(self.blocks), indices)
         blocks = self.blocks[: last + 1] if stop_early else self.blocks
-        found = blocks.features(self._embed(x), take, attn_mask, is_causal)
-        final = found.pop()
-        taps = [self.norm(tap) if norm else tap for tap in found]
-        prefixes, taps = [tap[:, :prefix] for tap in taps], [tap[:, prefix:] for tap in taps]
-        if output_fmt == "NCHW":
-            height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-            taps = [tap.transpose(1, 2).reshape(len(x), -1, height, width).contiguous() for tap in taps]
-        elif output_fmt != "NLC":
-            raise ValueError(f"output_fmt is 'NCHW' or 'NLC', not {output_fmt!r}")
-        with_prefix = return_prefix_tokens and prefix > 0
-        if output_dict:
-            outputs: dict[str, Tensor | list[Tensor]] = {"image_intermediates": taps}
-            outputs |= {"image_intermediates_prefix": prefixes} if with_prefix else {}
-            return outputs | ({} if intermediates_only else {"image_features": self.norm(final)})
-        both = list(zip(taps, prefixes, strict=True)) if with_prefix else taps
-        return both if intermediates_only else (self.norm(final), both)
+        *found, final = blocks.features(self._embed(x), take, attn_mask, is_causal)
+        return as_asked(self, found, final, x, options)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] of images, with their positions."""

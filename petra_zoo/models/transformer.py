@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional, Self
+from typing import TYPE_CHECKING, Optional, Protocol, Self
 
 import torch
 from timm.layers import PatchEmbed
@@ -264,27 +264,53 @@ class ReversibleTransformer(MemoryModes, nn.Module):
             options: what is taken, and how it is given.
             *shared: what every block takes behind its tokens.
         """
-        if options.output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt is 'NCHW' or 'NLC', not {options.output_fmt!r}")
         blocks = self.coupled_blocks()
         take, last = feature_take_indices(len(blocks), options.indices)
         if options.stop_early:
             blocks = blocks[: last + 1]
         *found, x = blocks.features(tokens, take, *shared)
-        found = [self.norm(y) if options.norm else y for y in found]
-        before = self.num_prefix_tokens
-        prefix, found = [y[:, :before] for y in found], [y[:, before:] for y in found]
-        if options.output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
-            found = [y.reshape(len(y), *grid, -1).permute(0, 3, 1, 2).contiguous() for y in found]
-        with_prefix = options.return_prefix_tokens and before > 0
-        if options.output_dict:
-            as_dict = {"image_intermediates": found}
-            if with_prefix:
-                as_dict["image_intermediates_prefix"] = prefix
-            return as_dict if options.intermediates_only else {**as_dict, "image_features": self.norm(x)}
-        features: list[Argument] = list(zip(found, prefix, strict=True)) if with_prefix else found
-        return features if options.intermediates_only else (self.norm(x), features)
+        return as_asked(self, found, x, images, options)
+
+
+class GivesTokens(Protocol):
+    """What of a network shapes its features: the last norm, the grid of its patches, and tokens in front of those."""
+
+    @property
+    def norm(self) -> Callable[[Tensor], Tensor]: ...
+
+    @property
+    def patch_embed(self) -> PatchEmbed: ...
+
+    @property
+    def num_prefix_tokens(self) -> int: ...
+
+
+def as_asked(model: GivesTokens, found: list[Tensor], x: Tensor, images: Tensor, options: Intermediates) -> Argument:
+    """Features as timm's forward_intermediates gives them.
+
+    Args:
+        model: whose features they are.
+        found: behind the blocks asked for, [B, N, C].
+        x: behind the last one.
+        images: [B, C, H, W], which they are of.
+        options: how they are given.
+    """
+    if options.output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt is 'NCHW' or 'NLC', not {options.output_fmt!r}")
+    found = [model.norm(y) if options.norm else y for y in found]
+    before = model.num_prefix_tokens
+    prefix, found = [y[:, :before] for y in found], [y[:, before:] for y in found]
+    if options.output_fmt == "NCHW":
+        grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+        found = [y.reshape(len(y), *grid, -1).permute(0, 3, 1, 2).contiguous() for y in found]
+    with_prefix = options.return_prefix_tokens and before > 0
+    if options.output_dict:
+        as_dict = {"image_intermediates": found}
+        if with_prefix:
+            as_dict["image_intermediates_prefix"] = prefix
+        return as_dict if options.intermediates_only else {**as_dict, "image_features": model.norm(x)}
+    features: list[Argument] = list(zip(found, prefix, strict=True)) if with_prefix else found
+    return features if options.intermediates_only else (model.norm(x), features)
 
 
 class OwnParameters(nn.Module):
