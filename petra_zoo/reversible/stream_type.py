@@ -252,9 +252,10 @@ class StreamType:
 
 
 FLOAT_STREAMS = StreamType()
-# By how much inverses may multiply a rounding until branches in 16 bits make noise of it that counts beside their own
-# (benchmarks/exact/run.py looks).
+# By how much inverses may multiply a rounding until branches in 16 bits make noise of it that counts beside their own,
+# and how many there may be in a row, for that noise adds up as well (benchmarks/exact: bfloat16; float16 by its bits).
 _ERROR_BORNE = {torch.bfloat16: 2.0**12, torch.float16: 2.0**15}
+_MOST_IN_A_ROW = 8
 
 
 def rectifies(activate: Callable[[Tensor], Tensor]) -> bool:
@@ -324,7 +325,7 @@ def inversions_in_a_row(g: float, streams: StreamType, computes: torch.dtype | N
     """
     if computes is None or computes not in _ERROR_BORNE or streams.on_grid or not 0.0 < g < 1.0:
         return None
-    return max(1, math.floor(math.log2(_ERROR_BORNE[computes]) / -math.log2(g)))
+    return min(_MOST_IN_A_ROW, max(1, math.floor(math.log2(_ERROR_BORNE[computes]) / -math.log2(g))))
 
 
 def weight_of(module: nn.Module) -> Tensor | None:

@@ -94,8 +94,8 @@ def anchors(g: float, autocast: bool, **kwargs: Any) -> list[int]:
 
 
 def test_below_1_streams_are_kept_every_few_blocks_where_branches_compute_in_16_bits() -> None:
-    spacing = {bits: anchors(2.0**-bits, autocast=True)[0] for bits in (2, 3, 5)}
-    assert spacing == {2: 6, 3: 4, 5: 2}
+    spacing = {bits: anchors(2.0**-bits, autocast=True)[0] for bits in (1, 2, 3, 5)}
+    assert spacing == {1: 8, 2: 6, 3: 4, 5: 2}
 
 
 @pytest.mark.parametrize(
