@@ -12,6 +12,7 @@ from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import explain
+from petra_zoo.checkpoints.reachable import hub_repository, one_attempt
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
 from petra_zoo.models.describe import nearest_models, zoo_names
@@ -48,8 +49,10 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
     """
     _check_known(name, timm.list_models)
     local = name.startswith(_FROM_A_CONFIG)
+    repository = hub_repository(name) if local or arguments.get("pretrained") else None
     try:
-        return as_classifier(timm.create_model(name, **arguments))
+        with one_attempt(repository):
+            return as_classifier(timm.create_model(name, **arguments))
     except Exception as error:  # a repository can hold anything
         raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
 

@@ -78,6 +78,7 @@ def _options(
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad use."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, which says everything once
     words = [expand_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
         app(words)
