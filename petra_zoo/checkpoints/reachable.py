@@ -54,6 +54,8 @@ def _silence(repository: str) -> Exception | None:
     """What keeps the Hub from answering a single question; None where it answers, whatever it says."""
     try:
         file_exists(repository, constants.CONFIG_NAME)
-    except Exception as error:  # of huggingface_hub or its HTTP library; what is no silence will come again, and be told
+    except (
+        Exception
+    ) as error:  # of huggingface_hub or its HTTP library; what is no silence will come again, and be told
         return error if is_of_the_transport(error) else None
     return None
