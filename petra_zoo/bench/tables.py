@@ -13,7 +13,7 @@ from petra_zoo.bench.pipeline_tables import pipeline_tables
 from petra_zoo.bench.results import Results, shown_as
 from petra_zoo.bench.speed import speed_tables
 from petra_zoo.errors import UserError
-from petra_zoo.settings.merging import nearest
+from petra_zoo.settings.merging import did_you_mean
 from petra_zoo.strict_json import JsonObject
 
 # What a kind of study shows: Markdown by a table's name. These modules import no torch.
@@ -48,7 +48,7 @@ def find_table(results: Results, name: str) -> str:
     """
     found = tables(results)
     if name not in found:
-        raise UserError(f"study '{results.study}' has no table '{name}'; did you mean {nearest(name, found)}?")
+        raise UserError(f"study '{results.study}' has no table '{name}'; {did_you_mean(name, found)}")
     return found[name]
 
 
