@@ -52,8 +52,8 @@ class ConversionStudy(BuiltInStudy):
     seeds: tuple[int, ...] = (0, 1, 2)
     couplings: tuple[Literal["auto"] | float, ...] = ("auto", 1 / 8, 1 / 2, 1.0)
     tolerance: float = 1e-4
-    transformers: tuple[TrainedOn, ...] = (TrainedOn("digits", 8, 30, 0.0),)
-    transformer_couplings: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    transformers: tuple[TrainedOn, ...] = (TrainedOn("digits", 8, 15, 0.0),)
+    transformer_couplings: tuple[float, ...] = (1 / 16, 1 / 4, 1 / 2, 1.0)
 
     @classmethod
     def small(cls) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import cache
-from itertools import islice
 
 import timm
 import torch
@@ -12,7 +11,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from petra_zoo.bench.conversion_jobs import ConversionJob, FidelityJob, NetworkJob, TransformerJob
-from petra_zoo.bench.trained_networks import batches_of, train_resnet, train_transformer
+from petra_zoo.bench.trained_networks import batches_of, images_of, train_resnet, train_transformer
 from petra_zoo.converters import convert, measure_fidelity
 from petra_zoo.converters.calibration import noise
 from petra_zoo.converters.memory_report import conversion_memory
@@ -73,15 +72,16 @@ def _fidelity(job: FidelityJob) -> JsonObject:
 
 def _transformer(job: TransformerJob) -> JsonObject:
     source = train_transformer(job.source, job.seed)
-    (calibration,) = (images for images, _ in islice(batches_of(job.source, "train", 0), 1))
+    calibration, _ = images_of(job.source, "train")
+    images, labels = images_of(job.source, "val")
     model = convert(
         source,
         coupling=job.coupling,
         tolerance=job.tolerance,
-        calibration=calibration,
+        calibration=calibration[:64],
         exact=job.inverse == "bits",
     )
-    found = measure_fidelity(source, model, batches_of(job.source, "val", 0))
+    found = measure_fidelity(source, model, [(images, labels)])
     memory = conversion_memory(source, model, (3, job.source.img_size, job.source.img_size))
     return {
         **found.as_dict(),

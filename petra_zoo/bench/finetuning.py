@@ -1,8 +1,8 @@
 """What fine-tuning a transformer costs and gives: the source itself, with timm's checkpointing, and converted.
 
 A small vision transformer is trained here on `shapes`, then fine-tuned on `digits` with a new classifier: all of it, or
-low-rank adapters. Pairs share the seed, and with it the source, the new classifier, the order of the images and their
-augmentation. Peak bytes per image are counted over one step on the meta device (`step_bytes`).
+low-rank adapters. Pairs share the seed, and with it the source, the new classifier and the order of the images. Peak
+bytes per image are counted over one step on the meta device (`step_bytes`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Memory = Literal["plain", "checkpointed", "reversible"]
 Trained = Literal["all", "adapters"]
 MEMORIES: tuple[Memory, ...] = ("plain", "checkpointed", "reversible")
 
-SOURCE, TARGET = TrainedOn("shapes", 16, 5, 0.5), TrainedOn("digits", 16, 4, 0.0)
+SOURCE, TARGET = TrainedOn("shapes", 16, 4, 0.0), TrainedOn("digits", 16, 4, 0.0)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 
 from petra_zoo.bench.finetuning import TuningJob
-from petra_zoo.bench.trained_networks import batches_of, train_on, train_transformer
+from petra_zoo.bench.trained_networks import images_of, train_as_they_are, train_transformer
 from petra_zoo.converters import convert
 from petra_zoo.models.classifier import Classifier, as_classifier
 from petra_zoo.models.training_memory import step_bytes
@@ -31,9 +30,12 @@ def fine_tuned(job: TuningJob) -> JsonObject:
         add_adapters(adapters, model, job.target.img_size)
     trained = [p for p in model.parameters() if p.requires_grad]
     peak = step_bytes(model, (3, job.target.img_size, job.target.img_size)).peak
-    train_on(job.target, job.seed, model, torch.optim.AdamW(trained, job.rate, weight_decay=0.05))
+    train_as_they_are(job.target, job.seed, model, job.rate)
+    images, labels = images_of(job.target, "val")
+    with torch.no_grad():
+        right = model.eval()(images).argmax(1) == labels
     return {
-        "top1": _top1(model.eval(), job),
+        "top1": 100 * float(right.double().mean()),
         "peak_bytes": peak,
         "trained_parameters": sum(p.numel() for p in trained),
     }
@@ -42,18 +44,9 @@ def fine_tuned(job: TuningJob) -> JsonObject:
 def _network(job: TuningJob) -> Classifier:
     source = train_transformer(job.source, job.seed)
     if job.memory == "reversible":
-        calibration, _ = next(iter(batches_of(job.source, "train", 0)))
-        return as_classifier(convert(source, coupling=COUPLING, exact=False, calibration=calibration))
+        images, _ = images_of(job.source, "train")
+        return as_classifier(convert(source, coupling=COUPLING, exact=False, calibration=images[:64]))
     model = as_classifier(copy.deepcopy(source))
     if job.memory == "checkpointed":
         model.set_grad_checkpointing()
     return model
-
-
-def _top1(model: nn.Module, job: TuningJob) -> float:
-    right = images = 0
-    with torch.no_grad():
-        for x, labels in batches_of(job.target, "val", 0):
-            right += int((model(x).argmax(1) == labels).sum())
-            images += len(x)
-    return 100 * right / images

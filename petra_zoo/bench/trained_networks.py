@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from petra_zoo.bench.conversion_jobs import TrainedOn
 from petra_zoo.data.datasets import open_dataset
@@ -39,35 +39,9 @@ def train_resnet(on: TrainedOn, seed: int) -> ResNet:
     assert isinstance(first, nn.Conv2d)
     first.stride = (1, 1)
     model.add_module("maxpool", nn.Identity())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    train_on(on, seed, model, optimizer)
-    return model.eval()
-
-
-@cache
-def train_transformer(on: TrainedOn, seed: int) -> VisionTransformer:
-    """A vision transformer of 12 blocks of width 48 for 16 patches, trained likewise."""
-    torch.manual_seed(seed)
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        num_classes=10,
-        img_size=on.img_size,
-        patch_size=on.img_size // 4,
-        embed_dim=48,
-        depth=12,
-        num_heads=4,
-    )
-    assert isinstance(model, VisionTransformer)
-    train_on(on, seed, model, torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05))
-    return model.eval()
-
-
-def train_on(on: TrainedOn, seed: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Trains all epochs; the learning rate of each group rises to what it is and falls again."""
     loader = batches_of(on, "train", seed, augmented=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, on.epochs * len(loader))
-    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, on.epochs * len(loader))
     for epoch in range(on.epochs):
         loader.set_epoch(epoch)
         for images, labels in loader:
@@ -75,6 +49,55 @@ def train_on(on: TrainedOn, seed: int, model: nn.Module, optimizer: torch.optim.
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             schedule.step()
+    return model.eval()
+
+
+@cache
+def train_transformer(on: TrainedOn, seed: int) -> VisionTransformer:
+    """A vision transformer of 12 blocks of width 48 for 4 patches, trained likewise, on images as they are."""
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=on.img_size,
+        patch_size=on.img_size // 2,
+        embed_dim=48,
+        depth=12,
+        num_heads=4,
+    )
+    assert isinstance(model, VisionTransformer)
+    train_as_they_are(on, seed, model, 3e-3)
+    return model.eval()
+
+
+def train_as_they_are(on: TrainedOn, seed: int, model: nn.Module, rate: float) -> None:
+    """Trains what of a network wants gradients by AdamW, on images without augmentation, in an order of the seed's.
+
+    Args:
+        on: what it is trained on.
+        seed: of the order.
+        model: put into train mode.
+        rate: the learning rate at its peak.
+    """
+    images, labels = images_of(on, "train")
+    updates = len(images) // _BATCH_SIZE
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, on.epochs * updates)
+    order = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(on.epochs):
+        for batch in torch.randperm(len(images), generator=order).split(_BATCH_SIZE)[:updates]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+
+
+@cache
+def images_of(on: TrainedOn, split: Literal["train", "val"]) -> tuple[Tensor, Tensor]:
+    """All images of a data set, normalised, and their labels."""
+    images, labels = zip(*batches_of(on, split, 0), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def batches_of(on: TrainedOn, split: Literal["train", "val"], seed: int, augmented: bool = False) -> ImageLoader:
