@@ -9,56 +9,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import ClassVar, Literal, Self
-
-from pydantic import TypeAdapter
+from typing import ClassVar, Self
 
 from petra_zoo.bench.accuracy_tables import mean_and_range, shown_interval
 from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.conversion_jobs import TrainedOn
+from petra_zoo.bench.finetuning_jobs import SAVINGS, Trained, TuningJob, tuning_job
 from petra_zoo.bench.markdown import group_runs, markdown_table
 from petra_zoo.bench.pairs import Interval
 from petra_zoo.bench.results import Record, Results, Trial
 from petra_zoo.strict_json import JsonObject
 
 KIB = 2**10
-Memory = Literal["plain", "checkpointed", "reversible"]
-Trained = Literal["all", "adapters"]
-MEMORIES: tuple[Memory, ...] = ("plain", "checkpointed", "reversible")
 
 SOURCE, TARGET = TrainedOn("shapes", 16, 4, 0.0), TrainedOn("digits", 16, 4, 0.0)
-
-
-@dataclass(frozen=True)
-class TuningJob:
-    """A fine-tuning of a network that was trained with some seed.
-
-    Attributes:
-        memory: the source, with activations stored or recomputed block by block; or what it was converted into.
-        trained: all parameters, or adapters and the classifier.
-        source: what the network was trained on.
-        target: what it is fine-tuned on.
-        rate: the learning rate at its peak.
-        seed: of both.
-    """
-
-    memory: Memory
-    trained: Trained
-    source: TrainedOn
-    target: TrainedOn
-    rate: float
-    seed: int
-
-    @property
-    def trial(self) -> Trial:
-        """Says all of it."""
-        settings = {name: value for name, value in asdict(self).items() if name != "seed"}
-        return Trial(f"{self.memory}, {self.trained}", self.seed, settings)
-
-
-_JOB = TypeAdapter(TuningJob)
 
 
 @dataclass(frozen=True)
@@ -90,17 +56,12 @@ class FinetuningStudy(BuiltInStudy):
         for seed in self.seeds:
             for trained, rate in self.rates:
                 if trained == "all" or find_spec("peft") is not None:
-                    yield from (TuningJob(memory, trained, self.source, self.target, rate, seed) for memory in MEMORIES)
+                    yield from (TuningJob(memory, trained, self.source, self.target, rate, seed) for memory in SAVINGS)
 
     def run(self, trial: Trial) -> JsonObject:
         from petra_zoo.bench.finetuning_runs import fine_tuned
 
-        return fine_tuned(job_of(trial))
-
-
-def job_of(trial: Trial) -> TuningJob:
-    """What a trial says."""
-    return _JOB.validate_python({**trial.settings, "seed": trial.repeat})
+        return fine_tuned(tuning_job(trial))
 
 
 def finetuning_tables(results: Results) -> dict[str, str]:
@@ -117,7 +78,7 @@ def finetuning_tables(results: Results) -> dict[str, str]:
     by_contender = group_runs([run for run in results.runs if not run.failed], lambda run: run.contender)
     rows = []
     for runs in by_contender.values():
-        job = job_of(runs[0].trial)
+        job = tuning_job(runs[0].trial)
         plain = by_contender.get(f"plain, {job.trained}", [])
         peaks, of_plain = (statistics.mean(run.number("peak_bytes") for run in some) for some in (runs, plain or runs))
         rows.append(

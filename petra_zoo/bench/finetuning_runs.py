@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from petra_zoo.bench.finetuning import TuningJob
+from petra_zoo.bench.finetuning_jobs import TuningJob
 from petra_zoo.bench.trained_networks import images_of, train_as_they_are, train_transformer
 from petra_zoo.converters import convert
 from petra_zoo.models.classifier import Classifier, as_classifier

@@ -17,7 +17,7 @@ from petra_zoo.bench.markdown import cell, group_runs, markdown_table
 from petra_zoo.bench.memory_transformers import (
     TransformerStep,
     measured_step,
-    step_of,
+    transformer_step,
     transformer_steps,
     transformer_table,
 )
@@ -56,7 +56,7 @@ class MemoryStudy(BuiltInStudy):
 
     def run(self, trial: Trial) -> JsonObject:
         if trial.settings.get("part") == "transformer":
-            return measured_step(step_of(trial))
+            return measured_step(transformer_step(trial))
         from petra_zoo.bench.step_contenders import build_contender
         from petra_zoo.bench.step_runs import peak_step_bytes
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -19,9 +18,9 @@ from petra_zoo.strict_json import JsonObject
 MIB = 2**20
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
 IN_PARTS = "g = 1, branches in 2 parts"
-_BRANCHES = {"coupling": 1.0, "units": "branch"}
+_BRANCHES: JsonObject = {"coupling": 1.0, "units": "branch"}
 # What a reversible twin is built with, by the name of the way.
-REVERSIBLE: dict[str, dict[str, Any]] = {
+REVERSIBLE: dict[str, JsonObject] = {
     "g = 1/4, anchors every 6": {"coupling": 1 / 4, "gain": 5 / 4, "anchor_every": 6},
     "g = 1/16, bits": {"coupling": 1 / 16, "gain": 17 / 16, "exact": True},
     "g = 1": {"coupling": 1.0},
@@ -29,7 +28,7 @@ REVERSIBLE: dict[str, dict[str, Any]] = {
     IN_PARTS: {**_BRANCHES, "chunks": 2},
 }
 # Of networks that are reversible from the start.
-TWO_STREAMS: dict[str, dict[str, Any]] = {"two streams": {}, "two streams, branches in 8 parts": {"chunks": 8}}
+TWO_STREAMS: dict[str, JsonObject] = {"two streams": {}, "two streams, branches in 8 parts": {"chunks": 8}}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def transformer_steps() -> Iterator[TransformerStep]:
         yield from (TransformerStep(name, 224, way) for way in TWO_STREAMS)
 
 
-def step_of(trial: Trial) -> TransformerStep:
+def transformer_step(trial: Trial) -> TransformerStep:
     """What a trial says."""
     return _STEP.validate_python(trial.settings)
 
@@ -94,7 +93,7 @@ def measured_step(step: TransformerStep) -> JsonObject:
 def transformer_table(runs: Sequence[Record]) -> str:
     """MiB per image by network and way, and parts of what the plain network needs, and the checkpointed one."""
     columns = ["network", "images", "way", "stored, MiB per image", "peak", "of plain", "of checkpointed"]
-    steps = [step_of(run.trial) for run in runs]
+    steps = [transformer_step(run.trial) for run in runs]
     peaks = {step: run.number("peak") for step, run in zip(steps, runs, strict=True)}
     rows = []
     for step, run in zip(steps, runs, strict=True):
