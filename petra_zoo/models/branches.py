@@ -9,22 +9,29 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.transformer_parts import attention_in_groups, mlp_in_chunks
+from petra_zoo.reversible.parts import PartedBranch
 
 Branch = Callable[..., Tensor]  # F: (h [B, ...], what all blocks take beside it) -> [B, ...]
 Branches = Callable[[nn.Module], Sequence[tuple[str, Branch]]]
+Parted = Callable[[nn.Module, str, int], PartedBranch | None]  # of a block, a branch's name, how many parts
 
 _KNOWN: dict[type[nn.Module], Branches] = {}
+_PARTED: dict[type[nn.Module], Parted] = {}
 
 
-def register_branches(block: type[nn.Module], branches: Branches) -> None:
+def register_branches(block: type[nn.Module], branches: Branches, parted: Parted | None = None) -> None:
     """Makes known what a class of blocks is made of: x -> x + F1(x) -> x + F2(x), and so on.
 
     Args:
         block: the class, exactly: a subclass may compute something else.
         branches: from a block to the names and functions of its branches, in their order. Each takes h [B, ...] and
             what the container's blocks take beside it, and leaves the addition to its caller.
+        parted: a branch that is evaluated in parts, of h alone; None where it stays whole.
     """
     _KNOWN[block] = branches
+    if parted is not None:
+        _PARTED[block] = parted
 
 
 def has_branches(block: nn.Module) -> bool:
@@ -44,6 +51,12 @@ def branches_of(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return _KNOWN[type(block)](block)
 
 
+def parted_branch(block: nn.Module, name: str, parts: int) -> PartedBranch | None:
+    """A branch of a block in so many parts, where nothing is taken beside h; None: it stays whole."""
+    parted = _PARTED.get(type(block))
+    return None if parted is None else parted(block, name, parts)
+
+
 def _attention(block: Block, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     attended: Tensor = block.attn(block.norm1(h), attn_mask=attn_mask, is_causal=is_causal)
     return block.drop_path1(block.ls1(attended))
@@ -58,4 +71,9 @@ def _of_transformer(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
 
 
-register_branches(Block, _of_transformer)
+def _parted_transformer(block: nn.Module, name: str, parts: int) -> PartedBranch | None:
+    assert isinstance(block, Block)
+    return attention_in_groups(block, parts) if name == "attn" else mlp_in_chunks(block, parts)
+
+
+register_branches(Block, _of_transformer, _parted_transformer)

@@ -37,6 +37,14 @@ class Recipe(Augmentation):
         freeze: What is not trained, its batch-norm statistics included: `backbone` (all but the classifier), or parts
             by their names in the model, such as `[conv1, bn1, layer1]`.
         freeze_bn: All batch norms keep their scale and shift, and normalise with their running statistics.
+        train_last: Only the classifier and so many layers in front of it are trained, counted as `layer_decay` counts
+            them: a transformer's or a ResNet's blocks.
+        lora_rank: Low-rank adapters (by `peft`) of this rank and the classifier are trained, and nothing else. They are
+            merged into the weights of every model that is saved.
+        lora_alpha: What adapters add is multiplied by alpha / rank; None: by 1.
+        lora_dropout: Of what adapters are given.
+        lora_targets: Layers that get adapters, by the ends of their names, such as `[qkv, fc1]`; None: all linear
+            layers and ungrouped convolutions of the reversible blocks.
         model_kwargs: What else the network is made with, such as `{norm_layer: groupnorm1}`.
         drop, drop_path: Probabilities of dropout in front of the classifier, and of leaving out a block's branch.
         dataset: `digits`, `shapes`, `cifar10`, `folder`, one of timm's (`torch/...`, `hfds/...`), or your own.
@@ -117,6 +125,11 @@ class Recipe(Augmentation):
     pretrained: bool | Source = False
     freeze: str | list[str] | None = None
     freeze_bn: bool = False
+    train_last: AtLeastOne | None = None
+    lora_rank: AtLeastOne | None = None
+    lora_alpha: Positive | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_targets: list[str] | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     drop: Probability = 0.0
     drop_path: Probability = 0.0
@@ -292,6 +305,19 @@ class Recipe(Augmentation):
             raise ValueError(
                 f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_freeze(self) -> Self:
+        whole = {"train_last": self.train_last is not None, "lora_rank": self.lora_rank is not None}
+        ways = [f"{name}={getattr(self, name)}" for name, asked in whole.items() if asked]
+        if self.freeze is not None:
+            ways.append(f"freeze={self.freeze}")
+        if len(ways) > 1:
+            raise ValueError(f"{ways[0]} says all of what is trained, and {ways[1]} says otherwise: take one out")
+        for name, silent in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", None)):
+            if self.lora_rank is None and getattr(self, name) != silent:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect without adapters: set lora_rank, too")
         return self
 
     @model_validator(mode="after")
