@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from timm.models.vision_transformer import Block
@@ -13,18 +13,25 @@ from petra_zoo.errors import UserError
 Branch = Callable[..., Tensor]  # F: (h [B, ...], what all blocks take beside it) -> [B, ...]
 Branches = Callable[[nn.Module], Sequence[tuple[str, Branch]]]
 
+ATTENTION = ("norm1", "attn", "ls1", "drop_path1", "gamma_1")  # of a transformer's block, as timm calls its parts
 _KNOWN: dict[type[nn.Module], Branches] = {}
+_HELD: dict[type[nn.Module], Mapping[str, Sequence[str]]] = {}
 
 
-def register_branches(block: type[nn.Module], branches: Branches) -> None:
+def register_branches(
+    block: type[nn.Module], branches: Branches, held: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Makes known what a class of blocks is made of: x -> x + F1(x) -> x + F2(x), and so on.
 
     Args:
         block: the class, exactly: a subclass may compute something else.
         branches: from a block to the names and functions of its branches, in their order. Each takes h [B, ...] and
             what the container's blocks take beside it, and leaves the addition to its caller.
+        held: which of the block's own modules and parameters a branch uses, by its name; one that is left out uses
+            all that no other does. So branches of one block may train in two stages. None: each uses all.
     """
     _KNOWN[block] = branches
+    _HELD[block] = held or {}
 
 
 def has_branches(block: nn.Module) -> bool:
@@ -44,6 +51,31 @@ def branches_of(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return _KNOWN[type(block)](block)
 
 
+class _Part(nn.Module):
+    """Some of a block's modules and parameters, under their names and as they are now."""
+
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.training = block.training
+        self._modules = {name: module for name, module in block._modules.items() if name in names}
+        self._parameters = {name: p for name, p in block._parameters.items() if name in names}
+
+
+def part_of(block: nn.Module, branch: str) -> nn.Module:
+    """What of a block one of its branches uses: a module with those of its parameters; the block, where nobody says.
+
+    Args:
+        block: of a registered class.
+        branch: its name.
+    """
+    held = _HELD[type(block)]
+    if not held:
+        return block
+    others = {name for other, names in held.items() if other != branch for name in names}
+    rest = [name for name in (*block._modules, *block._parameters) if name not in others]
+    return _Part(block, held.get(branch, rest))
+
+
 def _attention(block: Block, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     attended: Tensor = block.attn(block.norm1(h), attn_mask=attn_mask, is_causal=is_causal)
     return block.drop_path1(block.ls1(attended))
@@ -58,4 +90,4 @@ def _of_transformer(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
 
 
-register_branches(Block, _of_transformer)
+register_branches(Block, _of_transformer, {"attn": ATTENTION})
