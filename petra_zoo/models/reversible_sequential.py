@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.branches import Branch, branches_of, parted_branch
+from petra_zoo.models.branches import Branch, branches_of, part_of, parted_branch
 from petra_zoo.models.layer_parts import Enter, Leaving, first_stream, unchanged
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.models.run_buffers import RunBuffers
@@ -48,7 +48,7 @@ class Step:
     Attributes:
         name: the block's in the container, with the branch's behind it.
         key: the block's.
-        block: holds the parameters.
+        block: the block.
         function: B or F: (h, what all blocks take beside it) -> [B, ...].
         whole: it is B.
         index: the block's place.
@@ -65,6 +65,11 @@ class Step:
     in_front: int
     part: int
     parts: int
+
+    @property
+    def holder(self) -> nn.Module:
+        """What holds its parameters, and no other step's."""
+        return self.block if self.whole else part_of(self.block, self.name.removeprefix(f"{self.key}."))
 
     @property
     def in_run(self) -> bool:
@@ -317,7 +322,7 @@ class ReversibleSequential(RunBuffers):
             if step.in_run:
                 unit: Unit = CoupledUnit(
                     step.name,
-                    step.block,
+                    step.holder,
                     branch=function,
                     activate=unchanged,
                     coupling=self.g,
