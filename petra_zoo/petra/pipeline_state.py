@@ -20,7 +20,8 @@ from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.links import Links
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.methods import Method
-from petra_zoo.petra.stage import Stage, StageState, copies
+from petra_zoo.petra.stage import Stage
+from petra_zoo.petra.stage_state import StageState, copies
 from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import Gradients, Streams, UnitModel, units_of
