@@ -78,8 +78,8 @@ class Gate:
         """What it counts between two ticks."""
         return None
 
-    def load_state_dict(self, state: dict[str, int] | None) -> None:
-        """Restores what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, int] | None, in_window: int) -> None:
+        """Restores what `state_dict` gave; None where all micro-batches of the window were let in."""
 
 
 class SkippingGate(Gate):
@@ -170,8 +170,8 @@ class SkippingGate(Gate):
     def state_dict(self) -> dict[str, int]:
         return {"kept": self._kept + (int(self._queued[0]) if self._queued else 0), "dropped": self.dropped}
 
-    def load_state_dict(self, state: dict[str, int] | None) -> None:
-        kept, dropped = (state["kept"], state["dropped"]) if state else (0, 0)
+    def load_state_dict(self, state: dict[str, int] | None, in_window: int) -> None:
+        kept, dropped = (state["kept"], state["dropped"]) if state else (in_window, 0)
         if self._queued is None:
             self._kept, self._dropped = kept, dropped
         else:  # where they lie

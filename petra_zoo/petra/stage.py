@@ -359,7 +359,7 @@ class Stage:
         self.updates = state.get("updates", 0)
         if self.prediction:
             self.prediction.coasting.load_state_dict(state.get("prediction"))
-        self.gate.load_state_dict(state.get("gate"))
+        self.gate.load_state_dict(state.get("gate"), self.gradients_in_window)
         self.load_in_flight_state(state["in_flight"])
 
     def in_flight_state(self) -> State:

@@ -76,6 +76,9 @@ class Recipe(Augmentation):
         streams: What carries the streams of a reversible network: `float32`, `bfloat16`, `fixed16` (a grid in 16 bits,
             whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
             unless 0 < g < 1.
+        on_nonfinite: What becomes of a micro-batch whose loss or gradient is infinite or not a number: it ends the run
+            (`stop`), or is left out (`skip`), counted, of its window and of batch norms' statistics. None is ever
+            applied.
         val_interval, log_interval: Epochs between validations; updates between log lines.
         checkpoint_every: How often everything is saved that the run needs to go on after it has been ended: `1 epoch`,
             `500 ticks` (micro-batches), `10 minutes`; null never.
@@ -110,6 +113,7 @@ class Recipe(Augmentation):
     validation_batch_size: AtLeastOne | None = None
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     method: str = "petra"
     stages: AtLeastOne = 1
