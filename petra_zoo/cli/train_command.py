@@ -84,4 +84,6 @@ def train(
     typer.echo(f"saved {result.path}: top-1 {result.evaluation.top1:.2f} % on {result.evaluation.images} images")
     if result.bad_images:
         typer.echo(f"{result.bad_images} unreadable training images skipped")
+    if result.skipped:
+        typer.echo(f"{result.skipped} micro-batches left out, for they were not finite")
     typer.echo(f"next: petra-zoo evaluate {result.path}")

@@ -107,6 +107,9 @@ class Recipe(Augmentation):
         streams: What carries the streams of a reversible network: `float32`, `bfloat16`, `fixed16` (a grid in 16 bits,
             whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
             unless 0 < g < 1.
+        on_nonfinite: What becomes of a micro-batch whose loss or gradient is infinite or not a number: it ends the run
+            (`stop`), or is left out (`skip`), counted, of its window and of batch norms' statistics. None is ever
+            applied.
         model_ema, model_ema_decay: Evaluate and save a moving average of the weights.
         seed: Of weights, order and augmentation.
         val_interval: Epochs between validations.
@@ -149,6 +152,7 @@ class Recipe(Augmentation):
     validation_batch_size: AtLeastOne | None = None
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     method: str = "petra"
     stages: AtLeastOne = 1
