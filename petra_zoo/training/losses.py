@@ -98,7 +98,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
     """
     if weight is None:
         return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, weight, reduction="sum") / len(labels)
+    return F.cross_entropy(logits, labels, weight.to(logits.dtype), reduction="sum") / len(labels)
 
 
 register_loss("cross_entropy")(cross_entropy)
