@@ -12,6 +12,7 @@ from petra_zoo.cli import (
     bench_command,
     checkpoint_command,
     convert_command,
+    data_command,
     demo_command,
     evaluate_command,
     export_command,
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo_command.demo)
+app.command("data")(data_command.data)
 app.command("train")(train_command.train)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("predict")(predict_command.predict)

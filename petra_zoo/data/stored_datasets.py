@@ -44,6 +44,9 @@ class ArrayDataset(ImageDataset):
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self._images[index]), int(self._labels[index])
 
+    def stored_labels(self) -> npt.NDArray[np.integer]:
+        return self._labels
+
 
 def open_digits(split: Split) -> ArrayDataset:
     """Opens scikit-learn's handwritten digits: 1,797 real images of 8x8, split 80/20 by class."""
@@ -143,6 +146,13 @@ class TimmDataset(ImageDataset):
         stream, label = self._reader[index]
         with stream:
             return read_rgb(stream), label
+
+    def stored_labels(self) -> npt.NDArray[np.integer] | None:
+        samples = getattr(self._reader or self._source, "samples", None)  # of image folders: files and labels
+        if samples is not None and all(len(sample) == 2 for sample in samples):
+            return np.array([label for _, label in samples], dtype=np.int64)
+        targets = getattr(self._source, "targets", None)  # torchvision's own data sets
+        return None if targets is None else np.asarray(targets, dtype=np.int64)
 
     def source(self, index: int) -> str:
         if self._reader is not None:

@@ -87,6 +87,12 @@ class Recipe(Augmentation):
         in_chans: Channels of an image.
         mean, std: Normalisation of images scaled to 0..1, one value per channel; null for the data set's own.
         train_split, val_split: What a data set opened through timm calls its splits.
+        val_fraction: The share of a `folder` without splits that is for validation: chosen by the images' names, so
+            that none changes sides because others come or go.
+        sampler: `balanced` gives every class as many images of an epoch: some of a large one are left out, others each
+            time; those of a small one are repeated, augmented anew. Null: every image once.
+        class_weights: `balanced` weighs the classes in the loss inversely to their images, 1 on average; for losses
+            that take weights. Null: all alike. Validation never weighs.
         lr: The highest learning rate; null for what `lr_base` gives.
         lr_base, lr_base_size: The learning rate that belongs to so many images per update; it grows with them.
         kd_model_name: Distil from this teacher: a run, `hf-hub:`, `local-dir:` or timm name with its trained weights.
@@ -142,6 +148,9 @@ class Recipe(Augmentation):
     dataset_download: bool = False
     train_split: str | None = None
     val_split: str | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    sampler: Literal["balanced"] | None = None
+    class_weights: Literal["balanced"] | None = None
     num_classes: AtLeastOne | None = None
     img_size: AtLeastOne | None = None
     in_chans: Literal[1, 3] = 3
@@ -300,6 +309,10 @@ class Recipe(Augmentation):
             raise ValueError("lr and lr_base are both set; set one of them to null")
         if self.layer_decay is not None and self.sched == "none":
             raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        if self.sampler and self.class_weights:
+            raise ValueError(
+                "sampler and class_weights are both balanced, which favours the small classes; set one of them to null"
+            )
         if self.compile and self.sync_bn:
             raise ValueError("compile and sync_bn are both set: a synchronised norm cannot be compiled; unset one")
         for name, values in (("mean", self.mean), ("std", self.std)):
