@@ -40,6 +40,9 @@ def train(
     max_time: Annotated[
         str | None, typer.Option(metavar="1h30m", help="Save and stop after this time; exit code 75.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and all settings; start nothing.")
+    ] = False,
     on_bad_image: Annotated[
         Literal["fail", "skip"] | None,
         typer.Option(help="Stop at an unreadable image, or put the next one in its place."),
@@ -67,6 +70,14 @@ def train(
 
     settings = [*(overrides or []), *([f"on_bad_image={on_bad_image}"] if on_bad_image else [])]
     resolved, seconds = load_recipe(recipe, settings), parse_duration(max_time) if max_time else None
+    if dry_run:
+        from petra_zoo.settings.recipe_files import recipe_yaml
+        from petra_zoo.training.dry_run import outlook
+
+        for line in outlook(resolved, recipe).lines():
+            typer.echo(line)
+        typer.echo(f"\n{recipe_yaml(resolved)}", nl=False)
+        return
     if nproc and nproc > 1:
         check_ranks(nproc // resolved.data_parallel, resolved.stages)  # the processes would find it out in 20 seconds
         options = ["--resume", resume, *(["--max-time", max_time] if max_time else [])]

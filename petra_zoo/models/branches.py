@@ -76,7 +76,7 @@ class _Part(nn.Module):
         self._parameters = {name: p for name, p in block._parameters.items() if name in names}
 
 
-def part_of(block: nn.Module, branch: str) -> nn.Module:
+def held_by(block: nn.Module, branch: str) -> nn.Module:
     """What of a block one of its branches uses: a module with those of its parameters; the block, where nobody says.
 
     Args:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.branches import Branch, branches_of, part_of, parted_branch
-from petra_zoo.models.layer_parts import Enter, Leaving, first_stream, unchanged
+from petra_zoo.models.branches import Branch, branches_of, held_by, parted_branch
+from petra_zoo.models.layer_parts import Enter, Leaving, PlainMerge, first_stream, unchanged
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.models.shared_arguments import Arguments, Given, Named, Positional, SharedArguments, called
@@ -69,7 +69,7 @@ class Step:
     @property
     def holder(self) -> nn.Module:
         """What holds its parameters, and no other step's."""
-        return self.block if self.whole else part_of(self.block, self.name.removeprefix(f"{self.key}."))
+        return self.block if self.whole else held_by(self.block, self.name.removeprefix(f"{self.key}."))
 
     @property
     def in_run(self) -> bool:
@@ -337,7 +337,7 @@ class ReversibleSequential(RunBuffers):
                 unit.add_module("block", step.block)
             for name, module in reads.items():
                 unit.add_module(f"reads_{name.replace('.', '_')}", module)
-            enter = _Merged(self.g, self.streams)
+            enter = PlainMerge(self.g, self.streams)
             yield step, unit, Leaving(self, enter, self.streams)
 
 
@@ -377,18 +377,6 @@ class _Entering:
 
     def __call__(self, *streams: Tensor) -> Tensor:
         return self.container.enter(self.enter(*streams))
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """From the streams behind a unit to the one that its run has become: (b + g a) / (1 + g)."""
-
-    coupling: Callable[[], float]
-    kind: Callable[[], StreamType]
-
-    def __call__(self, *streams: Tensor) -> Tensor:
-        h, *before = map(self.kind().read, streams)
-        return merge(h, before[0], self.coupling()) if before else h
 
 
 class _AsGiven(StreamType):
