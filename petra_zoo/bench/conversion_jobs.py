@@ -68,12 +68,39 @@ class FidelityJob:
         return Trial(contender, self.seed, {"part": "fidelity", **asdict(self.source), **settings})
 
 
-_NETWORK, _SOURCE, _FIDELITY = TypeAdapter(NetworkJob), TypeAdapter(TrainedOn), TypeAdapter(FidelityJob)
+@dataclass(frozen=True)
+class TransformerJob:
+    """A conversion of a vision transformer that was trained with some seed.
+
+    Attributes:
+        coupling, tolerance: of `convert`.
+        inverse: by streams that are kept as often as the tolerance needs, or by the bits that blocks drop.
+    """
+
+    source: TrainedOn
+    seed: int
+    coupling: float
+    inverse: Literal["anchors", "bits"]
+    tolerance: float
+
+    @property
+    def trial(self) -> Trial:
+        """Says all of it."""
+        settings: JsonObject = {"coupling": self.coupling, "inverse": self.inverse, "tolerance": self.tolerance}
+        contender = f"transformer, g = {self.coupling:g}, {self.inverse}"
+        return Trial(contender, self.seed, {"part": "transformer", **asdict(self.source), **settings})
 
 
-def job_of(trial: Trial) -> NetworkJob | FidelityJob:
+ConversionJob = NetworkJob | FidelityJob | TransformerJob
+_NETWORK, _SOURCE = TypeAdapter(NetworkJob), TypeAdapter(TrainedOn)
+_FIDELITY, _TRANSFORMER = TypeAdapter(FidelityJob), TypeAdapter(TransformerJob)
+
+
+def job_of(trial: Trial) -> ConversionJob:
     """What a trial says."""
     if trial.settings["part"] == "network":
         return _NETWORK.validate_python(trial.settings)
-    source = _SOURCE.validate_python(trial.settings)
-    return _FIDELITY.validate_python({"source": source, "seed": trial.repeat, **trial.settings})
+    said = {"source": _SOURCE.validate_python(trial.settings), "seed": trial.repeat, **trial.settings}
+    if trial.settings["part"] == "transformer":
+        return _TRANSFORMER.validate_python(said)
+    return _FIDELITY.validate_python(said)

@@ -80,6 +80,16 @@ def conversion(
     _run(ConversionStudy.small() if quick else ConversionStudy(), output, jobs=jobs, dry_run=dry_run)
 
 
+@app.command("finetune")
+def finetune(
+    output: Output = Path("finetune.json"), jobs: Jobs = 1, quick: Quick = False, dry_run: DryRun = False
+) -> None:
+    """Fine-tune a small transformer, plain, checkpointed and converted: accuracy, and the peak of a step."""
+    from petra_zoo.bench.finetuning import FinetuningStudy
+
+    _run(FinetuningStudy.small() if quick else FinetuningStudy(), output, jobs=jobs, dry_run=dry_run)
+
+
 def _run(study: Study, output: Path, *, jobs: int = 1, dry_run: bool = False) -> None:
     """Does a study, or lists its runs; says what to do next."""
     from petra_zoo.bench.engine import open_results, run_study

@@ -16,7 +16,14 @@ MIB = 2**20
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A model, or model.tag (petra-zoo list).", autocompletion=complete_model)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A model, model.tag (petra-zoo list), or a directory with a trained one.",
+            autocompletion=complete_model,
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a network: parameters, operations, units, runs, coupling, activation memory, pretrained weights."""
@@ -43,7 +50,7 @@ def info(
     for tag in facts.tags:
         typer.echo(f"  pretrained  {_line(tag)}")
     if not facts.tags:
-        typer.echo("  pretrained  none")
+        typer.echo("  pretrained  none in the zoo")
 
 
 def _line(tag: Tag) -> str:

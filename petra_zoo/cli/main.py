@@ -27,10 +27,12 @@ from petra_zoo.cli import (
     runs_command,
     train_command,
 )
-from petra_zoo.cli.interruption import was_interrupted
+from petra_zoo.cli.usage import UsageError, asks_for_help, in_one_line
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.extensions import import_modules
 from petra_zoo.files import expand_home
+
+_INTERRUPTED = 130  # typer's code for Ctrl-C
 
 app = typer.Typer(
     name="petra-zoo",
@@ -84,13 +86,18 @@ def _options(
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad use."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, which says everything once
     words = [expand_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        app(words)
+        code = app(words, standalone_mode=False)  # else typer draws a box around what is wrong
     except (UserError, Failure) as error:
         print(f"petra-zoo: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except SystemExit as leaving:
-        if was_interrupted(leaving):  # which typer passes over in silence
-            raise KeyboardInterrupt from None
-        raise
+    except UsageError as error:
+        print(error if asks_for_help(error) else f"petra-zoo: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if code == _INTERRUPTED:  # which typer passes over in silence
+        raise KeyboardInterrupt
+    sys.exit(code or 0)

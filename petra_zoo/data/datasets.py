@@ -117,7 +117,7 @@ def open_dataset(
 
 
 def _unknown(name: str) -> DataError:
-    return DataError(f"unknown data set '{name}'; did you mean {DATASETS.nearest(name)}?")
+    return DataError(f"unknown data set '{name}'; {DATASETS.hint(name)}")
 
 
 def _open_timms(name: str, split_name: str, data_dir: Path | None, download: bool) -> ImageDataset:

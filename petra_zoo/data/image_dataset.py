@@ -141,7 +141,7 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
             if not isinstance(found, BadImage):
                 return *found, bad
             if on_bad_image == "fail":
-                raise DataError(f"{found}; replace the file, or set on_bad_image=skip")
+                raise DataError(f"{found}; replace the file, or skip it: on_bad_image=skip, or --on-bad-image skip")
             bad.append(found)
         raise DataError(f"none of the {len(self)} images can be read; the first: {bad[0]}")
 

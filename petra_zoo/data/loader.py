@@ -1,7 +1,7 @@
 """Batches of augmented images, every one of them a function of (seed, epoch, index) alone."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -233,6 +233,11 @@ class ImageLoader:
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order and the augmentation of the next iterations; the first epoch is 0."""
         self._batches.epoch = epoch
+
+    def images_of(self, epoch: int, batch_index: int) -> list[int]:
+        """The images of a batch, by their index in the data set."""
+        places = next(iter(replace(self._batches, epoch=epoch, start=batch_index)))
+        return [place.index for place in places]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.iter_from(0)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
 import timm
+import torch
 import torchvision
 from huggingface_hub import ModelCard, ModelCardData
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+from petra_zoo.checkpoints.load import load_model, run_path
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import as_unit_classifier
 from petra_zoo.models.describe import Description, create_meta, describe_model
 from petra_zoo.models.training_memory import ActivationMemory, activation_memory
 from petra_zoo.strict_json import JsonObject
@@ -70,11 +73,17 @@ class Facts:
 
 
 def look_up(name: str) -> Facts:
-    """A network, or one of its tags: then with that tag's couplings and image size; takes a second or more.
+    """A network, one of its tags with that tag's couplings and image size, or the model in a directory.
+
+    Takes a second or more.
 
     Raises:
-        UserError: no such network or tag, or its activations cannot be counted.
+        UserError: no such network or tag, a directory without a model, or activations that cannot be counted.
     """
+    if (directory := run_path(name)).is_dir():
+        saved = as_unit_classifier(load_model(name, torch.device("cpu")))
+        network = describe_model(saved, saved.pretrained_cfg["architecture"])
+        return Facts(replace(network, name=str(directory)), activation_memory(saved, network.input_size), [])
     model = create_meta(name)
     network = describe_model(model, name)
     architecture, _, tag = name.partition(".")

@@ -80,9 +80,9 @@ def _on_meta(name: str) -> nn.Module:
 
 
 def nearest_models(name: str, known: list[str]) -> str:
-    """Up to three of the known names that look like this one, for messages."""
-    near = difflib.get_close_matches(name.partition(".")[0], known, n=3, cutoff=0.4) or known[:3]
-    return f"{', '.join(near)} (petra-zoo list shows all)"
+    """For messages: up to three of the known names, where they look like this one, and where all are listed."""
+    near = difflib.get_close_matches(name.partition(".")[0], known, n=3)
+    return f"nearest: {', '.join(near)} (petra-zoo list shows all)" if near else "petra-zoo list shows all"
 
 
 def model_names(pattern: str = "*") -> list[str]:
@@ -114,7 +114,7 @@ def create_meta(name: str) -> UnitClassifier:
     """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise UserError(f"model {name!r} is unknown; nearest: {nearest_models(name, zoo_names())}")
+        raise UserError(f"model {name!r} is unknown; {nearest_models(name, zoo_names())}")
     tags = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")

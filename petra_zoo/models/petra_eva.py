@@ -14,7 +14,7 @@ from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.branches import Branch, register_branches
+from petra_zoo.models.branches import ATTENTION, Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import ReversibleSequential
 from petra_zoo.models.timm_twins import Family, register_twins
@@ -56,7 +56,7 @@ def _branches(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
 
 
-register_branches(EvaBlock, _branches)
+register_branches(EvaBlock, _branches, {"attn": ATTENTION})
 
 
 class EachItsRotation(ReversibleSequential):

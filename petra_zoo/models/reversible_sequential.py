@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.branches import Branch, branches_of
+from petra_zoo.models.branches import Branch, branches_of, part_of, parted_branch
 from petra_zoo.models.layer_parts import Enter, Leaving, first_stream, unchanged
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.models.run_buffers import RunBuffers
@@ -35,6 +35,7 @@ from petra_zoo.reversible import (
     coupled,
     merge,
 )
+from petra_zoo.reversible.parts import PartedBranch, check_chunks
 from petra_zoo.reversible.plain_path import carries_hook
 
 Units = Literal["auto", "block", "branch"]
@@ -47,7 +48,7 @@ class Step:
     Attributes:
         name: the block's in the container, with the branch's behind it.
         key: the block's.
-        block: holds the parameters.
+        block: the block.
         function: B or F: (h, what all blocks take beside it) -> [B, ...].
         whole: it is B.
         index: the block's place.
@@ -64,6 +65,11 @@ class Step:
     in_front: int
     part: int
     parts: int
+
+    @property
+    def holder(self) -> nn.Module:
+        """What holds its parameters, and no other step's."""
+        return self.block if self.whole else part_of(self.block, self.name.removeprefix(f"{self.key}."))
 
     @property
     def in_run(self) -> bool:
@@ -106,10 +112,11 @@ class ReversibleSequential(RunBuffers):
         streams: what carries them (see `petra_zoo.reversible.StreamType`).
         units: ``'block'``, also ``'auto'``: a unit is a block; half the inversions. ``'branch'``: it is a branch of one
             (`register_branches`), attention and MLP in turn; a lower peak.
+        chunks: in how many parts each such branch is evaluated, where nothing is taken beside x.
         opening: those of the blocks that change their input's shape: each ends the run before it, and has no inverse.
 
     Raises:
-        UserError: a coupling out of range; exact streams in 16 bits; `units='branch'` of a block not registered.
+        UserError: a coupling out of range; exact streams in 16 bits; branches of a block not registered, or chunks.
     """
 
     def __init__(
@@ -123,6 +130,7 @@ class ReversibleSequential(RunBuffers):
         exact_bits: int = 12,
         streams: StreamKind = "auto",
         units: Units = "auto",
+        chunks: int = 1,
         opening: Iterable[nn.Module] = (),
     ) -> None:
         if isinstance(blocks, nn.Sequential | nn.ModuleList):
@@ -134,6 +142,9 @@ class ReversibleSequential(RunBuffers):
         self.anchor_every = anchor_every
         self.memory: Memory = "reversible"
         self.unit_kind = units
+        self.chunks = check_chunks(chunks)
+        if chunks > 1 and units != "branch":
+            raise UserError(f"chunks={chunks} are of branches: use units='branch'")
         self.opening = tuple(opening)
         self.steps()  # an unknown block is refused at once
 
@@ -157,8 +168,7 @@ class ReversibleSequential(RunBuffers):
         Args:
             x: [B, ...].
             indices: places of blocks, from 0; the outputs come in the order of the blocks.
-            shared: as in `forward`.
-            named: likewise.
+            shared, named: as in `forward`.
         """
         if saves_memory(self, x):
             return self._by_units(x, set(indices), SharedArguments(shared, named))
@@ -180,7 +190,8 @@ class ReversibleSequential(RunBuffers):
             if not step.in_run and a is not None:
                 h, a = merge(h, a, g), None
             given, by_name = self.arguments(step.key, shared, named)
-            f = step.function(streams.for_branch(h, step.block), *given, **by_name)
+            parted, taken = self._parted(step, given, by_name), streams.for_branch(h, step.block)
+            f = step.function(taken, *given, **by_name) if parted is None else parted(taken)
             if step.in_run:
                 b = coupled(h, f, None if step.starts else a, g, streams, gain, step.whole)
                 h, a = b, None if _is_zero(g) else h
@@ -210,6 +221,13 @@ class ReversibleSequential(RunBuffers):
 
     def _run(self, units: list[Unit], streams: Streams) -> Streams:
         return backpropagate(units, streams, reconstruct=self.memory == "reversible")
+
+    @torch.jit.unused
+    def _parted(self, step: Step, shared: Positional, named: Named) -> PartedBranch | None:
+        """A step in parts, which know of nothing that is taken beside x; None: it stays whole."""
+        if self.chunks == 1 or any(x is not None and x is not False for x in (*shared, *named.values())):
+            return None
+        return parted_branch(step.block, step.name.rpartition(".")[2], self.chunks)
 
     def _check_hooks(self, step: Step) -> None:
         if not step.whole and carries_hook(step.block):
@@ -299,11 +317,12 @@ class ReversibleSequential(RunBuffers):
     ) -> Iterator[tuple[Step, Unit, Enter]]:
         """Each step with its unit, and with what turns the streams behind it into the output."""
         for step in self.steps():
-            function = _Function(self, step, arguments)
+            parted = self._parted(step, *arguments()) if self.chunks > 1 else None
+            function = parted or _Function(self, step, arguments)
             if step.in_run:
                 unit: Unit = CoupledUnit(
                     step.name,
-                    step.block,
+                    step.holder,
                     branch=function,
                     activate=unchanged,
                     coupling=self.g,

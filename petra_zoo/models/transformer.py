@@ -58,6 +58,7 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         exact: reconstruct to the bit, on a grid of 2**-exact_bits.
         exact_bits: streams must stay below 2**(24 - exact_bits) in float32.
         units: ``'block'``, also ``'auto'``: a unit is a whole block; ``'branch'``: attention and MLP are, in turn.
+        chunks: in how many parts such a branch is evaluated, the MLP by tokens, the attention by heads.
         streams: what carries the streams, see `set_streams`.
         **kwargs: the arguments of timm's class; unknown ones raise TypeError.
     """
@@ -77,11 +78,12 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         exact: bool = False,
         exact_bits: int = 12,
         units: Units = "auto",
+        chunks: int = 1,
         streams: StreamKind = "auto",
         **kwargs: Argument,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams)
+        self._couple(coupling, gain, anchor_every, exact_bits if exact else None, units, streams, chunks)
 
     @classmethod
     def from_timm(cls, source: nn.Module) -> Self:
@@ -112,6 +114,7 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         exact_bits: int | None,
         units: Units,
         streams: StreamKind,
+        chunks: int = 1,
     ) -> None:
         self.anchors_chosen = anchor_every is not None  # else pretrained weights choose them
         blocks = self.get_submodule("blocks")
@@ -125,6 +128,7 @@ class ReversibleTransformer(MemoryModes, nn.Module):
             exact_bits=exact_bits or 12,
             streams=streams,
             units=units,
+            chunks=chunks,
         )
         self.add_module("blocks", coupled.train(blocks.training))
 

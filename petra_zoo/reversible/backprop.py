@@ -51,8 +51,10 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
         The last unit's output.
     """
     lent = [storage_of(x) for x in streams]
-    first_kept = len(units) - kept
-    parts = list(segments(units[:first_kept], reconstruct))
+    first, first_kept = first_to_go_backward(units, streams), len(units) - kept
+    for unit in units[:first]:
+        streams = unit(*streams)
+    parts = list(segments(units[first:first_kept], reconstruct))
     for segment in parts:
         held = [Held(unit.state) for unit in segment]
         parameters = [h.trainable() for h in held]
@@ -63,6 +65,14 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
     for unit in units[first_kept:]:
         streams = unit(*streams)
     return streams
+
+
+def first_to_go_backward(units: Sequence[Unit], streams: Streams) -> int:
+    """Index of the first unit that a backward pass comes to: below it nothing is trained, and no gradient is wanted."""
+    if any(x.requires_grad for x in streams):
+        return 0
+    trained = (any(x is not None and x.requires_grad for x in unit.state.tensors()) for unit in units)
+    return next((i for i, trains in enumerate(trained) if trains), len(units))
 
 
 class _Place(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from petra_zoo.reversible.backprop import first_to_go_backward
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.parts import parts_of
 from petra_zoo.reversible.state import ModuleState
@@ -39,7 +40,7 @@ def kept_units(units: Sequence[Unit], images: Tensor) -> int:
         units: all of them, as they stand now.
         images: what they are given, [B, ...].
     """
-    lowest = _first_to_go_backward(units, images)
+    lowest = first_to_go_backward(units, (images,))
     key = (lowest, images.shape[1:], images.dtype, *(_structure(unit) for unit in units))
     if key not in _known:  # counted however many others have been: what a process did before changes no bits
         _known[key] = _count(units, images, lowest)
@@ -153,11 +154,3 @@ def _structure(unit: Unit) -> Hashable:
     coupled = (unit.coupling(), unit.starts, parts_of(unit.branch)) if isinstance(unit, CoupledUnit) else None
     tensors = tuple(x if x is None else (x.shape, x.dtype, x.requires_grad) for x in state.tensors())
     return type(unit), unit.reversible, unit.anchor, coupled, tuple(map(type, state.modules)), tensors
-
-
-def _first_to_go_backward(units: Sequence[Unit], images: Tensor) -> int:
-    """Below it nothing is trained, and no backward comes."""
-    if images.requires_grad:
-        return 0
-    trained = (any(x is not None and x.requires_grad for x in unit.state.tensors()) for unit in units)
-    return next((i for i, trains in enumerate(trained) if trains), len(units))

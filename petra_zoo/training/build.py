@@ -75,7 +75,7 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | str 
         arrange_head(model, train.class_names)
     size = image_size(recipe, train, model)
     set_image_size(model, recipe.model, size, size)
-    freeze(recipe, model)
+    freeze(recipe, model, size)
     return model.to(device).to(memory_format=memory_format(recipe))
 
 

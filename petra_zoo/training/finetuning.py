@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
+from timm.models import group_parameters
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,6 +16,7 @@ from petra_zoo.data.labels import all_named, names_of, positions
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.training.adapters import adapted_layers, add_adapters
 
 BACKBONE = "backbone"
 
@@ -77,8 +79,13 @@ def arrange_head(model: Classifier, class_names: Sequence[str]) -> None:
         parameter.copy_(parameter[rows])
 
 
-def freeze(recipe: Recipe, model: Classifier) -> None:
+def freeze(recipe: Recipe, model: Classifier, image_size: int) -> None:
     """Takes the recipe's frozen parts out of training: parameters stay, batch norms use their running statistics.
+
+    Args:
+        recipe: says what is trained.
+        model: is changed in place; layers with adapters take the place of its own.
+        image_size: that it takes.
 
     Raises:
         UserError: the model has no such part, or nothing is left to train.
@@ -93,11 +100,37 @@ def freeze(recipe: Recipe, model: Classifier) -> None:
             part = _part(model, name)
             part.requires_grad_(False)
             keep_statistics(part)
+    elif recipe.train_last is not None:
+        _freeze_all_but(model, recipe.train_last)
+    elif recipe.lora_rank is not None:
+        add_adapters(recipe, model, image_size)
+        keep_statistics(model)
     if recipe.freeze_bn:
         for norm in keep_statistics(model):
             norm.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"freeze={recipe.freeze} leaves nothing to train")
+
+
+def _freeze_all_but(model: Classifier, last: int) -> None:
+    """Freezes all but the classifier and so many layers in front of it, counted as timm's layer decay does.
+
+    Raises:
+        UserError: the model does not say what its layers are, or has no more than these.
+    """
+    matcher: Callable[..., Mapping[str, str]] | None = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise UserError(f"train_last={last}: {type(model).__name__} has no group_matcher that says what its layers are")
+    layers = list(group_parameters(model, matcher(coarse=False)).values())  # the stem's first, the classifier's last
+    if last > len(layers) - 2:
+        raise UserError(f"train_last={last}: the model has {len(layers) - 2} layers between its stem and its "
+                        "classifier; to train all of it, leave train_last out")  # fmt: skip
+    trained = {name for names in layers[-1 - last :] for name in names}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in trained)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            keep_statistics(module)
 
 
 def keep_statistics(module: nn.Module) -> list[nn.Module]:
@@ -139,6 +172,8 @@ def start_lines(recipe: Recipe, model: Classifier, class_names: list[str]) -> It
         total = sum(p.numel() for p in model.parameters())
         norms = sum(isinstance(m, _StaysInEval) for m in model.modules())
         also = f"; {norms} batch norms use their running statistics" if norms else ""
+        if adapted := adapted_layers(model):
+            also += f"; adapters of rank {recipe.lora_rank} in {len(adapted)} layers"
         yield f"frozen: {frozen:,} of {total:,} parameters{also}"
 
 

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 
 from petra_zoo.errors import Failure
 from petra_zoo.petra import LinkError, global_rank, world_size
-from petra_zoo.training.ranks import SharedError
+from petra_zoo.training.ranks import SharedError, SharedFailure
 from petra_zoo.training.stopping import STOPPED, RunStopped
 
 T = TypeVar("T")
@@ -84,6 +84,10 @@ def as_worker(work: Callable[[], T]) -> T:
         if global_rank() == 0:
             print(f"petra-zoo: {stopped}", file=sys.stderr, flush=True)
         raise SystemExit(STOPPED) from None
+    except SharedFailure:
+        if global_rank() > 0:
+            sys.exit(1)
+        raise
     except Failure as error:
         print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # torch's process group would wait for the neighbour

@@ -26,7 +26,7 @@ from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run_directory import PROFILE, RunDirectory, record_run
 
 SHOWN_EVERY = 1.0  # seconds between two readings for a person to see: each waits for the device
-ADVICE = "lower the learning rate, set clip_grad, or look for bad images"
+ADVICE = "lower the learning rate, set clip_grad, look for bad images, or leave such out with on_nonfinite=skip"
 
 
 class Observer:
@@ -55,6 +55,7 @@ class Observer:
         self._rate = learning_rates(run.recipe, len(run.train_loader))
         self.best: Scores | None = None  # of the run's model
         self._in_training = False
+        self.skipped = 0
 
     def open_directory(self, again: Path | None = None) -> None:
         """Makes the run directory, or takes that of a run that goes on.
@@ -76,6 +77,7 @@ class Observer:
             "training_seconds": self.training_seconds,
             "wall_seconds": time.perf_counter() - self.started,
             "logs": self.directory.log_sizes(),
+            "skipped": self.skipped,
             "best": None if self.best is None else vars(self.best),
         }
 
@@ -84,6 +86,7 @@ class Observer:
         assert self.directory is not None
         self.meter.load(state["meter"])
         self.training_seconds = state["training_seconds"]
+        self.skipped = state.get("skipped", 0)
         self.started = time.perf_counter() - state["wall_seconds"]
         if same_directory:  # else the run's model is not in here
             self.best = None if state["best"] is None else Scores(**state["best"])
@@ -155,6 +158,15 @@ class Observer:
             self.directory.log(event="train", **asdict(event))
             for callback in self.callbacks:
                 callback.on_log(event)
+
+    def left_out(self, micro_batches: int) -> None:
+        """So many micro-batches have been left out so far, for they were not finite."""
+        if micro_batches > self.skipped and self.directory:
+            self.directory.log(
+                event="skipped", epoch=self.epoch, tick=self.run.pipeline.tick, micro_batches=micro_batches
+            )
+            self.reporter.line(f"left out so far, for they were not finite: {micro_batches} micro-batches")
+        self.skipped = max(self.skipped, micro_batches)
 
     def count(self, output: Output) -> None:
         """Compares what came out with its labels."""

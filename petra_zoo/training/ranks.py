@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from petra_zoo.device import choose_device
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import World, join
 from petra_zoo.petra.process_links import wait_for
 from petra_zoo.settings.recipe import Recipe
@@ -24,6 +24,10 @@ LONGEST_VALIDATION = timedelta(days=7)  # links notice a lost rank much earlier
 
 class SharedError(UserError):
     """A user's mistake that every process raises: one of them saying it is enough."""
+
+
+class SharedFailure(Failure):
+    """A failure that every process raises behind the same tick: one of them saying it is enough."""
 
 
 def enter(recipe: Recipe) -> World:

@@ -26,7 +26,7 @@ from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
 from petra_zoo.training.run_lock import LOCK, held_by_this_run
 
 _LAUNCH = ".launch"  # in a run directory: which launch has made it
-# Launching, logging, output and workers: they decide no bit of a run.
+# Launching, logging, output and workers: they decide no bit of a run. Nor does what is done where it cannot go on.
 FREE = {
     "balance",
     "checkpoint_every",
@@ -38,6 +38,7 @@ FREE = {
     "keep_last",
     "link_timeout",
     "log_interval",
+    "on_nonfinite",
     "output",
     "profile",
     "workers",

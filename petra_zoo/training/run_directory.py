@@ -64,6 +64,7 @@ class RunDirectory:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         wanted = recipe.output or default_path(name)
+        self._from_other_weights = bool(recipe.pretrained)
         try:
             self.path = _claim(wanted) if recipe.output else _claim_with_suffix(wanted)
             save_recipe(_for_anywhere(recipe), self.path / RECIPE)
@@ -145,6 +146,8 @@ class RunDirectory:
         model = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format)  # safetensors' condition
         # Else the tag, and the sizes to test at, of other weights: the architecture's.
         others = {"tag": None, "test_input_size": None, "test_crop_pct": None}
+        if not self._from_other_weights:  # whoever trained it from nothing has not chosen the architecture's licence
+            others["license"] = None
         words = {"pretrained_cfg": others, "label_names": all_named(class_names, model.num_classes)}
         with self._writing(MODEL), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
             save_for_hf(

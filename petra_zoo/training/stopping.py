@@ -87,10 +87,27 @@ def listening() -> Iterator[Told]:
 
 
 class Word(NamedTuple):
-    """What processes tell each other after a tick: whether to stop, and whether it is time to save."""
+    """What processes tell each other after a tick.
+
+    Attributes:
+        stop: whether to stop; `save`: whether it is time to save.
+        failed: whether something was not finite.
+        skipped: micro-batches left out so far, for they were not.
+    """
 
     stop: bool = False
     save: bool = False
+    failed: bool = False
+    skipped: int = 0
+
+    def or_said(self, other: Word) -> Word:
+        """What is said by either."""
+        return Word(
+            self.stop or other.stop,
+            self.save or other.save,
+            self.failed or other.failed,
+            max(self.skipped, other.skipped),
+        )
 
 
 class Agreement:
@@ -119,7 +136,7 @@ class Agreement:
         """
         if self._group is None:
             return word
-        flags = torch.tensor([int(word.stop), int(word.save)], dtype=torch.int32)
+        flags = torch.tensor(word, dtype=torch.int32)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._said.append((flags, work))
@@ -127,14 +144,16 @@ class Agreement:
 
     def settle(self) -> Word:
         """Everything that was said and not heard yet: before processes do something else together."""
-        heard = [self._hear() for _ in range(len(self._said))]
-        return Word(any(word.stop for word in heard), any(word.save for word in heard))
+        word = Word()
+        while self._said:
+            word = word.or_said(self._hear())
+        return word
 
     def _hear(self) -> Word:
         flags, work = self._said.popleft()
         wait_for(work, timedelta(seconds=self.world.wire.timeout), "this rank waits for the others to end a tick")
-        stop, save = flags.tolist()
-        return Word(bool(stop), bool(save))
+        stop, save, failed, skipped = flags.tolist()
+        return Word(bool(stop), bool(save), bool(failed), skipped)
 
 
 class Deadline:

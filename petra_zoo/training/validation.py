@@ -8,6 +8,7 @@ from torch import nn
 
 from petra_zoo.evaluation.scores import Scores, score
 from petra_zoo.models.classifier import as_classifier
+from petra_zoo.training.adapters import merge_adapters
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import average_statistics, held
@@ -40,5 +41,6 @@ def validate(run: Prepared, observer: Observer) -> Scores | None:
         if whole is None:
             return None
         assert isinstance(whole, nn.Module)
+        merge_adapters(whole)
         observer.validated(scores, as_classifier(whole), time.perf_counter() - started)
         return scores

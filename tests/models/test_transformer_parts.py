@@ -9,10 +9,14 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.transformer_parts import attention_in_groups, mlp_in_chunks
 from petra_zoo.reversible import LiveBytes
+from petra_zoo.reversible.parts import parts_of
 from tests.models.networks import difference
 from tests.models.test_petra_revvit import DROPS, gradients, images, small
+from tests.models.transformers import images as pictures
+from tests.models.transformers import transformer
 
 
 def block(**kwargs: Any) -> Block:
@@ -95,3 +99,30 @@ def peak(chunks: int) -> float:
 def test_chunks_lower_the_peak_of_a_step() -> None:
     whole, parted = peak(1), peak(8)
     assert parted < 0.75 * whole, (whole, parted)
+
+
+@pytest.mark.parametrize("g", [1.0, 0.25])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_transformers_branches_are_coupled_in_parts(g: float, exact: bool) -> None:
+    arguments = {"coupling": g, "gain": 1 + g, "units": "branch", "exact": exact, "drop_path_rate": 0.2}
+    whole, parted = (transformer(**arguments, chunks=chunks).double().train() for chunks in (1, 3))
+    expected, found = gradients(whole, "plain", pictures().double()), gradients(parted, "plain", pictures().double())
+    assert max(difference(found[name], expected[name]) for name in expected) < (1e-2 if exact else 1e-11)
+    back = gradients(parted, "reversible", pictures().double())
+    assert torch.equal(back["out"], found["out"])
+    assert max(difference(back[name], found[name]) for name in found) < 1e-9
+    assert all(parts_of(unit.branch) > 1 for unit in parted.units()[1:-1])
+
+
+def test_chunks_of_whole_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="chunks=2 are of branches: use units='branch'"):
+        transformer(chunks=2)
+
+
+def test_parts_stay_whole_where_a_mask_is_taken() -> None:
+    model = transformer(units="branch", chunks=2).train()
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()
+    x = torch.randn(2, 17, 32)
+    found = model.blocks(x, mask)
+    model.blocks.chunks = 1
+    torch.testing.assert_close(found, model.blocks(x, mask))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from petra_zoo.reversible import FunctionUnit, backpropagate, segments
+from petra_zoo.reversible import CoupledUnit, FunctionUnit, backpropagate, segments
 from petra_zoo.reversible.batch_statistics import RememberStatistics, UseStatistics
 from tests.reversible.blocks import Coupling, gradients, make_run, parameters_of, relative, run_plainly, worst
 
@@ -164,6 +164,23 @@ def test_frozen_parameters_get_no_gradient_and_the_rest_keep_theirs() -> None:
     _, expected = gradients(lambda: run_plainly(units, (x,)), wanted)
     _, found = gradients(lambda: backpropagate(units, (x,)), wanted)
     assert worst(found, expected) < 1e-10
+
+
+def test_no_backward_comes_to_units_below_the_first_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    units = make_run(6)
+    for unit in units[:4]:
+        unit.requires_grad_(False)
+    wanted = parameters_of(units[4:])
+    expected_out, expected = gradients(lambda: run_plainly(units, (images(3, 6, 6, 6).detach(),)), wanted)
+    reversed_units = []
+    real = CoupledUnit.reverse
+    monkeypatch.setattr(
+        CoupledUnit, "reverse", lambda self, *a, **k: (reversed_units.append(self.name), real(self, *a, **k))[1]
+    )
+    out, found = gradients(lambda: backpropagate(units, (images(3, 6, 6, 6).detach(),)), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected_out, strict=True))
+    assert worst(found, expected) < 1e-10
+    assert reversed_units == ["block5", "block4"]
 
 
 def test_a_parameter_shared_by_two_units_gets_the_sum() -> None:

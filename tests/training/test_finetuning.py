@@ -160,6 +160,27 @@ def test_freezing_what_does_not_exist_or_everything_is_refused() -> None:
         build(freeze=["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"])
 
 
+@pytest.mark.parametrize(
+    ("model", "last", "trained"),
+    [
+        ("petra_revnet_tiny", 2, ("layer4.1.", "layer4.2.", "fc.")),
+        ("petra_revvit_micro", 1, ("blocks.7.", "norm.", "head.")),
+    ],
+)
+def test_the_last_layers_alone_are_trained(model: str, last: int, trained: tuple[str, ...]) -> None:
+    _, built = build(model=model, train_last=last, pretrained=False)
+    found = {name for name, p in built.named_parameters() if p.requires_grad}
+    assert found == {name for name, _ in built.named_parameters() if name.startswith(trained)}
+    built.train()
+    norms = [(name, m) for name, m in built.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all(m.training == name.startswith(trained) for name, m in norms)
+
+
+def test_more_layers_than_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train_last=13: the model has 12 layers between its stem and its classifier"):
+        build(train_last=13)
+
+
 # -- layer decay ------------------------------------------------------------------------------------------------------
 
 
