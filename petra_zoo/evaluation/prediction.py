@@ -149,7 +149,10 @@ class _Files(ImageDataset):
 
     def note_bad(self, bad: Sequence[BadImage]) -> None:
         if bad and self._on_bad_image == "fail":
-            raise UserError(f"{bad[0].source} cannot be read as an image: {bad[0].reason}")
+            raise UserError(
+                f"{bad[0].source} cannot be read as an image: {bad[0].reason}; replace the file, or leave it out by "
+                "--on-bad-image skip"
+            )
         super().note_bad(bad)
 
 
