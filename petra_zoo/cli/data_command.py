@@ -74,7 +74,7 @@ def _show(found: Survey) -> None:
     print_table(("class", *(split.split for split in found.splits)), shown)
     _list("the same image to train on and to validate on", map(_same, found.across))
     _list("the same image in several classes", map(_same, found.contradicting))
-    _list("the same image more than once", map(_same, found.copies))
+    _list("the same image twice in a class", map(_same, found.harmless))
 
 
 def _show_split(split: SplitSurvey) -> None:

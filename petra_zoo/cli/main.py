@@ -19,10 +19,12 @@ from petra_zoo.cli import (
     info_command,
     list_command,
     plan_command,
+    plot_command,
     predict_command,
     push_command,
     recipes_command,
     report_command,
+    runs_command,
     train_command,
 )
 from petra_zoo.cli.usage import UsageError, asks_for_help, in_one_line
@@ -53,6 +55,8 @@ app.add_typer(recipes_command.app, name="recipes")
 app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(bench_command.app, name="bench")
 app.command("report")(report_command.report)
+app.command("runs")(runs_command.runs)
+app.command("plot")(plot_command.plot)
 
 
 def _say_version(wanted: bool) -> None:

@@ -113,6 +113,11 @@ class Survey:
         """The copies that are in several classes."""
         return [group for group in self.copies if len({copy.class_name for copy in group}) > 1]
 
+    @property
+    def harmless(self) -> list[list[Copy]]:
+        """The copies that are in one split and one class: they count more than others, and no more."""
+        return [group for group in self.copies if len({(copy.split, copy.class_name) for copy in group}) == 1]
+
     def as_dict(self) -> JsonObject:
         """For JSON."""
         copies = [[copy._asdict() for copy in group] for group in self.copies]

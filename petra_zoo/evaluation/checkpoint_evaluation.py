@@ -179,7 +179,7 @@ def evaluate_checkpoint(
     """
     options = options or EvaluationOptions()
     resolve_source(source)
-    run = _run_of(source)
+    run = _run_of(source) if dataset in (None, "folder") else None
     if dataset is not None:
         split_name = None
     elif run is not None:

@@ -58,13 +58,13 @@ def write_class_scores(path: Path, reports: Sequence[EvaluationReport]) -> None:
         UserError: it cannot be written.
     """
     rows = [
-        {"model": report.model, "dataset": report.dataset, **asdict(row)}
+        {"model": report.model, "dataset": report.dataset, "class": row.name, **asdict(row)}
         for report in reports
         for row in class_scores(report.evaluation, report.class_names)
     ]
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, [key for key in rows[0] if key != "name"], extrasaction="ignore")
             writer.writeheader()
             writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
     except OSError as error:

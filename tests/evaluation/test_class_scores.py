@@ -60,7 +60,7 @@ def test_the_csv_has_a_row_for_each_class_of_each_evaluation(tmp_path: Path) -> 
     write_class_scores(tmp_path / "c.csv", [report(), report(dataset="other")])
     with (tmp_path / "c.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == 2 * NAMES
+    assert [row["class"] for row in rows] == 2 * NAMES
     assert {row["dataset"] for row in rows} == {"shapes", "other"}
     assert rows[8]["recall"] == ""
     assert rows[9]["precision"] == ""
