@@ -52,7 +52,7 @@ class ReversibleTransformer(MemoryModes, nn.Module):
 
     Args:
         *args: the arguments of timm's class.
-        coupling: g; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1/4).
+        coupling: g; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1/4, exact 1/16).
         gain: s; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1 + g).
         anchor_every: keep the streams every so many blocks; 0: never; None: never, or as pretrained weights need it.
         exact: reconstruct to the bit, on a grid of 2**-exact_bits.

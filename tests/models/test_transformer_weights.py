@@ -48,6 +48,11 @@ def test_a_coupling_a_gain_and_anchors_of_ones_own_are_taken() -> None:
     assert loaded(weights, anchor_every=0, **DEEP).blocks.anchor_every == 0
 
 
+def test_exact_streams_come_with_the_smallest_coupling_and_no_anchors() -> None:
+    model = loaded(source(**DEEP).state_dict(), exact=True, **DEEP)
+    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.anchor_every) == (1 / 16, 17 / 16, 0)
+
+
 def test_anchors_come_before_the_error_has_grown_by_12_bits() -> None:
     spacings = {1 / 16: 3, 1 / 8: 4, 1 / 4: 6, 1 / 2: 12, 1.0: 0, 0.0: 0}
     assert {g: transformer_anchors(24, g) for g in spacings} == spacings
