@@ -17,7 +17,7 @@ from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_
 from petra_zoo.models.describe import nearest_models, zoo_names
 
 LAST = "last"  # in a run directory: the last model, where the run's own is the best one
-_FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
+FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def create_model(name: str, **arguments: Any) -> UnitClassifier:
@@ -47,7 +47,7 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
         UserError: no such model, or arguments that it does not take.
     """
     _check_known(name, timm.list_models)
-    local = name.startswith(_FROM_A_CONFIG)
+    local = name.startswith(FROM_A_CONFIG)
     try:
         return as_classifier(timm.create_model(name, **arguments))
     except Exception as error:  # a repository can hold anything
@@ -127,5 +127,5 @@ def set_image_size(model: Classifier, name: str, height: int, width: int) -> Non
 
 
 def _check_known(name: str, known: Callable[[], list[str]]) -> None:
-    if not name.startswith(_FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
+    if not name.startswith(FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
         raise UserError(f"model {name!r} is unknown; nearest: {nearest_models(name, known())}")
