@@ -56,7 +56,8 @@ def _lines(folder: Path) -> Iterator[str]:
 
 def examined(name: str) -> dict[str, object]:
     """What is known of a network without its weights."""
-    record: dict[str, object] = {"name": name}
+    family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    record: dict[str, object] = {"name": name, "family": family, "twin": timm.is_model(f"petra_{name}")}
     try:
         model = build_unfilled(lambda: timm.create_model(name))
         elements = _count_elements(model)
@@ -67,8 +68,6 @@ def examined(name: str) -> dict[str, object]:
     sizes = {path: p.numel() for path, p in model.named_parameters()}
     return {
         **record,
-        "family": timm.models.model_entrypoint(name).__module__.rpartition(".")[2],
-        "twin": timm.is_model(f"petra_{name}"),
         "class": type(model).__name__,
         "parameters": sum(sizes.values()),
         "input_size": list(model.pretrained_cfg["input_size"]),

@@ -18,8 +18,8 @@ from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_
 from petra_zoo.models.describe import nearest_models, zoo_names
 
 LAST = "last"  # in a run directory: the last model, where the run's own is the best one
-_WEIGHT_FILES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar")
-_FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth")
+FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def create_model(name: str, **arguments: Any) -> UnitClassifier:
@@ -49,7 +49,7 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
         UserError: no such model, or arguments that it does not take.
     """
     _check_known(name, timm.list_models)
-    local = name.startswith(_FROM_A_CONFIG)
+    local = name.startswith(FROM_A_CONFIG)
     repository = hub_repository(name) if local or arguments.get("pretrained") else None
     try:
         with one_attempt(repository):
@@ -80,7 +80,7 @@ def resolve_source(source: str) -> str:
             if not (path / name).is_file():
                 raise UserError(f"{path} has no {name}: expected a directory that petra-zoo train or timm wrote")
         return f"local-dir:{path}"
-    if path.suffix in _WEIGHT_FILES:
+    if path.suffix in WEIGHT_FILES:
         raise UserError(
             f"{source} has weights, and no word of what network they are of: give the directory that it is in, "
             f"with its config.json, or make one: petra-zoo convert {source} --arch NAME --output DIR"
@@ -137,5 +137,5 @@ def set_image_size(model: Classifier, name: str, height: int, width: int) -> Non
 
 
 def _check_known(name: str, known: Callable[[], list[str]]) -> None:
-    if not name.startswith(_FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
+    if not name.startswith(FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
         raise UserError(f"model {name!r} is unknown; {nearest_models(name, known())}")

@@ -20,7 +20,7 @@ def info(
         str,
         typer.Argument(
             metavar="RUN_OR_MODEL",
-            help="A model, model.tag (petra-zoo list), or a directory with a trained one.",
+            help="A model, or model.tag (petra-zoo list); or a run, a directory, hf-hub:ORG/NAME.",
             autocompletion=complete_model,
         ),
     ],
@@ -49,8 +49,8 @@ def info(
     )
     for tag in facts.tags:
         typer.echo(f"  pretrained  {_line(tag)}")
-    if not facts.tags:
-        typer.echo("  pretrained  none in the zoo")
+    if not facts.tags and not facts.saved:
+        typer.echo("  pretrained  none")
 
 
 def _line(tag: Tag) -> str:

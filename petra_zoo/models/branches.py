@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.transformer_parts import attention_in_groups, mlp_in_chunks
+from petra_zoo.reversible.compiled import CompileOptions, compile_options
 from petra_zoo.reversible.parts import PartedBranch
 
 Branch = Callable[..., Tensor]  # F: (h [B, ...], what all blocks take beside it) -> [B, ...]
@@ -71,9 +72,15 @@ class _Part(nn.Module):
 
     def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
+        vars(self)["block"] = block  # beside the modules, of which it is none
         self.training = block.training
         self._modules = {name: module for name, module in block._modules.items() if name in names}
         self._parameters = {name: p for name, p in block._parameters.items() if name in names}
+
+    @property
+    def compiled(self) -> CompileOptions | None:
+        """As that of the block."""
+        return compile_options(vars(self)["block"])
 
 
 def held_by(block: nn.Module, branch: str) -> nn.Module:

@@ -117,7 +117,7 @@ def check_unchanged(
         UserError: names them, what they were and what they are.
     """
     now = recipe.model_dump(mode="json")
-    differing = {key for key in now if key not in FREE and key in then and not _same(then[key], now[key])}
+    differing = {key for key in now if key not in FREE and key in then and not _same(key, then[key], now[key])}
     if refused := sorted(differing - set(allow_change)):
         words = ", ".join(f"{key} was {_shown(then[key])} and is {_shown(now[key])}" for key in refused)
         allowed = " ".join(f"--allow-change {key}" for key in refused)
@@ -187,7 +187,9 @@ def _read(path: Path) -> Mapping[str, Json]:
     return found
 
 
-def _same(a: Json, b: Json) -> bool:
+def _same(key: str, a: Json, b: Json) -> bool:
+    if key == "data_dir" and isinstance(a, str) and isinstance(b, str):
+        return Path(a).absolute() == Path(b).absolute()
     return to_json(a, sort_keys=True) == to_json(b, sort_keys=True)
 
 

@@ -79,7 +79,7 @@ class RunDirectory:
             UserError: it cannot be written.
         """
         self = cls.__new__(cls)
-        self.path = path
+        self.path, self._from_other_weights = path, bool(recipe.pretrained)
         self.save_recipe(recipe)
         return self
 
@@ -172,8 +172,9 @@ class RunDirectory:
 
 
 def _for_anywhere(recipe: Recipe) -> Recipe:
-    """As it is saved: run again, it gets a directory of its own."""
-    return recipe.model_copy(update={"output": None})
+    """As it is saved: run again, it gets a directory of its own, and finds the data from everywhere."""
+    where = None if recipe.data_dir is None else Path(os.path.abspath(recipe.data_dir))
+    return recipe.model_copy(update={"output": None, "data_dir": where})
 
 
 def _claim(path: Path) -> Path:
