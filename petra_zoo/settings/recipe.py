@@ -11,6 +11,7 @@ from petra_zoo.settings.types import (
     BadImagePolicy,
     Count,
     Every,
+    LogTarget,
     Metric,
     NotNegative,
     Place,
@@ -79,7 +80,11 @@ class Recipe(Augmentation):
         on_nonfinite: What becomes of a micro-batch whose loss or gradient is infinite or not a number: it ends the run
             (`stop`), or is left out (`skip`), counted, of its window and of batch norms' statistics. None is ever
             applied.
+        drift_every, drift_limit: Measure every so many micro-batches how far what a stage reconstructs is from what it
+            received, and warn where its relative error is larger than at unchanged weights by more than the limit;
+            null never measures.
         val_interval, log_interval: Epochs between validations; updates between log lines.
+        log_to: Where metrics.jsonl is shown, too: `tensorboard`, `wandb` (Weights & Biases), each with its own package.
         checkpoint_every: How often everything is saved that the run needs to go on after it has been ended: `1 epoch`,
             `500 ticks` (micro-batches), `10 minutes`; null never.
         keep_last, keep_best: How many of the newest of these checkpoints stay, and of the best by `checkpoint_metric`
@@ -114,6 +119,8 @@ class Recipe(Augmentation):
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    drift_every: AtLeastOne | None = None
+    drift_limit: Positive = 0.5
 
     method: str = "petra"
     stages: AtLeastOne = 1
@@ -175,6 +182,7 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
+    log_to: list[LogTarget] = Field(default_factory=list)
     checkpoint_every: Every | None = SaveInterval(1, "epochs")
     keep_last: AtLeastOne = 1
     keep_best: Count = 0
