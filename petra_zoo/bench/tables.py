@@ -7,6 +7,7 @@ from collections.abc import Callable
 from petra_zoo.bench.accuracy_tables import accuracy_tables
 from petra_zoo.bench.conversion_tables import conversion_tables
 from petra_zoo.bench.families import families_tables
+from petra_zoo.bench.faults import faults_tables
 from petra_zoo.bench.finetuning import finetuning_tables
 from petra_zoo.bench.gpu.tables import gpu_tables
 from petra_zoo.bench.memory import memory_tables
@@ -22,6 +23,7 @@ TABLES: dict[str, Callable[[Results], dict[str, str]]] = {
     "accuracy": accuracy_tables,
     "conversion": conversion_tables,
     "families": families_tables,
+    "faults": faults_tables,
     "finetune": finetuning_tables,
     "gpu": gpu_tables,
     "memory": memory_tables,

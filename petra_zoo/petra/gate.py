@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from petra_zoo.petra.finite import FiniteCheck, pooled
+from petra_zoo.petra.finite import pooled
+from petra_zoo.petra.part import StageSettings
+from petra_zoo.petra.process_links import reduce_within
 from petra_zoo.petra.window import average
+from petra_zoo.petra.world import START_TIMEOUT
 from petra_zoo.reversible import Gradients, Unit
 
 Found = dict[int, Tensor]  # gradients by parameter's id
@@ -27,11 +30,13 @@ class Gate:
     """Lets every micro-batch in: an update that is not finite is left out, and ends the run.
 
     Args:
-        finite: told of what is not.
+        settings: of the stage.
     """
 
-    def __init__(self, finite: FiniteCheck) -> None:
-        self.finite = finite
+    def __init__(self, settings: StageSettings) -> None:
+        self.finite, self.across = settings.finite, settings.across
+        self._timeout = max(START_TIMEOUT, timedelta(seconds=settings.timeout))  # of the first update
+        self._timeout_from_then_on = timedelta(seconds=settings.timeout)
 
     @property
     def dropped(self) -> int:
@@ -53,15 +58,12 @@ class Gate:
     def watch(self, norms: Iterable[_BatchNorm]) -> None:
         """Batch norms beside those of the units."""
 
-    def average(
-        self, gradients: list[Tensor], count: int, across: ProcessGroup | None, what: str, last: int
-    ) -> Tensor | None:
+    def average(self, gradients: list[Tensor], count: int, what: str, last: int) -> Tensor | None:
         """Turns the sums of a window into what an update goes by.
 
         Args:
             gradients: the sums.
             count: micro-batches in the window; `last`: the last of them.
-            across: this stage in all replicas, whose mean is taken.
             what: the gradients in words.
 
         Returns:
@@ -69,10 +71,14 @@ class Gate:
         """
         if count > 1:
             torch._foreach_div_(gradients, float(count))
-        if across is not None:
-            average(gradients, across)
+        self._average_over_replicas(gradients)
         number = pooled(gradients)
         return number if self.finite.see(number, what, gradients, last, count) else None
+
+    def _average_over_replicas(self, gradients: list[Tensor]) -> None:
+        if self.across is not None:
+            average(gradients, self.across, self._timeout)
+            self._timeout = self._timeout_from_then_on
 
     def state_dict(self) -> dict[str, int] | None:
         """What it counts between two ticks."""
@@ -86,12 +92,12 @@ class SkippingGate(Gate):
     """Leaves out micro-batches that are not finite: a window's mean is over the others.
 
     Args:
-        finite: says whether the host may read numbers.
+        settings: of the stage; say whether the host may read numbers.
         norms: batch norms, whose statistics are as before a forward that has made them infinite or not a number.
     """
 
-    def __init__(self, finite: FiniteCheck, norms: Iterable[_BatchNorm]) -> None:
-        super().__init__(finite)
+    def __init__(self, settings: StageSettings, norms: Iterable[_BatchNorm]) -> None:
+        super().__init__(settings)
         self.norms = list(norms)
         self._loss: Tensor | None = None
         self._kept, self._dropped = 0, 0  # in the window; so far
@@ -140,32 +146,37 @@ class SkippingGate(Gate):
     def watch(self, norms: Iterable[_BatchNorm]) -> None:
         self.norms += norms
 
-    def average(
-        self, gradients: list[Tensor], count: int, across: ProcessGroup | None, what: str, last: int
-    ) -> Tensor | None:
-        kept = self._close(count, across)
+    def average(self, gradients: list[Tensor], count: int, what: str, last: int) -> Tensor | None:
+        kept = self._close(count)
         if isinstance(kept, Tensor):
             torch._foreach_div_(gradients, kept)  # by 0 where there are none: that is no number, and held back
         elif kept == 0:
             return None
         elif kept > 1:
             torch._foreach_div_(gradients, float(kept))
-        if across is not None:
-            average(gradients, across)
+        self._average_over_replicas(gradients)
         number = pooled(gradients)
         if isinstance(kept, Tensor) or number.isfinite():
             return number
         self._dropped += kept  # each of them was, but not their sum
         return None
 
-    def _close(self, count: int, across: ProcessGroup | None) -> int | Tensor:
+    def _close(self, count: int) -> int | Tensor:
         """How many micro-batches of a window of `count` are in it; with replicas all or none, as all of them agree."""
         if self._queued is None:
             kept, self._kept = self._kept, 0
-            return kept if across is None or _everywhere(torch.tensor(kept == count), across) else 0
+            return kept if self._everywhere(torch.tensor(kept == count)) else 0
         queued = self._queued[0].clone()
         self._queued[0].zero_()
-        return queued if across is None else queued * _everywhere(queued == count, across)
+        return queued * self._everywhere(queued == count)
+
+    def _everywhere(self, here: Tensor) -> Tensor | int:
+        """Whether something, 0-d, is so in all replicas; 1 where there is one."""
+        if self.across is None:
+            return 1
+        found = here.to(torch.int32)
+        reduce_within(self._timeout, found, self.across, "this rank waits for other replicas", dist.ReduceOp.MIN)
+        return found
 
     def state_dict(self) -> dict[str, int]:
         return {"kept": self._kept + (int(self._queued[0]) if self._queued else 0), "dropped": self.dropped}
@@ -186,9 +197,11 @@ class SkippingGate(Gate):
         return self._queued
 
 
-def gate_for(units: Sequence[Unit], finite: FiniteCheck) -> Gate:
+def gate_for(units: Sequence[Unit], settings: StageSettings) -> Gate:
     """The gate of a stage of these units."""
-    return SkippingGate(finite, (m for unit in units for m in unit.state.norms)) if finite.skips else Gate(finite)
+    if settings.finite.skips:
+        return SkippingGate(settings, (m for unit in units for m in unit.state.norms))
+    return Gate(settings)
 
 
 @contextmanager
@@ -209,13 +222,6 @@ def holding_back(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor], 
         yield
     finally:
         del vars(optimizer)["found_inf"]
-
-
-def _everywhere(here: Tensor, across: ProcessGroup) -> Tensor:
-    """Whether something, 0-d, is so in all replicas."""
-    found = here.to(torch.int32)
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=across)
-    return found
 
 
 def _joined(buffers: Sequence[Tensor]) -> Tensor:

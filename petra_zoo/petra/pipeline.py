@@ -119,6 +119,7 @@ class Pipeline:
             first_trainable=first_trainable(units),
             last_keeps_graph=self.method.last_stage_keeps_graph,
             across=self.world.across,
+            timeout=self.world.wire.timeout,
             static=make_graph is not None,
             finite=FiniteCheck(make_graph is not None, skips=on_nonfinite == "skip", replicas=self.world.replicas),
         )

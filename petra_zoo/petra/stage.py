@@ -77,7 +77,7 @@ class Stage:
         self.watcher: Watcher | None = None
         self.finite = settings.finite
         self.ranges = StreamRanges(self.units, self.finite)
-        self.gate = gate_for(self.units, self.finite)
+        self.gate = gate_for(self.units, settings)
         self._last_backward = 0  # its micro-batch
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
@@ -167,7 +167,7 @@ class Stage:
         gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
         # Looked at before clipping, which would spread one infinite value over all gradients as nan.
         what = f"the gradient of stage {self.index}'s parameters"
-        number = self.gate.average(gradients, count, self.settings.across, what, self._last_backward)
+        number = self.gate.average(gradients, count, what, self._last_backward)
         if number is None:
             self.optimizer.zero_grad(set_to_none=True)
             return False

@@ -11,6 +11,7 @@ from petra_zoo.settings.types import (
     BadImagePolicy,
     Count,
     Every,
+    LogTarget,
     Metric,
     NotNegative,
     Place,
@@ -116,6 +117,10 @@ class Recipe(Augmentation):
         on_nonfinite: What becomes of a micro-batch whose loss or gradient is infinite or not a number: it ends the run
             (`stop`), or is left out (`skip`), counted, of its window and of batch norms' statistics. None is ever
             applied.
+        drift_every, drift_limit: Measure every so many micro-batches how far what a stage reconstructs is from what it
+            received, and warn where its relative error is larger than at unchanged weights by more than the limit;
+            null never measures.
+        log_to: Where metrics.jsonl is shown, too: `tensorboard`, `wandb` (Weights & Biases), each with its own package.
         model_ema, model_ema_decay: Evaluate and save a moving average of the weights.
         seed: Of weights, order and augmentation.
         val_interval: Epochs between validations.
@@ -162,6 +167,8 @@ class Recipe(Augmentation):
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
     on_nonfinite: Literal["stop", "skip"] = "stop"
+    drift_every: AtLeastOne | None = None
+    drift_limit: Positive = 0.5
 
     method: str = "petra"
     stages: AtLeastOne = 1
@@ -223,6 +230,7 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
+    log_to: list[LogTarget] = Field(default_factory=list)
     checkpoint_every: Every | None = SaveInterval(1, "epochs")
     keep_last: AtLeastOne = 1
     keep_best: Count = 0

@@ -22,6 +22,7 @@ from petra_zoo.files import check_free
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import recipe_settings
 from petra_zoo.strict_json import Json, JsonObject, to_json
+from petra_zoo.training.log_writers import TENSORBOARD, WANDB, WANDB_ID
 from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
 from petra_zoo.training.run_lock import LOCK, held_by_this_run
 
@@ -34,10 +35,13 @@ FREE = {
     "dataset_download",
     "device",
     "device_speed",
+    "drift_every",
+    "drift_limit",
     "keep_best",
     "keep_last",
     "link_timeout",
     "log_interval",
+    "log_to",
     "on_nonfinite",
     "output",
     "profile",
@@ -166,7 +170,7 @@ def _by_path(path: Path, recipe: Recipe, allow_change: Sequence[str]) -> Start:
 
 def _failed_to_start(directory: Path) -> bool:
     """Whether it holds a run that ended before anything was saved: the corrected one begins anew."""
-    its_own = {RECIPE, PROFILE, LOCK, _LAUNCH, *LOGS}
+    its_own = {RECIPE, PROFILE, LOCK, _LAUNCH, *LOGS, TENSORBOARD, WANDB, WANDB_ID}
     if any(path.name not in its_own and not _empty(path) for path in directory.iterdir()):
         return False
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,10 +13,12 @@ from petra_zoo.device import computing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.petra import NotFiniteError, Output, first_not_finite, leave
+from petra_zoo.petra.drift import DriftGuard
 from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe
 from petra_zoo.training.callbacks import Callback
+from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.observer import ADVICE, Observer
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
@@ -103,6 +105,7 @@ def train(
         world = enter(settings)
         try:
             settings = world.from_reporter(fixed(settings))
+            together(world, lambda: require_log_writers(settings.log_to) if world.reports else None)
             # Before data is fetched and the model is measured.
             start = together(world, lambda: find_start(settings, resume, allow_change) if world.reports else None)
             start = world.from_reporter(start) or Start()
@@ -139,6 +142,8 @@ class Run:
         # In one of several processes an error in the middle of a tick would leave the others waiting.
         self.finite.raises = self.world.alone
         self.skipped = 0
+        every, limit = self.recipe.drift_every, self.recipe.drift_limit
+        self.guard = DriftGuard(self.pipeline.stages, every, limit) if every else None
         self.observer = Observer(prepared, reporter, callbacks)
 
     def train(self, start: Start | None = None, told: Told | None = None, deadline: Deadline | None = None) -> Result:
@@ -158,17 +163,20 @@ class Run:
         path = world.from_reporter(observer.directory.path if observer.directory else None)
         assert path is not None
         with held_by_this_run(path) if world.reports else nullcontext():
-            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(world)
+            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(self.pipeline.world)
             if world.reports:
                 remember_launch(path)
-            with self.reporter:
-                self.run_epochs(self.begin_at(start))
-        bad_images = sum(world.gather(len(self.prepared.data.bad_images)))
-        scores = world.from_reporter(observer.best)
+            with self.reporter, closing(observer):
+                at = self.begin_at(start)
+                self.world = self.agreement.world
+                self.prepared = self.saver.run = replace(self.prepared, world=self.world)
+                self.run_epochs(at)
+        bad_images = sum(self.world.gather(len(self.prepared.data.bad_images)))
+        scores = self.world.from_reporter(observer.best)
         assert scores is not None
         observer.end(scores)
         delay = self.pipeline.delay[0]
-        skipped = max(world.gather(self.pipeline.skipped))
+        skipped = max(self.world.gather(self.pipeline.skipped))
         return Result(path, scores, observer.training_seconds, delay, bad_images=bad_images, skipped=skipped)
 
     def begin_at(self, start: Start) -> Place:
@@ -275,6 +283,8 @@ class Run:
         """One tick: the pipeline's, with the teacher's word where images are fed, and the moving average behind it."""
         if self.prepared.distillation and images is not None and labels is not None:
             labels = self.prepared.distillation.labels(self.prepared.transform(*fed_streams(images)), labels)
+        if self.guard:
+            self.guard.feed(self.pipeline.fed)
         output = self.pipeline.step(images, labels)
         if self.ema and self.pipeline.fed % self.recipe.accumulation_steps == 0:
             self.ema.update(self.model)
