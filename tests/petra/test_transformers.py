@@ -151,8 +151,9 @@ def train_in_a_rank(cases: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_compute_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
     cases = CASES[:2] if ranks == 2 else CASES
     found = run_processes(ranks, tmp_path, train_in_a_rank, cases)
