@@ -21,7 +21,10 @@ def hub_repository(name: str) -> str | None:
         return name.partition(":")[2].partition("@")[0]
     if ":" in name or not is_known(name.partition(".")[0]):
         return None
-    config = get_pretrained_cfg(name)
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError:  # timm's for an unknown tag, which it says better when it makes the model
+        return None
     return None if config is None or config.file or config.state_dict else config.hf_hub_id
 
 

@@ -63,6 +63,8 @@ class RunDirectory:
         UserError: the directory holds anything, or cannot be written.
     """
 
+    _from_other_weights = False  # and not from nothing: their licence holds for what comes of them
+
     def __init__(self, recipe: Recipe, name: str) -> None:
         wanted = recipe.output or default_path(name)
         self._from_other_weights = bool(recipe.pretrained)

@@ -61,7 +61,7 @@ def test_evaluate_writes_json_and_timms_results_csv(run_directory: Path, tmp_pat
     assert {"top1", "top5", "loss", "images", "worst_classes"} <= report.keys()
     with results.open() as file:
         (row,) = csv.DictReader(file)
-    columns = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation,peak_memory_mib"
+    columns = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation,peak_memory_mib,dataset"
     assert list(row) == columns.split(",")
     assert float(row["top1"]) == pytest.approx(report["top1"], abs=1e-3)
 

@@ -84,7 +84,7 @@ def test_costs_of_a_method(profile: Profile) -> None:
     assert profile.costs("delayed")[1] == profile.costs("backprop")[1] == unit.graph_forward + unit.graph_backward
     assert profile.costs("dsp")[1] == unit.forward + unit.graph_forward + unit.graph_backward
     assert profile.costs("petra", last_stage=True) == profile.costs("backprop")
-    with pytest.raises(ValueError, match="unknown method 'gpipe2'; did you mean petra or dsp"):
+    with pytest.raises(ValueError, match="unknown method 'gpipe2'; expected petra or dsp"):
         profile.costs("gpipe2")
 
 
