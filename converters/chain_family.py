@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from petra_zoo.converters.families import NetworkFamily, Refusal, name_of
 from petra_zoo.converters.identity import exact_arguments, give_identity, rebuild_plain
 from petra_zoo.converters.runs import BlockRun
-from petra_zoo.converters.sequential_run import sequential_runs
+from petra_zoo.converters.sequential_run import sequential_runs, use_units
 from petra_zoo.errors import UserError
 from petra_zoo.models.chains import find_chains
 from petra_zoo.models.make_reversible import ReversibleChains, make_reversible, refusal
 from petra_zoo.models.petra_any import petra_any
-from petra_zoo.models.reversible_sequential import ReversibleSequential
+from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
 
 SHORTEST = 3  # blocks of a chain that is worth an inverse
 
@@ -47,6 +47,9 @@ class ChainFamily(NetworkFamily):
 
     def couple(self, network: nn.Module, example: Tensor) -> nn.Module:
         return make_reversible(copy.deepcopy(network), coupling=0.0, example=example)
+
+    def use_units(self, model: nn.Module, units: Units) -> None:
+        use_units(model, units)
 
     def owns(self, model: nn.Module) -> bool:
         return isinstance(model, ReversibleChains | ReversibleSequential)

@@ -17,6 +17,7 @@ from petra_zoo.converters.reconstruction import MEASURED_IMAGES
 from petra_zoo.converters.reestimation import has_statistics, re_estimate
 from petra_zoo.converters.source import load_source
 from petra_zoo.errors import UserError
+from petra_zoo.models.reversible_sequential import Units
 
 TOLERANCE = 1e-4  # relative error of a reconstructed input
 
@@ -28,6 +29,7 @@ class ConversionOptions(TypedDict, total=False):
     purpose: Purpose
     tolerance: float
     exact: bool | Literal["auto"] | None
+    units: Units
 
 
 def convert(
@@ -38,6 +40,7 @@ def convert(
     tolerance: float = TOLERANCE,
     calibration: Batches | None = None,
     exact: bool | Literal["auto"] | None = None,
+    units: Units = "auto",
 ) -> nn.Module:
     """Converts a trained network; the source is left as it is.
 
@@ -62,6 +65,8 @@ def convert(
             drops instead of anchors (g must be 1, 1/2, ...); for one device, and at g = 1 for PETRA too. 'auto': as
             memory and fidelity say (`petra_zoo.converters.inverses`). None: False for ResNets, 'auto' for others.
             Without effect where no run is reconstructed.
+        units: 'block', also 'auto': a unit is a block, coupled as a whole. 'branch': attention and MLP of a
+            transformer's blocks are units of their own, which peak lower and need twice as many inverses.
 
     Returns:
         The reversible network, on the source's device and in its mode. Where the source came from
@@ -69,7 +74,7 @@ def convert(
 
     Raises:
         UserError: the source has no reversible form or is one already, its weights are not finite, an argument is out
-            of range, or 'auto' finds nothing that would pay.
+            of range, its blocks are not known by their branches, or 'auto' finds nothing that would pay.
     """
     network = load_source(source) if isinstance(source, str) else source
     if not tolerance > 0.0:
@@ -81,7 +86,7 @@ def convert(
     images = noise(network) if first is None else first[:MEASURED_IMAGES]
     family = family_for(check_source(network, images), images)
     limits = Limits(tolerance, family.closest_anchors, family.largest_drift)
-    coupled = choose_inverse(Attempt(network, family, coupling, purpose, limits, images), exact)
+    coupled = choose_inverse(Attempt(network, family, coupling, purpose, limits, images, units), exact)
     model, runs = coupled.model, coupled.runs
     if any(run.g() > 0.0 for run in runs) and first is not None and has_statistics(model):
         re_estimate(model, chain([first], batches), network)

@@ -19,6 +19,7 @@ from petra_zoo.converters.runs import BlockRun
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import config_of
 from petra_zoo.models.memory_modes import MemoryModes
+from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.registry import Registry
 
@@ -66,6 +67,15 @@ class NetworkFamily(ABC):
     @abstractmethod
     def couple(self, network: nn.Module, example: Tensor) -> nn.Module:
         """A copy with coupling 0: it computes what the network computes, to the bit."""
+
+    def use_units(self, model: nn.Module, units: Units) -> None:
+        """Has a coupled model's runs made of whole blocks, or of their branches; by default there are only blocks.
+
+        Raises:
+            UserError: its blocks are not known by their branches.
+        """
+        if units == "branch":
+            raise UserError(f"{name_of(model)}: units=branch is for transformers, here a unit is a block: leave it out")
 
     @abstractmethod
     def owns(self, model: nn.Module) -> bool:

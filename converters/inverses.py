@@ -23,6 +23,7 @@ from petra_zoo.converters.reestimation import batch_statistics
 from petra_zoo.converters.runs import BlockRun, relative_error
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.models.resnet_weights import SHORT_RUN
+from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.run_buffers import check_coupling
 from petra_zoo.models.training_memory import step_bytes
 
@@ -41,6 +42,7 @@ class Attempt:
         purpose: see `couple_runs`.
         limits: likewise.
         images: [B, C, H, W], which it is measured on.
+        units: whole blocks, or their branches.
     """
 
     network: nn.Module
@@ -49,6 +51,7 @@ class Attempt:
     purpose: Purpose
     limits: Limits
     images: Tensor
+    units: Units = "auto"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ def _check_exact(attempt: Attempt) -> None:
 
 def _couple(attempt: Attempt, exact: bool) -> Coupled:
     model = attempt.family.couple(attempt.network, attempt.images[:1])
+    attempt.family.use_units(model, attempt.units)
     runs = attempt.family.runs(model)
     wanted = _per_run(attempt.coupling, len(runs), attempt.family)
     exact_bits = _exact_bits(model, runs, attempt.images) if exact else None

@@ -8,7 +8,7 @@ from torch import nn
 
 from petra_zoo.converters.runs import BlockRun, Call
 from petra_zoo.models.layer_parts import first_stream
-from petra_zoo.models.reversible_sequential import ReversibleSequential
+from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
 from petra_zoo.reversible import Streams, Unit
 
 
@@ -52,3 +52,16 @@ def sequential_runs(model: nn.Module) -> Sequence[SequentialRun]:
         for name, module in model.named_modules()
         if isinstance(module, ReversibleSequential)
     ]
+
+
+def use_units(model: nn.Module, units: Units) -> None:
+    """Has the runs of a network, and of copies that are saved, made of whole blocks or of their branches.
+
+    Raises:
+        UserError: blocks are not known by their branches.
+    """
+    for run in sequential_runs(model):
+        run.container.unit_kind = units
+        run.container.steps()  # blocks of a class that nobody has registered are refused
+    if units != "auto":
+        vars(model)["_model_args"] = {**getattr(model, "_model_args", {}), "units": units}  # for config.json

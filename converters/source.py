@@ -14,16 +14,16 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor
 
-from petra_zoo.checkpoints.load import create_any_model, load_model
+from petra_zoo.checkpoints.load import WEIGHT_FILES, create_any_model, load_model
 from petra_zoo.converters.checks import check_source, fit_weights
 from petra_zoo.converters.families import family_for
 from petra_zoo.converters.torchvision_source import PREFIX, load_torchvision
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, config_of
+from petra_zoo.models.memory_modes import MemoryModes
 
 Nested: TypeAlias = "Tensor | Mapping[str, Nested]"  # what torch.save wrote, numbers and texts left out
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 PREFIXES = (PREFIX, "hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -33,7 +33,7 @@ def load_source(source: str, architecture: str | None = None) -> Classifier:
     Args:
         source: a timm name (its pretrained weights), ``hf-hub:ORG/NAME``, ``local-dir:DIR``, a run directory,
             ``torchvision:MODEL.WEIGHT``, or a file of weights, whatever its name: safetensors, or what `torch.save`
-            wrote (a state dict, or a checkpoint that holds one: of timm, torchvision, Lightning ...).
+            wrote (a state dict, or a checkpoint that holds one: of timm, torchvision, Lightning, PySlowFast ...).
         architecture: of a file of weights, a timm name.
 
     Raises:
@@ -62,6 +62,11 @@ def _is_file(source: str) -> bool:
 
 def _load_file(path: Path, architecture: str) -> Classifier:
     blank = create_any_model(architecture, device="meta")
+    if isinstance(blank, MemoryModes):
+        raise UserError(
+            f"{architecture} is reversible already, there is nothing to convert: "
+            f"timm.create_model({architecture!r}, checkpoint_path={str(path)!r}) loads {path.name}"
+        )
     family_for(blank)
     weights = _inner_network(_read(path), list(blank.state_dict()), path)
     last = weights.get(f"{config_of(blank).get('classifier')}.weight")

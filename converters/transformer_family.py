@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from petra_zoo.converters.families import NetworkFamily, Refusal, name_of
 from petra_zoo.converters.identity import exact_arguments, give_identity, rebuild_plain
 from petra_zoo.converters.runs import BlockRun
-from petra_zoo.converters.sequential_run import sequential_runs
+from petra_zoo.converters.sequential_run import sequential_runs, use_units
 from petra_zoo.models import PetraBeit, PetraEva, PetraVit, PetraVitDistilled
+from petra_zoo.models.reversible_sequential import Units
 from petra_zoo.models.timm_twins import PREFIX
 from petra_zoo.models.transformer import ReversibleTransformer
 
@@ -43,6 +44,9 @@ class TransformerFamily(NetworkFamily):
         model = _TWINS[type(network)].from_timm(network)
         assert isinstance(model, nn.Module)
         return model
+
+    def use_units(self, model: nn.Module, units: Units) -> None:
+        use_units(model, units)
 
     def owns(self, model: nn.Module) -> bool:
         return isinstance(model, ReversibleTransformer)

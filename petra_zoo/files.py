@@ -44,6 +44,21 @@ def check_free(directory: Path, setting: str) -> None:
         raise UserError(f"{directory} already holds {what}: choose another {setting}, or move it away")
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a file that cannot be written, before the work that it is for.
+
+    Raises:
+        UserError: its folder is not there, or takes no files.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"cannot write {path}: permission denied")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes beside, then renames: the file is complete, as it was or as it is to be, at any time.
 

@@ -49,12 +49,13 @@ class Registry(Mapping[str, T]):
             UserError: it is unknown; gives the nearest.
         """
         if name not in self:
-            raise UserError(f"unknown {self.kind} {name!r}; did you mean {self.nearest(name)}?")
+            raise UserError(f"unknown {self.kind} {name!r}; {self.hint(name)}")
         return self[name]
 
-    def nearest(self, name: str) -> str:
-        """The one or two names that are most like it, else all, for messages."""
-        return " or ".join(difflib.get_close_matches(name, self, n=2) or self)
+    def hint(self, name: str) -> str:
+        """What else it may have been, for messages: the one or two names that are most like it, else all there are."""
+        near = difflib.get_close_matches(name, self, n=2)
+        return f"did you mean {' or '.join(near)}?" if near else f"expected {' or '.join(self)}"
 
     def __getitem__(self, name: str) -> T:
         load_entry_points(self.entry_points)

@@ -26,7 +26,7 @@ def main(folder: Path, output: Path) -> None:
         for line in path.read_text(encoding="utf-8").splitlines():
             found = json.loads(line)
             name, error = found.pop("name"), found.pop("error", None)
-            result = {"failed": error} if error else found
+            result = {"family": found["family"], "failed": error} if error else found
             results.add(Record(name, 0, {"of": "network"}, COMMAND.format("sweep"), result, **facts))
     if (checked := folder / "gradients.json").exists():
         for block, found in json.loads(checked.read_text(encoding="utf-8")).items():

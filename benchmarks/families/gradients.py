@@ -2,16 +2,16 @@
 
     python benchmarks/families/gradients.py runs/families
 
-Once per distinct block (class and structure): of the smallest network that has it, a chain's first three blocks as timm
-initialises them, with random offsets so that no gain or layer scale is zero; coupling 1/2, gain 3/2, train mode. Kept
-is the largest difference of a gradient over the largest gradient, of the input and all parameters. It goes on where it
-was stopped.
+Once per distinct block (class and structure), of the network where that is the least work: a chain's first three
+blocks alone, with random weights, on a random input; coupling 1/2, gain 3/2, train mode. Kept is the largest difference
+of a gradient over the largest gradient, of the input and all parameters. It goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -20,9 +20,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.models.chains import on_meta
 from petra_zoo.models.reversible_sequential import ReversibleSequential
+from petra_zoo.models.unfilled import build_unfilled
 
 BATCH = 2
+MOST_VALUES = 2**24  # of a block's input or its parameters: what is larger is named, not computed
 
 
 def main() -> None:
@@ -33,73 +36,74 @@ def main() -> None:
     output = folder / "gradients.json"
     found = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     lines = [line for path in folder.glob("chains*.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
-    for block, (_, name, path) in sorted(smallest(list(map(json.loads, lines))).items(), key=lambda item: item[1]):
+    for block, (_, name, chain) in sorted(
+        least_work(list(map(json.loads, lines))).items(), key=lambda item: item[1][0]
+    ):
         if block not in found:
-            found[block] = {"name": name, "path": path, **checked(name, path)}
+            result = checked(name, chain["path"], chain["first"])
+            found[block] = {"name": name, "path": chain["path"], **result}
             output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(block, found[block], file=sys.stderr)
 
 
-def smallest(records: list[dict]) -> dict[str, tuple[int, str, str]]:
-    """Per distinct block of a chain that is near the identity: parameters and name of the network, and where."""
-    best: dict[str, tuple[int, str, str]] = {}
+def least_work(records: list[dict]) -> dict[str, tuple[int, str, dict]]:
+    """Per distinct block of a chain that is near the identity: about how much it computes, in which network, where."""
+    best: dict[str, tuple[int, str, dict]] = {}
     for record in records:
         for chain in record.get("chains", ()):
             if not chain["far"]:
-                candidate = (record["parameters"], record["name"], chain["path"])
-                best[chain["block"]] = min(best.get(chain["block"], candidate), candidate)
+                candidate = (chain["block_parameters"] * math.prod(chain["shape"]), record["name"], chain)
+                best[chain["block"]] = min(best.get(chain["block"], candidate), candidate, key=lambda found: found[:2])
     return best
 
 
-def checked(name: str, path: str) -> dict[str, float | str]:
+def checked(name: str, path: str, keys: list[str]) -> dict[str, float | str]:
     """How far the gradients are from autograd's."""
     try:
         torch.manual_seed(0)
-        model = timm.create_model(name)
-        shape = tuple(model.pretrained_cfg["input_size"])
-        blocks, x, args, kwargs = _reached(model, path, torch.randn(1, *shape))
-        chain = nn.ModuleList(blocks).double().train()
+        model = build_unfilled(lambda: timm.create_model(name), "cpu")
+        args, kwargs = _given(model, f"{path}.{keys[0]}".lstrip("."))
+        chain = nn.ModuleList(model.get_submodule(f"{path}.{key}".lstrip(".")) for key in keys)
+        most = max(args[0].numel(), sum(p.numel() for p in chain.parameters()))
+        if most > MOST_VALUES:
+            return {"error": f"{most:,} values in an input or in three blocks: more than {MOST_VALUES:,}"}
         for p in chain.parameters():
-            p.data.add_(torch.randn_like(p), alpha=0.02)
-        found = [_gradients(chain, memory, x, args, kwargs) for memory in ("reversible", "plain")]
+            p.data = _drawn(p)
+        chain.double().train()
+        found = [_gradients(chain, memory, *args, **kwargs) for memory in ("reversible", "plain")]
     except Exception as error:  # one block must not end the others
         return {"error": f"{type(error).__name__}: {error}"[:200]}
     largest = max(float(d.abs().max()) for d in found[1])
     return {"difference": max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) / largest}
 
 
-def _reached(model: nn.Module, path: str, image: Tensor) -> tuple[list[nn.Module], Tensor, tuple, dict]:
-    """The first three blocks of a container that keep their shape, and what the first of them is given."""
-    container = model.get_submodule(path)
-    blocks = list(container.children())
-    seen = []
-    for block in blocks:
-        block.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append((module, args, kwargs)), with_kwargs=True
-        )
+def _given(model: nn.Module, path: str) -> tuple[tuple, dict]:
+    """Random values in the place of what a block is given, for two images of the network's size."""
+    skeleton = on_meta(model).eval()
+    seen: list[tuple[tuple, dict]] = []
+    block = skeleton.get_submodule(path)
+    block.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
-        model.eval()(image)
-    for block in blocks:
-        block._forward_pre_hooks.clear()
-        block._forward_pre_hooks_with_kwargs.clear()
-    shapes = [args[0].shape for _, args, _ in seen]
-    keeps = [before == behind for before, behind in zip(shapes, [*shapes[1:], shapes[-1]], strict=True)]
-    start, count = next((i, n) for n in (3, 2) for i in range(len(seen) - n + 1) if all(keeps[i : i + n]))
-    _, (x, *args), kwargs = seen[start]
-    x = torch.randn(x.shape[0] * BATCH, *x.shape[1:], dtype=torch.float64)
-    return (
-        [module for module, _, _ in seen[start : start + count]],
-        x,
-        tuple(map(_double, args)),
-        {k: _double(v) for k, v in kwargs.items()},
-    )
+        skeleton(torch.empty(BATCH, *model.pretrained_cfg["input_size"], device="meta"))
+    args, kwargs = seen[0]
+    return tuple(map(_like, args)), {key: _like(value) for key, value in kwargs.items()}
 
 
-def _double(x: object) -> object:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _like(x: object) -> object:
+    if not isinstance(x, Tensor):
+        return x
+    if not x.is_floating_point():
+        return torch.zeros(x.shape, dtype=x.dtype)
+    return torch.empty_strided(x.shape, x.stride(), dtype=torch.float64).normal_()
 
 
-def _gradients(chain: nn.ModuleList, memory: str, x: Tensor, args: tuple, kwargs: dict) -> list[Tensor]:
+def _drawn(p: Tensor) -> Tensor:
+    """Weights that keep a signal's size, and gains, layer scales and tables that are nowhere 0."""
+    draws = torch.randn(p.shape)
+    return draws / math.sqrt(max(1, p[0].numel())) if p.ndim > 1 else 0.5 + 0.1 * draws
+
+
+def _gradients(chain: nn.ModuleList, memory: str, x: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
     reversible = ReversibleSequential(chain, coupling=0.5, gain=1.5).train()
     reversible.memory = memory
     chain.zero_grad()

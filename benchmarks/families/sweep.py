@@ -3,6 +3,8 @@
     python benchmarks/families/sweep.py runs/families/chains.jsonl [--part 0 --parts 2]
 
 A line of JSON per name; names that the files beside the output have are left out, so it can be stopped and goes on.
+How far blocks are from the identity is left out too: that says something of trained weights only, and
+`petra-zoo convert` measures it there.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from petra_zoo.models.chains import Chain, find_chains
+from petra_zoo.models.unfilled import build_unfilled
 
 
 def main() -> None:
@@ -54,10 +56,10 @@ def _lines(folder: Path) -> Iterator[str]:
 
 def examined(name: str) -> dict[str, object]:
     """What is known of a network without its weights."""
-    record: dict[str, object] = {"name": name}
+    family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    record: dict[str, object] = {"name": name, "family": family, "twin": timm.is_model(f"petra_{name}")}
     try:
-        with torch.device("meta"):
-            model = timm.create_model(name)
+        model = build_unfilled(lambda: timm.create_model(name))
         elements = _count_elements(model)
         chains = find_chains(model, shortest=2)
     except Exception as error:  # a name of 1,371 must not end the others
@@ -66,7 +68,6 @@ def examined(name: str) -> dict[str, object]:
     sizes = {path: p.numel() for path, p in model.named_parameters()}
     return {
         **record,
-        "family": type(model).__module__.rpartition(".")[2],
         "class": type(model).__name__,
         "parameters": sum(sizes.values()),
         "input_size": list(model.pretrained_cfg["input_size"]),
@@ -96,7 +97,8 @@ def _share(sizes: dict[str, int], blocks: list[str]) -> float:
 
 
 def _described(model: nn.Module, chain: Chain) -> dict[str, object]:
-    block = model.get_submodule(_inner(chain))
+    longest = max(chain.runs, key=len)
+    block = model.get_submodule(f"{chain.path}.{longest[1]}".lstrip("."))  # like those behind it
     structure = f"{type(block).__module__}.{type(block).__name__} {re.sub(r'[0-9.e-]+', '#', repr(block))}"
     return {
         "path": chain.path,
@@ -104,15 +106,12 @@ def _described(model: nn.Module, chain: Chain) -> dict[str, object]:
         "opening": len(chain.opening),
         "kinds": list(chain.kinds),
         "shape": list(chain.shape),
+        "first": list(longest[:3]),
+        "block_parameters": sum(p.numel() for p in block.parameters()),
         "block": f"{type(block).__name__}-{hashlib.sha256(structure.encode()).hexdigest()[:8]}",
         "one_by_one": chain.one_by_one,
         "far": bool(chain.obstacle) and not chain.one_by_one,
     }
-
-
-def _inner(chain: Chain) -> str:
-    """The second block of the longest run, which is like those behind it."""
-    return f"{chain.path}.{max(chain.runs, key=len)[1]}".lstrip(".")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
@@ -15,12 +16,15 @@ from petra_zoo.bench.markdown import markdown_table
 from petra_zoo.bench.results import Record, Trial
 from petra_zoo.strict_json import JsonObject
 
+if TYPE_CHECKING:
+    from petra_zoo.models.layer_arguments import Arguments
+
 MIB = 2**20
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
 IN_PARTS = "g = 1, branches in 2 parts"
 _BRANCHES: JsonObject = {"coupling": 1.0, "units": "branch"}
 # What a reversible twin is built with, by the name of the way.
-REVERSIBLE: dict[str, JsonObject] = {
+REVERSIBLE: dict[str, Arguments] = {
     "g = 1/4, anchors every 6": {"coupling": 1 / 4, "gain": 5 / 4, "anchor_every": 6},
     "g = 1/16, bits": {"coupling": 1 / 16, "gain": 17 / 16, "exact": True},
     "g = 1": {"coupling": 1.0},
@@ -28,7 +32,7 @@ REVERSIBLE: dict[str, JsonObject] = {
     IN_PARTS: {**_BRANCHES, "chunks": 2},
 }
 # Of networks that are reversible from the start.
-TWO_STREAMS: dict[str, JsonObject] = {"two streams": {}, "two streams, branches in 8 parts": {"chunks": 8}}
+TWO_STREAMS: dict[str, Arguments] = {"two streams": {}, "two streams, branches in 8 parts": {"chunks": 8}}
 
 
 @dataclass(frozen=True)

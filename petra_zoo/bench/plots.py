@@ -9,7 +9,7 @@ from petra_zoo.bench.charts import Chart
 from petra_zoo.bench.memory import memory_charts
 from petra_zoo.bench.results import Results, shown_as
 from petra_zoo.errors import UserError
-from petra_zoo.settings.merging import nearest
+from petra_zoo.settings.merging import did_you_mean
 
 # What a kind of study draws, by a chart's name; a kind that is not here draws nothing.
 CHARTS: dict[str, Callable[[Results], dict[str, Chart]]] = {"accuracy": accuracy_charts, "memory": memory_charts}
@@ -33,6 +33,6 @@ def find_chart(results: Results, name: str) -> Chart:
     """
     found = charts(results)
     if name not in found:
-        near = f"; did you mean {nearest(name, found)}?" if found else ""
+        near = f"; {did_you_mean(name, found)}" if found else ""
         raise UserError(f"study '{results.study}' has no plot '{name}'{near}")
     return found[name]

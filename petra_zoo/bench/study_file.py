@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 from petra_zoo.bench.accuracy_plan import AccuracyPlan, Contender, Search
 from petra_zoo.errors import UserError
 from petra_zoo.files import expand_home
-from petra_zoo.settings.merging import Settings, in_one_line, known_names, lay_over, nearest
+from petra_zoo.settings.merging import Settings, did_you_mean, in_one_line, known_names, lay_over
 from petra_zoo.settings.recipe_files import in_our_words, make_recipe, recipe_settings
 from petra_zoo.settings.types import AtLeastOne, Count, NotNegative
 from petra_zoo.settings.yaml12 import read_yaml
@@ -135,7 +135,7 @@ def _refuse(error: ValidationError, content: Mapping[str, Json]) -> NoReturn:
     if first["type"] == "extra_forbidden":
         sections: dict[str, type[_Section]] = {"search": SearchSection, "tasks": Task}
         section = sections.get(parts[0], StudyFile)
-        raise UserError(f"unknown key '{where}'; did you mean {nearest(parts[-1], section.model_fields)}?") from error
+        raise UserError(f"unknown key '{where}'; {did_you_mean(parts[-1], section.model_fields)}") from error
     if parts[0] == "seeds":  # one of two types: pydantic would name its own name of the first
         raise UserError(f"seeds={content['seeds']!r}: {_SEEDS_ARE}") from error
     if parts[-1] == "[key]":
@@ -225,7 +225,7 @@ def _other(name: Json, key: str, label: str, file: StudyFile) -> str:
         return ""
     if name == label or not isinstance(name, str) or name not in file.contenders:
         others = [other for other in file.contenders if other != label]
-        near = f"; did you mean {nearest(str(name), others)}?" if others else ""
+        near = f"; {did_you_mean(str(name), others)}" if others else ""
         raise UserError(f"contender '{label}': {key}: there is no other contender '{name}'{near}")
     return name
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from petra_zoo.bench.accuracy_tables import accuracy_tables
 from petra_zoo.bench.conversion_tables import conversion_tables
 from petra_zoo.bench.families import families_tables
+from petra_zoo.bench.faults import faults_tables
 from petra_zoo.bench.finetuning import finetuning_tables
 from petra_zoo.bench.gpu.tables import gpu_tables
 from petra_zoo.bench.memory import memory_tables
@@ -14,7 +15,7 @@ from petra_zoo.bench.pipeline_tables import pipeline_tables
 from petra_zoo.bench.results import Results, shown_as
 from petra_zoo.bench.speed import speed_tables
 from petra_zoo.errors import UserError
-from petra_zoo.settings.merging import nearest
+from petra_zoo.settings.merging import did_you_mean
 from petra_zoo.strict_json import JsonObject
 
 # What a kind of study shows: Markdown by a table's name. These modules import no torch.
@@ -22,6 +23,7 @@ TABLES: dict[str, Callable[[Results], dict[str, str]]] = {
     "accuracy": accuracy_tables,
     "conversion": conversion_tables,
     "families": families_tables,
+    "faults": faults_tables,
     "finetune": finetuning_tables,
     "gpu": gpu_tables,
     "memory": memory_tables,
@@ -50,7 +52,7 @@ def find_table(results: Results, name: str) -> str:
     """
     found = tables(results)
     if name not in found:
-        raise UserError(f"study '{results.study}' has no table '{name}'; did you mean {nearest(name, found)}?")
+        raise UserError(f"study '{results.study}' has no table '{name}'; {did_you_mean(name, found)}")
     return found[name]
 
 

@@ -12,12 +12,14 @@ from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import explain
+from petra_zoo.checkpoints.reachable import hub_repository, one_attempt
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
 from petra_zoo.models.describe import nearest_models, zoo_names
 
 LAST = "last"  # in a run directory: the last model, where the run's own is the best one
-_FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth")
+FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def create_model(name: str, **arguments: Any) -> UnitClassifier:
@@ -37,7 +39,7 @@ def create_model(name: str, **arguments: Any) -> UnitClassifier:
     except UserError as error:
         if hasattr(model, "units"):  # somebody's own, to be mended: others are no way out
             raise UserError(f"model {name!r}: {error}") from error
-        raise UserError(f"model {name!r}: {error}; nearest: {nearest_models(name, zoo_names())}") from error
+        raise UserError(f"model {name!r}: {error}; {nearest_models(name, zoo_names())}") from error
 
 
 def create_any_model(name: str, **arguments: Any) -> Classifier:
@@ -47,9 +49,11 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
         UserError: no such model, or arguments that it does not take.
     """
     _check_known(name, timm.list_models)
-    local = name.startswith(_FROM_A_CONFIG)
+    local = name.startswith(FROM_A_CONFIG)
+    repository = hub_repository(name) if local or arguments.get("pretrained") else None
     try:
-        return as_classifier(timm.create_model(name, **arguments))
+        with one_attempt(repository):
+            return as_classifier(timm.create_model(name, **arguments))
     except Exception as error:  # a repository can hold anything
         raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
 
@@ -76,6 +80,11 @@ def resolve_source(source: str) -> str:
             if not (path / name).is_file():
                 raise UserError(f"{path} has no {name}: expected a directory that petra-zoo train or timm wrote")
         return f"local-dir:{path}"
+    if path.suffix in WEIGHT_FILES:
+        raise UserError(
+            f"{source} has weights, and no word of what network they are of: give the directory that it is in, "
+            f"with its config.json, or make one: petra-zoo convert {source} --arch NAME --output DIR"
+        )
     if "/" in source and not source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         raise UserError(f"there is no run directory {source!r}; for a model on the Hub write hf-hub:{source}")
     return source
@@ -100,7 +109,8 @@ def check_image_size(model: Classifier, name: str, size: int) -> None:
     if size < reduction:
         raise UserError(
             f"images of {size}x{size} are too small for {name}, which reduces by {reduction}: "
-            f"use img_size={reduction} or more, or a model for small images (petra_revnet_tiny, petra_revnet18_cifar)"
+            f"take {reduction}x{reduction} or more, or a model for small images "
+            "(petra_revnet_tiny, petra_revnet18_cifar)"
         )
 
 
@@ -119,13 +129,13 @@ def set_image_size(model: Classifier, name: str, height: int, width: int) -> Non
         return
     patch: tuple[int, int] = to_2tuple(model.feature_info[-1]["reduction"])
     if height % patch[0] or width % patch[1]:
+        near = "x".join(str(max(1, round(n / p)) * p) for n, p in zip((height, width), patch, strict=True))
         raise UserError(
-            f"images of {height}x{width} are no multiple of {name}'s patches of {patch[0]}x{patch[1]}: use another "
-            "img_size, or another patch_size in model_kwargs"
+            f"images of {height}x{width} are no multiple of {name}'s patches of {patch[0]}x{patch[1]}; nearest: {near}"
         )
     resize(img_size=(height, width))
 
 
 def _check_known(name: str, known: Callable[[], list[str]]) -> None:
-    if not name.startswith(_FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
-        raise UserError(f"model {name!r} is unknown; nearest: {nearest_models(name, known())}")
+    if not name.startswith(FROM_A_CONFIG) and not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"model {name!r} is unknown; {nearest_models(name, known())}")

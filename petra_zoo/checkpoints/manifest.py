@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one in {SEAL}")
     try:
         return _parse(json.loads(content))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is no manifest: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -70,6 +70,14 @@ def pipeline(output: Output = Path("pipeline.json"), quick: Quick = False, dry_r
     _run(PipelineStudy.small() if quick else PipelineStudy(), output, dry_run=dry_run)
 
 
+@app.command("faults")
+def faults(output: Output = Path("faults.json"), quick: Quick = False, dry_run: DryRun = False) -> None:
+    """Kill, freeze, stop and spoil runs, damage checkpoints, fuzz files: what is survived, what is lost?"""
+    from petra_zoo.bench.faults import FaultStudy
+
+    _run(FaultStudy.small() if quick else FaultStudy(), output, dry_run=dry_run)
+
+
 @app.command("conversion")
 def conversion(
     output: Output = Path("conversion.json"), jobs: Jobs = 1, quick: Quick = False, dry_run: DryRun = False

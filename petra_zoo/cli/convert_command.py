@@ -49,6 +49,13 @@ def convert(
             "Default: anchors for ResNets, auto for others."
         ),
     ] = None,
+    units: Annotated[
+        Literal["auto", "branch", "block"],
+        typer.Option(
+            help="What is reversed at once: block, also auto: whole blocks; branch: a transformer's attention and MLP "
+            "in turn, which peaks lower and takes more inverses."
+        ),
+    ] = "auto",
     report: Annotated[
         Path | None,
         typer.Option(help="Write the comparison: a .json, .md or .png file, or a directory for all three."),
@@ -86,6 +93,7 @@ def convert(
         images=CalibrationImages(calibrate, data_dir, calibration_images) if calibrate else None,
         report=report,
         exact=_exact(exact, inverse),
+        units=units,
     )
     pushed = None
     if push:

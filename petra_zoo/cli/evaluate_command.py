@@ -25,9 +25,12 @@ def evaluate(
         ),
     ],
     dataset: Annotated[
-        str | None, typer.Option(help="digits, shapes, cifar10, folder, ...; default: what the run was trained on.")
+        list[str] | None,
+        typer.Option(help="digits, shapes, cifar10, folder, ...; repeatable; default: what the run was trained on."),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the data set's files are.")] = None,
+    data_dir: Annotated[
+        list[Path] | None, typer.Option(help="Where the data set's files are; one for all, or one for each.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
     retry: Annotated[bool, typer.Option("--retry", help="Halve the batch size where memory runs out.")] = False,
     workers: Annotated[int, typer.Option(min=0)] = 0,
@@ -37,19 +40,46 @@ def evaluate(
         Literal["fail", "skip"], typer.Option(help="Stop at an unreadable image, or leave it out.")
     ] = "fail",
     compared: Annotated[bool, typer.Option("--compare", help="Compare two models: agreement, McNemar's test.")] = False,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average the probabilities of each image and its mirror image.")
+    ] = False,
     use_train_size: Annotated[
         bool, typer.Option("--use-train-size", help="Ignore a checkpoint's test_input_size and test_crop_pct.")
     ] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept; default: HF_HUB_CACHE.")] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write timm's results CSV, and the peak memory.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write each class's precision, recall, support.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the confusion matrix.")] = None,
+    mistakes: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the images of the surest mistakes.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Evaluate trained models: top-1, top-5, loss, memory, and the classes they mistake most."""
+    """Evaluate trained models: top-1, top-5, loss, calibration, memory, and the classes they mistake most.
+
+    The calibration error is how far a model's confidence is from its accuracy, in
+    percent, over 15 bins of confidence.
+    """
+    datasets = dataset or []
     if compared and len(sources) != 2:
         raise typer.BadParameter(f"--compare takes two models, not {len(sources)}")
+    if compared and len(datasets) > 1:
+        raise typer.BadParameter(f"--compare takes one data set, not {len(datasets)}")
+    if mistakes and len(sources) * max(1, len(datasets)) > 1:
+        raise typer.BadParameter("--mistakes takes one model and one data set")
     from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoints
+    from petra_zoo.evaluation.class_scores import draw_confusion, write_class_scores
     from petra_zoo.evaluation.comparison import compare
+    from petra_zoo.evaluation.mistakes import save_mistakes
+    from petra_zoo.figures import require_matplotlib
+    from petra_zoo.files import check_writable
 
+    for path in filter(None, (results_file, csv, plot, mistakes)):
+        check_writable(path)
+    if plot:
+        require_matplotlib()
     options = EvaluationOptions(
         batch_size=batch_size,
         retry=retry,
@@ -59,6 +89,8 @@ def evaluate(
         on_bad_image=on_bad_image,
         use_train_size=use_train_size,
         fingerprints=compared,
+        tta=tta,
+        progress=True,
     )
     reports = []
     for report in evaluate_checkpoints(
@@ -67,6 +99,11 @@ def evaluate(
         reports.append(report)
         if not as_json:
             _show(report)
+    if csv:
+        write_class_scores(csv, reports)
+    if plot:
+        draw_confusion(plot, reports)
+    drawn = mistakes if mistakes and save_mistakes(reports[0], mistakes) else None
     comparison = compare(*reports) if compared else None
     if as_json:
         rows = [report.as_dict() for report in reports]
@@ -74,17 +111,22 @@ def evaluate(
             {"models": rows, "comparison": comparison.as_dict()} if comparison else rows if len(rows) > 1 else rows[0]
         )
         typer.echo(to_json(value, indent=2))
-    elif comparison:
+        return
+    if comparison:
         _show_comparison(comparison)
+    for path in filter(None, (results_file, csv, plot, drawn)):
+        typer.echo(f"saved {path}")
 
 
 def _show(report: EvaluationReport) -> None:
     result = report.evaluation
     of_all = f" of {result.images + report.bad_images}" if report.bad_images else ""
-    typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images")
+    flipped = ", each with its mirror image" if report.tta else ""
+    typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images{flipped}")
     typer.echo(f"  top-1  {result.top1:.2f} %")
     typer.echo(f"  top-5  {result.top5:.2f} %")
     typer.echo(f"  loss   {result.loss:.4f}")
+    typer.echo(f"  ECE    {report.calibration_error:.2f} %")
     typer.echo(f"  memory {report.peak_memory / 2**20:.1f} MiB with a batch size of {report.batch_size}")
     if report.bad_images:
         typer.echo(f"  {report.bad_images} unreadable images left out")

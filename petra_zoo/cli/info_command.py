@@ -16,7 +16,14 @@ MIB = 2**20
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A model, or model.tag (petra-zoo list).", autocompletion=complete_model)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_MODEL",
+            help="A model, or model.tag (petra-zoo list); or a run, a directory, hf-hub:ORG/NAME.",
+            autocompletion=complete_model,
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a network: parameters, operations, units, runs, coupling, activation memory, pretrained weights."""
@@ -42,7 +49,7 @@ def info(
     )
     for tag in facts.tags:
         typer.echo(f"  pretrained  {_line(tag)}")
-    if not facts.tags:
+    if not facts.tags and not facts.saved:
         typer.echo("  pretrained  none")
 
 

@@ -31,11 +31,12 @@ def list_models(
 
 
 def _list_networks(pattern: str, as_json: bool) -> None:
-    from petra_zoo.models.describe import describe_registered, model_names
+    from petra_zoo.models.describe import model_names
+    from petra_zoo.models.known_networks import describe_known
 
     names = model_names(pattern)
     if as_json:
-        typer.echo(to_json([describe_registered(name).as_dict() for name in names], indent=2))
+        typer.echo(to_json([describe_known(name).as_dict() for name in names], indent=2))
     elif on_terminal() and len(names) <= MOST:
         rows = [
             (
@@ -45,7 +46,7 @@ def _list_networks(pattern: str, as_json: bool) -> None:
                 str(row.units),
                 str(row.reversible_units),
             )
-            for row in map(describe_registered, names)
+            for row in map(describe_known, names)
         ]
         print_table(("model", "parameters", "input", "units", "reversible"), rows)
     else:

@@ -12,22 +12,27 @@ from petra_zoo.cli import (
     bench_command,
     checkpoint_command,
     convert_command,
+    data_command,
     demo_command,
     evaluate_command,
     export_command,
     info_command,
     list_command,
     plan_command,
+    plot_command,
     predict_command,
     push_command,
     recipes_command,
     report_command,
+    runs_command,
     train_command,
 )
-from petra_zoo.cli.interruption import was_interrupted
+from petra_zoo.cli.usage import UsageError, asks_for_help, in_one_line
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.extensions import import_modules
 from petra_zoo.files import expand_home
+
+_INTERRUPTED = 130  # typer's code for Ctrl-C
 
 app = typer.Typer(
     name="petra-zoo",
@@ -36,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo_command.demo)
+app.command("data")(data_command.data)
 app.command("train")(train_command.train)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("predict")(predict_command.predict)
@@ -49,6 +55,8 @@ app.add_typer(recipes_command.app, name="recipes")
 app.add_typer(checkpoint_command.app, name="checkpoint")
 app.add_typer(bench_command.app, name="bench")
 app.command("report")(report_command.report)
+app.command("runs")(runs_command.runs)
+app.command("plot")(plot_command.plot)
 
 
 def _say_version(wanted: bool) -> None:
@@ -78,13 +86,18 @@ def _options(
 def run(arguments: list[str] | None = None) -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad use."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, which says everything once
     words = [expand_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        app(words)
+        code = app(words, standalone_mode=False)  # else typer draws a box around what is wrong
     except (UserError, Failure) as error:
         print(f"petra-zoo: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
-    except SystemExit as leaving:
-        if was_interrupted(leaving):  # which typer passes over in silence
-            raise KeyboardInterrupt from None
-        raise
+    except UsageError as error:
+        print(error if asks_for_help(error) else f"petra-zoo: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if code == _INTERRUPTED:  # which typer passes over in silence
+        raise KeyboardInterrupt
+    sys.exit(code or 0)

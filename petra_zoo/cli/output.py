@@ -21,13 +21,21 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
             if line:
                 typer.echo("\t".join(line))
         return
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title)
+    rows, console = list(rows), Console()
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    if console.measure(table, options=console.options.update(width=10**4)).maximum <= console.width:
+        console.print(table)
+        return
+    # rich would cut names off, and a name that is cut off names nothing.
+    for name, *values in rows:
+        typer.echo(name)
+        typer.echo("  " + ", ".join(f"{column} {value}" for column, value in zip(columns[1:], values, strict=True)))
 
 
 def print_lines(lines: Iterable[str]) -> None:

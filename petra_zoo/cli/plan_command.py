@@ -9,6 +9,7 @@ import typer
 
 from petra_zoo.cli.completion import complete_model
 from petra_zoo.cli.output import print_table
+from petra_zoo.cli.sizes import input_size
 from petra_zoo.strict_json import to_json
 
 
@@ -19,8 +20,11 @@ def plan(
     latency: Annotated[str, typer.Option(help="Of a message: 10us.")] = "10us",
     memory: Annotated[str | None, typer.Option(help="Of a device: 24GB. What needs more is rejected.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per micro-batch; default 64.")] = None,
-    input_size: Annotated[
-        tuple[int, int, int] | None, typer.Option(metavar="C H W", help="Of an image; default: the model's.")
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--input-size", metavar="SIZE|HxW|CxHxW", help="Pixels, such as 224 or 192x256; default: the model's."
+        ),
     ] = None,
     micro_batches: Annotated[int, typer.Option(min=1, help="Per update: m, or k of petra, dividing its delay.")] = 8,
     optimizer_states: Annotated[int, typer.Option(min=0, help="Per parameter: SGD momentum 1, AdamW 2.")] = 1,
@@ -45,7 +49,8 @@ def plan(
         parse_seconds(latency, "--latency"),
         None if memory is None else parse_bytes(memory, "--memory"),
     )
-    found = profile_of(model, profile, batch_size=batch_size, input_size=input_size, device=device)
+    size = None if image is None else input_size(image)
+    found = profile_of(model, profile, batch_size=batch_size, input_size=size, device=device)
     if save_profile is not None:
         found.save(save_profile)
     result = make_plan(found, devices, cluster, micro_batches=micro_batches, optimizer_states=optimizer_states)

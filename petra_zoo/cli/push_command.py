@@ -19,7 +19,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="The commit's message.")] = None,
     card_only: Annotated[bool, typer.Option("--card-only", help="Card and results, not the weights.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; send nothing.")] = False,
-    license: Annotated[str | None, typer.Option(help="Such as mit; default: what config.json says.")] = None,
+    license: Annotated[str | None, typer.Option(help="Such as mit; default: its source's.")] = None,
     dataset_id: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="The data set on the Hub that the results are for.")
     ] = None,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from petra_zoo.cli.completion import complete_recipe, complete_setting
 from petra_zoo.cli.output import on_terminal, print_lines, print_table
+from petra_zoo.errors import UserError
 from petra_zoo.strict_json import Json, to_json
 
 app = typer.Typer(help="List, show, copy and try the recipes that come with the package.", no_args_is_help=True)
@@ -26,6 +26,8 @@ def list_command(
     from petra_zoo.settings.recipe_files import list_recipes
 
     names = fnmatch.filter(list_recipes(), pattern)
+    if not names:
+        raise UserError(f"no recipe matches {pattern!r}; petra-zoo recipes ls lists all, wildcards are * and ?")
     if as_json:
         typer.echo(to_json([_row(name) for name in names], indent=2))
     elif on_terminal():
@@ -41,6 +43,30 @@ def _row(name: str) -> dict[str, Json]:
 
     settings = recipe_settings(name)
     return {"name": name} | {key: settings.get(key, Recipe.model_fields[key].default) for key in _COLUMNS}
+
+
+@app.command("settings")
+def settings_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Whose values to show; default: the defaults.", autocompletion=complete_recipe),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of documentation.")] = False,
+) -> None:
+    """List all settings: what each takes, its value, what it means."""
+    from petra_zoo.settings.described import described_settings, settings_page
+    from petra_zoo.settings.recipe_files import load_recipe
+
+    settings = described_settings(load_recipe(name) if name else None)
+    if as_json:
+        typer.echo(to_json([setting._asdict() for setting in settings], indent=2))
+    elif markdown:
+        typer.echo(settings_page(settings), nl=False)
+    else:
+        for setting in settings:
+            value = "required" if setting.value is None else setting.value
+            typer.echo(f"{setting.name} = {value}  ({setting.takes})\n    {setting.meaning}")
 
 
 @app.command("show")
@@ -59,7 +85,7 @@ def show_command(
 @app.command("cp")
 def copy_command(
     name: Annotated[str, typer.Argument(help="A recipe's name.", autocompletion=complete_recipe)],
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The new file, or an existing folder.")],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="The new file, or a folder (DIR/).")],
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Copy a recipe to a file of your own."""

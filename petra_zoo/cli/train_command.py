@@ -40,6 +40,9 @@ def train(
     max_time: Annotated[
         str | None, typer.Option(metavar="1h30m", help="Save and stop after this time; exit code 75.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, and all settings; start nothing.")
+    ] = False,
     on_bad_image: Annotated[
         Literal["fail", "skip"] | None,
         typer.Option(help="Stop at an unreadable image, or put the next one in its place."),
@@ -59,6 +62,7 @@ def train(
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m petra_zoo train RECIPE
     """
     from petra_zoo.petra import global_rank
+    from petra_zoo.petra.layout import check_ranks
     from petra_zoo.settings.recipe_files import load_recipe
     from petra_zoo.training.launch import as_worker, launch
     from petra_zoo.training.run import train as run_training
@@ -66,7 +70,16 @@ def train(
 
     settings = [*(overrides or []), *([f"on_bad_image={on_bad_image}"] if on_bad_image else [])]
     resolved, seconds = load_recipe(recipe, settings), parse_duration(max_time) if max_time else None
+    if dry_run:
+        from petra_zoo.settings.recipe_files import recipe_yaml
+        from petra_zoo.training.dry_run import outlook
+
+        for line in outlook(resolved, recipe).lines():
+            typer.echo(line)
+        typer.echo(f"\n{recipe_yaml(resolved)}", nl=False)
+        return
     if nproc and nproc > 1:
+        check_ranks(nproc // resolved.data_parallel, resolved.stages)  # the processes would find it out in 20 seconds
         options = ["--resume", resume, *(["--max-time", max_time] if max_time else [])]
         options += [word for key in allow_change or [] for word in ("--allow-change", key)]
         raise typer.Exit(launch(nproc, [*import_options(), "train", recipe, *settings, *options], max_restarts))
@@ -82,4 +95,6 @@ def train(
     typer.echo(f"saved {result.path}: top-1 {result.evaluation.top1:.2f} % on {result.evaluation.images} images")
     if result.bad_images:
         typer.echo(f"{result.bad_images} unreadable training images skipped")
+    if result.skipped:
+        typer.echo(f"{result.skipped} micro-batches left out, for they were not finite")
     typer.echo(f"next: petra-zoo evaluate {result.path}")

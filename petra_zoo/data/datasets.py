@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from petra_zoo.data.drawn_datasets import ShapesDataset, SyntheticDataset
+from petra_zoo.data.folder_split import VAL_FRACTION
 from petra_zoo.data.image_dataset import DataError, ImageDataset, Split
 from petra_zoo.data.image_folder import FolderDataset
 from petra_zoo.data.stored_datasets import TimmDataset, open_cifar, open_digits, open_imagenet32
@@ -17,7 +18,7 @@ from petra_zoo.settings.types import BadImagePolicy
 __all__ = ["DATASETS", "BadImagePolicy", "DataError", "ImageDataset", "Split", "open_dataset", "register_dataset"]
 
 _STREAMS = ("hfids/", "tfds/", "wds/")
-_OPTIONS = frozenset({"seed", "download", "split_name", "verify", "variant"})
+_OPTIONS = frozenset({"seed", "download", "split_name", "verify", "val_fraction", "variant"})
 
 Opener = TypeVar("Opener", bound=Callable[..., ImageDataset])
 
@@ -37,7 +38,8 @@ def register_dataset(name: str, *, needs_dir: bool = False) -> Callable[[Opener]
 
     What is decorated is called with the split, `'train'` or `'val'`, and the folder that `data_dir` names (None where
     it names none), and gives an `ImageDataset`. Of the options it gets those that it has parameters for: `seed`,
-    `download`, `split_name` and `verify` (see `open_dataset`), and `variant`, the text behind a colon in the name.
+    `download`, `split_name`, `verify` and `val_fraction` (see `open_dataset`), and `variant`, the text behind a colon
+    in the name.
 
     Args:
         name: of the data set.
@@ -71,6 +73,7 @@ def open_dataset(
     download: bool = False,
     split_name: str | None = None,
     verify: bool = True,
+    val_fraction: float = VAL_FRACTION,
 ) -> ImageDataset:
     """Opens one split of a data set.
 
@@ -80,11 +83,13 @@ def open_dataset(
             `timm.data.create_dataset` knows (`torch/mnist`, `hfds/user/name`).
         split: Which part; `val` is the part models are compared on.
         data_dir: Where the files are. `digits`, `shapes` and `synthetic` need none.
-        seed: What `shapes` and `synthetic` are drawn from. It belongs to the data, not to a run.
+        seed: What `shapes` and `synthetic` are drawn from, and a folder without splits is split by. It belongs to the
+            data, not to a run.
         download: Fetch missing files (CIFAR and timm's `torch/` names).
         split_name: What a timm data set calls this split; by default `train` or `validation`.
         verify: Compare CIFAR's files with their published checksums. They are pickles: False only for files that this
             program has written itself.
+        val_fraction: The share of a `folder` without splits that is for validation.
 
     Returns:
         The data set: RGB images and their labels, by index.
@@ -100,12 +105,19 @@ def open_dataset(
         raise _unknown(name)
     if known.needs_dir and data_dir is None:
         raise DataError(f"data set '{name}' needs data_dir=DIR, the folder that holds it")
-    options = {"seed": seed, "download": download, "split_name": split_name, "verify": verify, "variant": variant}
+    options = {
+        "seed": seed,
+        "download": download,
+        "split_name": split_name,
+        "verify": verify,
+        "val_fraction": val_fraction,
+        "variant": variant,
+    }
     return known.open(split, data_dir, **{key: options[key] for key in known.options})
 
 
 def _unknown(name: str) -> DataError:
-    return DataError(f"unknown data set '{name}'; did you mean {DATASETS.nearest(name)}?")
+    return DataError(f"unknown data set '{name}'; {DATASETS.hint(name)}")
 
 
 def _open_timms(name: str, split_name: str, data_dir: Path | None, download: bool) -> ImageDataset:
@@ -154,5 +166,5 @@ def _open_imagenet32(split: Split, data_dir: Path) -> ImageDataset:
 
 
 @register_dataset("folder", needs_dir=True)
-def _open_folder(split: Split, data_dir: Path) -> ImageDataset:
-    return FolderDataset(split, data_dir)
+def _open_folder(split: Split, data_dir: Path, val_fraction: float, seed: int) -> ImageDataset:
+    return FolderDataset(split, data_dir, val_fraction=val_fraction, seed=seed)

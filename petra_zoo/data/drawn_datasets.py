@@ -65,6 +65,9 @@ class _DrawnDataset(ImageDataset):
                 kept[index] = pixels
         return Image.fromarray(pixels), label  # which copies nothing before somebody draws into it
 
+    def stored_labels(self) -> npt.NDArray[np.integer]:
+        return np.arange(self._length) % self._stored_classes
+
     @abstractmethod
     def _draw(self, rng: np.random.Generator, label: int) -> Pixels:
         """One picture of a class."""

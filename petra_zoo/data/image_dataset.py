@@ -1,5 +1,6 @@
 """What every data set here is: indexed RGB images with integer labels, and what happens when an image is broken."""
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -35,6 +36,11 @@ class BadImage:
 
     def __str__(self) -> str:
         return f"{self.source} cannot be read ({self.reason})"
+
+
+def fingerprint(image: Image.Image) -> bytes:
+    """The same for images whose pixels are, whatever file they come from."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
@@ -74,6 +80,19 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
     @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Gives the decoded image in any mode and its label as stored; raises what the decoder raises."""
+
+    def stored_labels(self) -> npt.NDArray[np.integer] | None:
+        """Labels of all samples as stored [N], where they are known without reading an image; else None."""
+        return None
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Labels of all samples [N]; -1 where an image cannot be read, if that takes reading it."""
+        stored = self.stored_labels()
+        if stored is None:
+            found = (self.try_load(index) for index in range(len(self)))
+            return np.array([-1 if isinstance(one, BadImage) else one[1] for one in found], dtype=np.int64)
+        self.check_labels(stored)
+        return stored.astype(np.int64) if self._numbers is None else np.array(self._numbers)[stored]
 
     def source(self, index: int) -> str:
         """Names where sample `index` comes from, for messages."""
@@ -122,7 +141,7 @@ class ImageDataset(Dataset[tuple[Image.Image, int]], ABC):
             if not isinstance(found, BadImage):
                 return *found, bad
             if on_bad_image == "fail":
-                raise DataError(f"{found}; replace the file, or set on_bad_image=skip")
+                raise DataError(f"{found}; replace the file, or skip it: on_bad_image=skip, or --on-bad-image skip")
             bad.append(found)
         raise DataError(f"none of the {len(self)} images can be read; the first: {bad[0]}")
 

@@ -6,14 +6,21 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageFile
 from timm.utils.misc import natural_key
 
 from petra_zoo.data.decoding import read_rgb
+from petra_zoo.data.folder_split import VAL_FRACTION, validation_files
 from petra_zoo.data.image_dataset import DataError, ImageDataset, Split
 
 _VAL_FOLDERS = ("val", "validation", "valid", "test")
-_LAYOUT = "expected DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or validation, valid, test)"
+_LAYOUT = (
+    "expected DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE (or validation, valid, test), or DIR/CLASS/IMAGE for two "
+    "classes and more, which val_fraction splits"
+)
+_SPLITS = frozenset({"train", "training", *_VAL_FOLDERS, "testing", "eval", "evaluation"})
 
 # What storage systems and archivers leave between a person's folders; most others begin with a dot.
 _SYSTEM_FOLDERS = frozenset(
@@ -71,10 +78,19 @@ class FolderDataset(ImageDataset):
 
     The training folder gives the classes of both splits, so that a class without validation images shifts no label.
     Where there is none, or nothing in it, the validation folder gives its own.
+
+    Folders of classes alone, without those of splits, are split here: see `validation_files`.
+
+    Args:
+        split: which part.
+        data_dir: the folder.
+        val_fraction: the share of a folder without splits that is for validation.
+        seed: of that choice; it belongs to the data, not to a run.
     """
 
-    def __init__(self, split: Split, data_dir: Path) -> None:
-        folder = _split_folder(split, data_dir)
+    def __init__(self, split: Split, data_dir: Path, *, val_fraction: float = VAL_FRACTION, seed: int = 0) -> None:
+        whole = _is_unsplit(data_dir)
+        folder = data_dir if whole else _split_folder(split, data_dir)
         train = data_dir / "train"
         own = class_folders(folder)
         names = _names((class_folders(train) if train.is_dir() else []) or own)
@@ -92,12 +108,33 @@ class FolderDataset(ImageDataset):
                 empty.append((name, others))
         if not self._samples:
             raise DataError(f"data folder {folder} holds no images{_other_files(ignored)}; {_LAYOUT}")
-        if split == "train" and empty:
+        if (split == "train" or whole) and empty:
             name, others = empty[0]
             raise DataError(f"class folder {folder / name} holds no image{_other_files(others)}: fill it, or remove it")
         if ignored:
             _logger.warning("%s: %d other files are ignored (%s)", folder, ignored.total(), _counted(ignored))
         super().__init__(names)
+        if whole:
+            self._keep_only(split, data_dir, val_fraction, seed)
+
+    def _keep_only(self, split: Split, root: Path, fraction: float, seed: int) -> None:
+        """Leaves of the whole folder's samples those of a split."""
+        found = validation_files([file for file, _ in self._samples], root, fraction=fraction, seed=seed)
+        parts = {
+            "train": [sample for sample in self._samples if sample[0] not in found],
+            "val": [sample for sample in self._samples if sample[0] in found],
+        }
+        missing = {name: set(range(self.num_classes)) - {label for _, label in part} for name, part in parts.items()}
+        if missing["train"]:
+            left = f"class {self.class_names[min(missing['train'])]} no image to train on"
+            raise DataError(f"{root}: val_fraction={fraction:g} leaves {left}: choose another one, or add images")
+        if not parts["val"]:
+            raise DataError(f"{root}: val_fraction={fraction:g} leaves no image to validate on: choose a larger one")
+        self._samples = parts[split]
+        if split == "val":  # said once: it is opened behind the other, or alone
+            numbers = f"{len(parts['train'])} images to train on, {len(parts['val'])} to validate on"
+            gap = f", none of {len(missing['val'])} classes" if missing["val"] else ""
+            _logger.warning("%s has no splits: val_fraction=%g makes %s%s", root, fraction, numbers, gap)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -106,8 +143,17 @@ class FolderDataset(ImageDataset):
         file, label = self._samples[index]
         return read_rgb(file), label
 
+    def stored_labels(self) -> npt.NDArray[np.integer]:
+        return np.array([label for _, label in self._samples], dtype=np.int64)
+
     def source(self, index: int) -> str:
         return self._samples[index][0]
+
+
+def _is_unsplit(data_dir: Path) -> bool:
+    """Whether it holds folders of classes, and none that looks like a split's."""
+    names = [name.lower() for name in class_folders(data_dir)] if data_dir.is_dir() else []
+    return len(names) > 1 and not _SPLITS & set(names)
 
 
 def _split_folder(split: Split, data_dir: Path) -> Path:

@@ -1,8 +1,8 @@
 """Batches of augmented images, every one of them a function of (seed, epoch, index) alone."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from petra_zoo.data.balance import Labels, balanced_order, occurrences
 from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.data.feed import Batch
-from petra_zoo.data.image_dataset import BadImage, DataError, ImageDataset
+from petra_zoo.data.image_dataset import BadImage, DataError, ImageDataset, fingerprint
 from petra_zoo.data.mixing import Mixer
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.data.transforms import Transform, evaluation_transform, seeded_generators, training_transform
@@ -62,10 +63,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Place:
-    """What the sampler hands to the data set: carrying the epoch here takes it into persistent workers too."""
+    """What the sampler hands to the data set: carrying the epoch here takes it into persistent workers too.
+
+    Attributes:
+        before: how often this epoch has had the image before; it is augmented anew each time.
+    """
 
     epoch: int
     index: int
+    before: int = 0
 
 
 class _Sample(NamedTuple):
@@ -84,7 +90,7 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _Batches:
-    """The batch sampler: lists of places. The order is drawn from (seed, epoch)."""
+    """The batch sampler: lists of places. The order is drawn from (seed, epoch), balanced where there are labels."""
 
     length: int
     batch_size: int
@@ -92,6 +98,7 @@ class _Batches:
     seed: int
     drop_last: bool
     sharding: Sharding
+    labels: Labels | None = None
     epoch: int = 0
     start: int = 0
 
@@ -107,12 +114,17 @@ class _Batches:
         return max(0, self.length - len(self) * self.sharding.count * self.batch_size)
 
     def __iter__(self) -> Iterator[list[_Place]]:
-        order = np.arange(self.length)
-        if self.shuffle:
-            order = np.random.default_rng((_SHUFFLE, self.seed, self.epoch)).permutation(self.length)
+        order = self._order()
+        before = np.zeros_like(order) if self.labels is None else occurrences(order)
         places = [at * self.sharding.count + self.sharding.index for at in range(self.start, len(self))]
-        chunks = [order[at * self.batch_size : (at + 1) * self.batch_size] for at in places]
-        return iter([[_Place(self.epoch, int(index)) for index in chunk] for chunk in chunks])
+        chunks = [slice(at * self.batch_size, (at + 1) * self.batch_size) for at in places]
+        return iter([list(map(_Place, repeat(self.epoch), order[c].tolist(), before[c].tolist())) for c in chunks])
+
+    def _order(self) -> Labels:
+        if not self.shuffle:
+            return np.arange(self.length)
+        generator = np.random.default_rng((_SHUFFLE, self.seed, self.epoch))
+        return generator.permutation(self.length) if self.labels is None else balanced_order(self.labels, generator)
 
 
 class _Samples(Dataset[_Sample | DataError]):
@@ -146,11 +158,11 @@ class _Samples(Dataset[_Sample | DataError]):
                 image, label, bad = self._source.load(place.index, self._reading.on_bad_image)
         except DataError as error:
             return error
-        fingerprint = _fingerprint(image) if self._reading.fingerprints else b""
+        kept = fingerprint(image) if self._reading.fingerprints else b""
         if self._size[0] == 1:
             image = image.convert("L")
         try:
-            return _Sample(self._transformed(image, place), label, bad, fingerprint)
+            return _Sample(self._transformed(image, place), label, bad, kept)
         except Exception as error:  # third parties' code, on whatever images there are
             with_policy = f" with aa={self._policy}" if self._policy else ""
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -159,12 +171,9 @@ class _Samples(Dataset[_Sample | DataError]):
     def _transformed(self, image: Image.Image, place: _Place) -> Tensor:
         if self._seed is None:
             return self._transform(image)
-        with seeded_generators(_SAMPLE, self._seed, place.epoch, place.index):
+        again = (place.before,) if place.before else ()
+        with seeded_generators(_SAMPLE, self._seed, place.epoch, place.index, *again):
             return self._transform(image)
-
-
-def _fingerprint(image: Image.Image) -> bytes:
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
 
 
 def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
@@ -224,6 +233,11 @@ class ImageLoader:
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order and the augmentation of the next iterations; the first epoch is 0."""
         self._batches.epoch = epoch
+
+    def images_of(self, epoch: int, batch_index: int) -> list[int]:
+        """The images of a batch, by their index in the data set."""
+        places = next(iter(replace(self._batches, epoch=epoch, start=batch_index)))
+        return [place.index for place in places]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.iter_from(0)
@@ -300,14 +314,16 @@ def create_loader(
     batch_size: int,
     augmentation: Augmentation | None = None,
     seed: int = 0,
+    balanced: bool = False,
     drop_last: bool = False,
     sharding: Sharding | None = None,
     reading: Reading | None = None,
 ) -> ImageLoader:
     """Makes an iterable of batches over a data set.
 
-    A sample's augmentation is drawn from (seed, epoch, index), the order from (seed, epoch), mixing from (seed, epoch,
-    batch): the number of workers changes nothing, and the process's own generators are never touched.
+    A sample's augmentation is drawn from (seed, epoch, index, how often it was there before), the order from (seed,
+    epoch), mixing from (seed, epoch, batch): the number of workers changes nothing, and the process's own generators
+    are never touched.
 
     Args:
         dataset: What to load. Its `bad_images` counts the skipped ones, whichever process met them.
@@ -318,6 +334,7 @@ def create_loader(
             batch of one, of which no batch norm can tell the variance (unless it is the only batch). A `Recipe` is one
             too. None for validation: the data set in order.
         seed: The run's seed, not negative.
+        balanced: Give every class as many images of an epoch to train on, whose length stays; see `balanced_order`.
         drop_last: Leave out the last batch where it is smaller.
         sharding: This replica's share of the batches; default: all.
         reading: How images are read; default: in this process, and none may be bad.
@@ -327,7 +344,8 @@ def create_loader(
     """
     train, sharding, reading = augmentation is not None, sharding or Sharding(), reading or Reading()
     check_channels(preprocessing.input_size, preprocessing.mean, preprocessing.std)
-    batches = _Batches(len(dataset), batch_size, train, seed, drop_last, sharding)
+    labels = dataset.labels() if train and balanced else None
+    batches = _Batches(len(dataset), batch_size, train, seed, drop_last, sharding, labels)
     if not len(batches):
         most = len(dataset) // sharding.count
         each = f" for each of {sharding.count} replicas" if sharding.count > 1 else ""

@@ -1,8 +1,10 @@
 """Data sets that lie on disk or come with a package: digits, CIFAR, ImageNet-32, and timm's own."""
 
+import math
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ from petra_zoo.data.image_folder import image_endings
 CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 IMAGENET32_TRAIN = [f"train_data_batch_{number}.npz" for number in range(1, 11)]
 IMAGENET32_VAL = ["val_data.npz"]
+_LARGEST_ARRAY = 4 << 30  # bytes; all of ImageNet-32 in one file has fewer
 
 
 class ArrayDataset(ImageDataset):
@@ -43,6 +46,9 @@ class ArrayDataset(ImageDataset):
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self._images[index]), int(self._labels[index])
+
+    def stored_labels(self) -> npt.NDArray[np.integer]:
+        return self._labels
 
 
 def open_digits(split: Split) -> ArrayDataset:
@@ -87,13 +93,14 @@ def open_imagenet32(split: Split, data_dir: Path) -> ArrayDataset:
     images, labels = [], []
     for file in (data_dir / name for name in files):
         try:
-            with np.load(file, allow_pickle=False) as batch:
-                images.append(batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-                labels.append(np.asarray(batch["labels"]) - 1)
+            data, numbers = _read_batch(file)
         except FileNotFoundError as error:
             raise DataError(f"{file} is missing; imagenet32 expects {files[0]}..{files[-1]} in data_dir") from error
-        except (KeyError, ValueError, OSError) as error:
-            raise DataError(f"{file}: expected arrays data [N, 3072] and labels [N], found none ({error})") from error
+        except Exception as error:  # whatever numpy, zipfile and zlib make of a stranger's file
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f"{file}: expected arrays data [N, 3072] and labels [N], found none ({reason})") from error
+        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(numbers - 1)
     return ArrayDataset(
         np.concatenate(images),
         np.concatenate(labels),
@@ -102,6 +109,31 @@ def open_imagenet32(split: Split, data_dir: Path) -> ArrayDataset:
         mean=(0.4811, 0.4575, 0.4079),
         std=(0.2604, 0.2532, 0.2682),
     )
+
+
+def _read_batch(file: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]:
+    """A batch's images [N, 3072] and labels [N]; nothing is read that is larger than any batch."""
+    with zipfile.ZipFile(file) as packed:
+        for entry in packed.infolist():
+            if entry.file_size > _LARGEST_ARRAY:
+                raise ValueError(f"{entry.filename} has {entry.file_size:,} bytes")
+            with packed.open(entry) as stream:  # numpy would make room for what a header claims
+                _check_claim(stream, entry.file_size)
+    with np.load(file, allow_pickle=False) as batch:
+        data, labels = batch["data"], np.asarray(batch["labels"])
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        raise ValueError(f"data is {data.dtype} {list(data.shape)}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(data),):
+        raise ValueError(f"labels is {labels.dtype} {list(labels.shape)} for {len(data)} images")
+    return data, labels.astype(np.int64)
+
+
+def _check_claim(stream: IO[bytes], size: int) -> None:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"an array claims to be {list(shape)}, more than there is")
 
 
 class _Reader(Protocol):
@@ -143,6 +175,13 @@ class TimmDataset(ImageDataset):
         stream, label = self._reader[index]
         with stream:
             return read_rgb(stream), label
+
+    def stored_labels(self) -> npt.NDArray[np.integer] | None:
+        samples = getattr(self._reader or self._source, "samples", None)  # of image folders: files and labels
+        if samples is not None and all(len(sample) == 2 for sample in samples):
+            return np.array([label for _, label in samples], dtype=np.int64)
+        targets = getattr(self._source, "targets", None)  # torchvision's own data sets
+        return None if targets is None else np.asarray(targets, dtype=np.int64)
 
     def source(self, index: int) -> str:
         if self._reader is not None:

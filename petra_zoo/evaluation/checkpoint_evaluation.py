@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,22 +17,26 @@ from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_sou
 from petra_zoo.checkpoints.provenance import sha256
 from petra_zoo.data.batch_transform import BatchTransform
 from petra_zoo.data.datasets import ImageDataset, open_dataset
+from petra_zoo.data.folder_split import VAL_FRACTION
 from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
 from petra_zoo.data.loader import Reading, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
+from petra_zoo.evaluation.calibration import calibration_error
 from petra_zoo.evaluation.scores import Scores, evaluate
 from petra_zoo.evaluation.watch import Watched, is_out_of_memory
 from petra_zoo.machine import now
 from petra_zoo.models.classifier import Classifier
+from petra_zoo.progress import tracked
+from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import make_recipe, recipe_settings
 from petra_zoo.settings.types import BadImagePolicy
 from petra_zoo.strict_json import JsonObject
 
-# timm's results files (validate.py --results-file), and the memory that timm does not tell
+# timm's results files (validate.py --results-file), and what timm does not tell
 TIMM_COLUMNS = ("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation")
-CSV_COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib")
+CSV_COLUMNS = (*TIMM_COLUMNS, "peak_memory_mib", "dataset")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class EvaluationReport:
         class_names: of the model's classes, which predictions and labels count.
         predictions: the best class of every image that counted, in the data set's order [images].
         labels: of these images.
+        confidences: the softmax probability of each prediction.
+        indices: where these images stand in the data.
+        data: they are read again from there.
+        tta: whether an image's probabilities are the mean of its own and its mirror image's.
         fingerprints: of these images as they were decoded; none where they were not asked for.
         weights_sha256: of model.safetensors where the source is a directory.
     """
@@ -60,9 +69,18 @@ class EvaluationReport:
     peak_memory: int
     predictions: Tensor
     labels: Tensor
+    confidences: Tensor
+    indices: Tensor
+    data: ImageDataset
+    tta: bool
     fingerprints: list[bytes]
     weights_sha256: str | None
     date: str
+
+    @property
+    def calibration_error(self) -> float:
+        """In percent; see the function of that name."""
+        return calibration_error(self.confidences, self.predictions == self.labels)
 
     def as_dict(self) -> JsonObject:
         """For JSON; saved as evaluation.json in the directory, it is what `petra-zoo push` puts on the card."""
@@ -73,6 +91,8 @@ class EvaluationReport:
             "top1": self.evaluation.top1,
             "top5": self.evaluation.top5,
             "loss": self.evaluation.loss,
+            "ece": self.calibration_error,
+            "tta": self.tta,
             "images": self.evaluation.images,
             "bad_images": self.bad_images,
             "param_count": self.parameters,
@@ -98,6 +118,7 @@ class EvaluationReport:
             round(self.preprocessing.crop_pct, 3),
             self.preprocessing.interpolation,
             round(self.peak_memory / 2**20, 2),
+            self.dataset,
         )
         return dict(zip(CSV_COLUMNS, values, strict=True))
 
@@ -116,6 +137,8 @@ class EvaluationOptions:
         use_train_size: like timm's option, go by the checkpoint's `input_size` and `crop_pct` even where it has a
             `test_input_size` or `test_crop_pct`.
         fingerprints: keep what `compare` needs of every image.
+        tta: average each image's probabilities with those of its mirror image; twice the work.
+        progress: show a bar where it takes long and a person watches.
     """
 
     batch_size: int = 256
@@ -126,6 +149,8 @@ class EvaluationOptions:
     on_bad_image: BadImagePolicy = "fail"
     use_train_size: bool = False
     fingerprints: bool = False
+    tta: bool = False
+    progress: bool = False
 
 
 def evaluate_checkpoint(
@@ -154,10 +179,16 @@ def evaluate_checkpoint(
     """
     options = options or EvaluationOptions()
     resolve_source(source)
-    split_name = None
-    if dataset is None:
-        dataset, data_dir, split_name = _trained_on(str(run_path(source)), data_dir)
-    data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name)
+    run = _run_of(source) if dataset in (None, "folder") else None
+    if dataset is not None:
+        split_name = None
+    elif run is not None:
+        dataset, data_dir, split_name = run.dataset, data_dir or run.data_dir, run.val_split
+    else:
+        raise UserError(f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ...")
+    # A folder without splits is split as the run has split it: of any share, what it has not trained on.
+    fraction = run.val_fraction if run else VAL_FRACTION
+    data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name, val_fraction=fraction)
     model = load_model(source, choose_device(options.device), cache_dir)
     class_names = _number_as_the_model(data, model, source, f"data set {dataset}")
     preprocessing = Preprocessing.of(model, use_test_size=not options.use_train_size)
@@ -181,6 +212,10 @@ def evaluate_checkpoint(
         peak_memory=measured.watched.peak_memory(),
         predictions=torch.cat(measured.watched.predictions)[counted],
         labels=labels[counted],
+        confidences=torch.cat(measured.watched.confidences)[counted],
+        indices=counted.nonzero().flatten(),
+        data=data,
+        tta=options.tta,
         fingerprints=[fingerprint for fingerprint, counts in decoded if counts],
         weights_sha256=sha256(weights) if weights.is_file() else None,
         date=now(),
@@ -189,31 +224,45 @@ def evaluate_checkpoint(
 
 def evaluate_checkpoints(
     sources: Sequence[str],
-    dataset: str | None = None,
+    dataset: str | Sequence[str] | None = None,
     *,
     results_file: Path | None = None,
-    data_dir: Path | None = None,
+    data_dir: Path | Sequence[Path] | None = None,
     cache_dir: Path | None = None,
     options: EvaluationOptions | None = None,
 ) -> Iterator[EvaluationReport]:
-    """One checkpoint after the other, as they are done; the results file is written anew after each.
+    """One checkpoint after the other, each on all data sets, as they are done.
 
     Args:
         sources: see `load_model`; all are looked for before the first is evaluated.
-        results_file: a CSV, see `write_results`.
-        dataset, data_dir, cache_dir, options: see `evaluate_checkpoint`.
+        dataset: one or several; None: what each was trained on.
+        results_file: a CSV, see `write_results`; it is written anew after each.
+        data_dir: of all data sets, or one for each.
+        cache_dir, options: see `evaluate_checkpoint`.
 
     Raises:
         UserError: see `evaluate_checkpoint`; what was evaluated before is in the results file.
     """
+    places = _places(dataset, data_dir)
     for source in sources:
         resolve_source(source)
     reports: list[EvaluationReport] = []
-    for source in sources:
-        reports.append(evaluate_checkpoint(source, dataset, data_dir=data_dir, cache_dir=cache_dir, options=options))
+    for source, (name, folder) in product(sources, places):
+        reports.append(evaluate_checkpoint(source, name, data_dir=folder, cache_dir=cache_dir, options=options))
         if results_file is not None:
             write_results(results_file, reports)
         yield reports[-1]
+
+
+def _places(
+    dataset: str | Sequence[str] | None, data_dir: Path | Sequence[Path] | None
+) -> list[tuple[str | None, Path | None]]:
+    """Data sets, each with its folder."""
+    names: list[str | None] = [dataset] if isinstance(dataset, str) else [*dataset] if dataset else [None]
+    folders: list[Path | None] = [data_dir] if isinstance(data_dir, Path) else [*data_dir] if data_dir else [None]
+    if len(folders) not in (1, len(names)):
+        raise UserError(f"{len(names)} data sets, {len(folders)} data folders: give one for all, or one for each")
+    return list(zip(names, folders if len(folders) == len(names) else folders * len(names), strict=True))
 
 
 def write_results(path: Path, reports: list[EvaluationReport]) -> None:
@@ -248,9 +297,12 @@ def _measure(
     while True:
         reading = Reading(options.workers, options.on_bad_image, leave_out=True, fingerprints=options.fingerprints)
         loader = create_loader(data, preprocessing, batch_size=batch_size, reading=reading)
-        watched = Watched(model, device, options.amp, transform)
+        watched = Watched(model, device, options.amp, transform, options.tta)
         try:
-            batches = watched.labelled((images, labels) for (images,), labels in loader.read())
+            read = loader.read()
+            if options.progress:
+                read = tracked(read, "evaluating", len(loader))
+            batches = watched.labelled((images, labels) for (images,), labels in read)
             scores = evaluate(watched.predict, batches, model.num_classes, device)
             return _Measured(scores, watched, batch_size, loader.fingerprints)
         except (RuntimeError, MemoryError) as error:
@@ -264,16 +316,15 @@ def _measure(
         torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
 
 
-def _trained_on(source: str, data_dir: Path | None) -> tuple[str, Path | None, str | None]:
-    recipe_file = Path(source) / "recipe.yaml"
+def _run_of(source: str) -> Recipe | None:
+    """What a run says of its data; None where the source is no run."""
+    recipe_file = run_path(source) / "recipe.yaml"
     if not recipe_file.is_file():
-        raise UserError(f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ...")
+        return None
     # Of the data alone: the run's method or loss may be of a module that is not at hand.
     settings = recipe_settings(str(recipe_file))
-    recipe = make_recipe(
-        {key: settings[key] for key in ("model", "dataset", "data_dir", "val_split") if key in settings}
-    )
-    return recipe.dataset, data_dir or recipe.data_dir, recipe.val_split
+    of_data = ("model", "dataset", "data_dir", "val_split", "val_fraction")
+    return make_recipe({key: settings[key] for key in of_data if key in settings})
 
 
 def _number_as_the_model(data: ImageDataset, model: Classifier, source: str, name: str) -> list[str]:

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.checkpoints.load import check_image_size, load_model
+from petra_zoo.data.labels import names_of
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Classifier
+from petra_zoo.strict_json import JsonObject, to_json
 
 Format = Literal["onnx", "torch-export"]
 _ROUNDING = 1e-4  # of the largest logit: float32 in another order of operations stays well below
@@ -46,6 +49,7 @@ def export_model(
     format: Format = "onnx",
     image_size: tuple[int, int] | None = None,
     dynamic_batch: bool = False,
+    force: bool = False,
 ) -> Export:
     """Writes a trained model for inference: normalised images [B, C, H, W] named ``images`` -> ``logits`` [B, classes].
 
@@ -58,18 +62,22 @@ def export_model(
         format: ``'onnx'`` (needs the extra `export`) or ``'torch-export'`` (a .pt2 file).
         image_size: height and width; None: the model's own.
         dynamic_batch: take any number of images at a time, instead of one.
+        force: overwrite an existing file.
 
     Raises:
-        UserError: the model cannot be had, packages are missing, the file cannot be written, or computes something
-            else than the model.
+        UserError: the model cannot be had, packages are missing, the file exists or cannot be written, or computes
+            something else than the model.
     """
     if format == "onnx":
         _check_packages()
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no directory {output.parent}")
+    if output.is_file() and not force:
+        raise UserError(f"{output} exists; choose another name, or overwrite it with --force")
     model = load_model(source, torch.device("cpu"))
     channels, *size = Preprocessing.of(model).input_size
     height, width = image_size or size
+    described = _description(model, (channels, height, width))
     check_image_size(model, source, min(height, width))
     images = torch.randn(2 if dynamic_batch else 1, channels, height, width, generator=torch.Generator().manual_seed(0))
     trials = [images, images.repeat(3, 1, 1, 1).flip(2)] if dynamic_batch else [images]
@@ -82,7 +90,7 @@ def export_model(
             write = _write_onnx if format == "onnx" else _write_program
             with _quiet():
                 try:
-                    write(model, images, dynamic_batch, new)
+                    write(model, images, dynamic_batch, described, new)
                 except (RuntimeError, TypeError, ValueError) as problem:  # what torch's exporters raise
                     reason = str(problem).strip().splitlines()[0]
                     raise UserError(f"{source} cannot be written as {format}: {reason}") from problem
@@ -106,7 +114,22 @@ def _check_packages() -> None:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install 'petra-zoo[export]'")
 
 
-def _write_onnx(model: nn.Module, images: Tensor, dynamic_batch: bool, path: Path) -> None:
+def _description(model: Classifier, input_size: tuple[int, int, int]) -> dict[str, str]:
+    """What whoever runs the file has to know: how images become its input, and what its outputs are called."""
+    how, names = Preprocessing.of(model), names_of(model)
+    values: JsonObject = {
+        "input_size": list(input_size),
+        "mean": list(how.mean),
+        "std": list(how.std),
+        "interpolation": how.interpolation,
+        "crop_pct": how.crop_pct,
+    }
+    if names is not None:
+        values["label_names"] = list(names)
+    return {key: value if isinstance(value, str) else to_json(value) for key, value in values.items()}
+
+
+def _write_onnx(model: nn.Module, images: Tensor, dynamic_batch: bool, description: dict[str, str], path: Path) -> None:
     torch.onnx.export(
         model,
         (images,),
@@ -118,12 +141,19 @@ def _write_onnx(model: nn.Module, images: Tensor, dynamic_batch: bool, path: Pat
         dynamic_shapes=_dynamic(dynamic_batch),
         verbose=False,
     )
+    import onnx
+
+    written = onnx.load(path)
+    onnx.helper.set_model_props(written, description)
+    onnx.save(written, path)
 
 
-def _write_program(model: nn.Module, images: Tensor, dynamic_batch: bool, path: Path) -> None:
+def _write_program(
+    model: nn.Module, images: Tensor, dynamic_batch: bool, description: dict[str, str], path: Path
+) -> None:
     program = torch.export.export(model, (images,), dynamic_shapes=_dynamic(dynamic_batch))
     with path.open("wb") as file:  # given a path, torch wants it to end in .pt2
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files=description)
 
 
 def _dynamic(dynamic_batch: bool) -> tuple[dict[int, torch.export.Dim]] | None:

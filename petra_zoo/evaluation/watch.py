@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -19,16 +20,21 @@ class Watched:
         model: images [B, C, H, W] -> logits [B, classes].
         device: where it is.
         amp: run it under bfloat16 autocast.
+        flips: average the probabilities of each image and its mirror image.
         transform: of the images as they come, bytes.
 
     Attributes:
         predictions: the best class of each image, per batch.
+        confidences: its softmax probability.
         labels: the labels, per batch.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, amp: bool, transform: BatchTransform) -> None:
-        self.model, self.device, self.amp, self.transform = model, device, amp, transform
+    def __init__(
+        self, model: nn.Module, device: torch.device, amp: bool, transform: BatchTransform, flips: bool = False
+    ) -> None:
+        self.model, self.device, self.amp, self.transform, self.flips = model, device, amp, transform, flips
         self.predictions: list[Tensor] = []
+        self.confidences: list[Tensor] = []
         self.labels: list[Tensor] = []
         self._first_batch = 0
         if device.type == "cuda":
@@ -45,13 +51,21 @@ class Watched:
         images = self.transform(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             if self.predictions or self.device.type == "cuda":
-                logits = self.model(images)
+                logits = self._logits(images)
             else:
                 with LiveBytes(self._weights()) as memory:
-                    logits = self.model(images)
+                    logits = self._logits(images)
                 self._first_batch = memory.peak + images.nbytes
         self.predictions.append(logits.argmax(1).cpu())
+        self.confidences.append(logits.float().softmax(1).amax(1).cpu())
         return logits
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        if not self.flips:
+            return logits
+        both = torch.stack([logits, self.model(images.flip(-1))]).float().log_softmax(2)
+        return both.logsumexp(0) - math.log(2)  # whose softmax is the mean of both
 
     def peak_memory(self) -> int:
         """Bytes of weights, images and activations at once."""

@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from timm.models import is_model_pretrained
 
 from petra_zoo.checkpoints.public import is_hub_id
-from petra_zoo.errors import UserError
 from petra_zoo.hub.checkpoint import Checkpoint, Environment, Measured
 from petra_zoo.models.describe import describe_model
 from petra_zoo.models.training_memory import activation_memory
@@ -45,17 +44,12 @@ def make_card(
     Args:
         checkpoint: what it is about.
         load_as: what `timm.create_model` loads it as: ``hf-hub:ORG/NAME``, or a registered name.
-        license: such as ``mit``; default: what config.json says.
+        license: such as ``mit``; default: what config.json says; without one the card says that there is none.
         dataset_id: the data set's ORG/NAME on the Hub, where it has one.
-
-    Raises:
-        UserError: there is no licence.
     """
     title = load_as.rsplit("/", 1)[-1]
     license = license or checkpoint.model.pretrained_cfg.get("license")
-    if license is None:
-        raise UserError(f"{checkpoint.path / 'config.json'} names no licence: say one, such as --license apache-2.0")
-    measured, recipe = checkpoint.evaluation, checkpoint.recipe
+    measured, recipe = _worth_telling(checkpoint), checkpoint.recipe
     hub_dataset = dataset_id or hub_id(measured["dataset"] if measured else recipe.dataset if recipe else "")
     data = ModelCardData(
         license=license,
@@ -79,7 +73,7 @@ def make_card(
         labels=_labels(checkpoint.model.pretrained_cfg.get("label_names")),
         training=_training(recipe, checkpoint.environment) if recipe else None,
         late=above_border(recipe.delay[0], recipe.opt) if recipe else None,
-        recipe_dataset=recipe.dataset if recipe else None,
+        recipe_dataset=_in_words(recipe.dataset) if recipe else None,
         has_summary=(checkpoint.path / "summary.csv").is_file(),
         has_curve=(checkpoint.path / "summary.csv").is_file() and can_draw(),
         fidelity=checkpoint.fidelity,
@@ -87,7 +81,7 @@ def make_card(
         measured_on=measured["date"][:10] if measured and "date" in measured else None,
         sha256=checkpoint.sha256,
         memory=activation_memory(checkpoint.model, checkpoint.input_size),
-        license_name=license,
+        license_name=license or "None was chosen: without one nobody but the author may use the weights.",
     )
 
 
@@ -134,8 +128,21 @@ def can_draw() -> bool:
     return True
 
 
+def _worth_telling(checkpoint: Checkpoint) -> Measured | None:
+    """What was measured, but for the top-5 accuracy of a model with hardly more classes, which is always near 100 %."""
+    measured = checkpoint.evaluation
+    if measured and checkpoint.model.num_classes <= 5:
+        measured = measured.copy()
+        measured.pop("top5", None)
+    return measured
+
+
+def _in_words(dataset: str) -> str:
+    return "a folder of images" if dataset == "folder" else dataset
+
+
 def _results(measured: Measured) -> list[_Row]:
-    dataset, n = measured["dataset"], measured["images"]
+    dataset, n = _in_words(measured["dataset"]), measured["images"]
     rows = [
         _Row(dataset=dataset, images=n, metric=name, value=measured[key], interval=wilson(measured[key], n))
         for key, (_, name) in METRICS.items()
@@ -151,7 +158,7 @@ def _model_index(measured: Measured, hub_dataset: str | None) -> list[EvalResult
             task_type="image-classification",
             task_name="Image Classification",
             dataset_type=hub_dataset or measured["dataset"],
-            dataset_name=measured["dataset"],
+            dataset_name=_in_words(measured["dataset"]),
             dataset_split=measured.get("split", "val"),
             metric_type=metric,
             metric_name=f"{name} (n = {measured['images']})",
@@ -169,7 +176,7 @@ def _training(recipe: Recipe, environment: Environment | None) -> list[tuple[str
         ("method", f"`{recipe.method}`"),
         ("stages", stages),
         ("update", say_update(recipe)),
-        ("data", f"{recipe.dataset}, images of {recipe.img_size or 'their own size'}"),
+        ("data", f"{_in_words(recipe.dataset)}, images of {recipe.img_size or 'their own size'}"),
         ("epochs", recipe.epochs),
         ("optimizer", f"{recipe.opt}, learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}"),
         ("seed", recipe.seed),
@@ -192,7 +199,7 @@ def _training(recipe: Recipe, environment: Environment | None) -> list[tuple[str
 
 def _origin(checkpoint: Checkpoint) -> str:
     if checkpoint.recipe is not None:
-        return f", trained on {checkpoint.recipe.dataset} with {checkpoint.recipe.method}"
+        return f", trained on {_in_words(checkpoint.recipe.dataset)} with {checkpoint.recipe.method}"
     return f", converted from `{checkpoint.fidelity['source']}`" if checkpoint.fidelity else ""
 
 

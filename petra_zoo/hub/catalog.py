@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
 import timm
+import torch
 import torchvision
 from huggingface_hub import ModelCard, ModelCardData
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+from petra_zoo.checkpoints.load import FROM_A_CONFIG, load_model, run_path
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import as_unit_classifier, config_of
 from petra_zoo.models.describe import Description, create_meta, describe_model
 from petra_zoo.models.training_memory import ActivationMemory, activation_memory
 from petra_zoo.strict_json import JsonObject
@@ -57,11 +60,16 @@ class Tag:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that is known of a network before it is trained, and of its pretrained weights."""
+    """Everything that is known of a network before it is trained, and of its pretrained weights.
+
+    Attributes:
+        saved: whether it was read from somewhere, with weights of its own.
+    """
 
     network: Description
     memory: ActivationMemory
     tags: list[Tag]
+    saved: bool = False
 
     def as_dict(self) -> JsonObject:
         """For JSON: the network's facts at the top level."""
@@ -70,11 +78,18 @@ class Facts:
 
 
 def look_up(name: str) -> Facts:
-    """A network, or one of its tags: then with that tag's couplings and image size; takes a second or more.
+    """A network, one of its tags (then with that tag's couplings and image size), or one that was saved.
+
+    Args:
+        name: a registered network, ARCHITECTURE.TAG, a run or another directory, ``hf-hub:ORG/NAME``.
 
     Raises:
-        UserError: no such network or tag, or its activations cannot be counted.
+        UserError: no such network or tag, it has no units, or it cannot be read.
     """
+    if run_path(name).is_dir() or name.startswith(FROM_A_CONFIG):
+        saved = as_unit_classifier(load_model(name, torch.device("cpu")))
+        found = replace(describe_model(saved, str(config_of(saved).get("architecture"))), name=name)
+        return Facts(found, activation_memory(saved, found.input_size), [], saved=True)
     model = create_meta(name)
     network = describe_model(model, name)
     architecture, _, tag = name.partition(".")

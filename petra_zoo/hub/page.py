@@ -66,12 +66,11 @@ def write_page(names: Iterable[str], folder: Path) -> Path:
     path = folder / "index.html"
     if path.exists() and (not path.is_file() or TITLE not in path.read_bytes()):
         raise UserError(f"{path} exists already and is no page of petra-zoo: choose another directory, or move it away")
-    text = render_page([entry(name) for name in names])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".page-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".page-") as scratch:  # a minute of work is not for nothing
             new = Path(scratch) / path.name
-            new.write_text(text, encoding="utf-8")
+            new.write_text(render_page([entry(name) for name in names]), encoding="utf-8")
             os.replace(new, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

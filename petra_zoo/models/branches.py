@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from timm.models.vision_transformer import Block
@@ -10,26 +10,36 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.transformer_parts import attention_in_groups, mlp_in_chunks
+from petra_zoo.reversible.compiled import CompileOptions, compile_options
 from petra_zoo.reversible.parts import PartedBranch
 
 Branch = Callable[..., Tensor]  # F: (h [B, ...], what all blocks take beside it) -> [B, ...]
 Branches = Callable[[nn.Module], Sequence[tuple[str, Branch]]]
 Parted = Callable[[nn.Module, str, int], PartedBranch | None]  # of a block, a branch's name, how many parts
 
+ATTENTION = ("norm1", "attn", "ls1", "drop_path1", "gamma_1")  # of a transformer's block, as timm calls its parts
 _KNOWN: dict[type[nn.Module], Branches] = {}
+_HELD: dict[type[nn.Module], Mapping[str, Sequence[str]]] = {}
 _PARTED: dict[type[nn.Module], Parted] = {}
 
 
-def register_branches(block: type[nn.Module], branches: Branches, parted: Parted | None = None) -> None:
+def register_branches(
+    block: type[nn.Module],
+    branches: Branches,
+    held: Mapping[str, Sequence[str]] | None = None,
+    parted: Parted | None = None,
+) -> None:
     """Makes known what a class of blocks is made of: x -> x + F1(x) -> x + F2(x), and so on.
 
     Args:
         block: the class, exactly: a subclass may compute something else.
         branches: from a block to the names and functions of its branches, in their order. Each takes h [B, ...] and
             what the container's blocks take beside it, and leaves the addition to its caller.
+        held: which of the block's own modules and parameters a branch uses, by its name; one that is left out uses
+            all that no other does. So branches of one block may train in two stages. None: each uses all.
         parted: a branch that is evaluated in parts, of h alone; None where it stays whole.
     """
-    _KNOWN[block] = branches
+    _KNOWN[block], _HELD[block] = branches, held or {}
     if parted is not None:
         _PARTED[block] = parted
 
@@ -57,6 +67,37 @@ def parted_branch(block: nn.Module, name: str, parts: int) -> PartedBranch | Non
     return None if parted is None else parted(block, name, parts)
 
 
+class _Part(nn.Module):
+    """Some of a block's modules and parameters, under their names and as they are now."""
+
+    def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        vars(self)["block"] = block  # beside the modules, of which it is none
+        self.training = block.training
+        self._modules = {name: module for name, module in block._modules.items() if name in names}
+        self._parameters = {name: p for name, p in block._parameters.items() if name in names}
+
+    @property
+    def compiled(self) -> CompileOptions | None:
+        """As that of the block."""
+        return compile_options(vars(self)["block"])
+
+
+def held_by(block: nn.Module, branch: str) -> nn.Module:
+    """What of a block one of its branches uses: a module with those of its parameters; the block, where nobody says.
+
+    Args:
+        block: of a registered class.
+        branch: its name.
+    """
+    held = _HELD[type(block)]
+    if not held:
+        return block
+    others = {name for other, names in held.items() if other != branch for name in names}
+    rest = [name for name in (*block._modules, *block._parameters) if name not in others]
+    return _Part(block, held.get(branch, rest))
+
+
 def _attention(block: Block, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     attended: Tensor = block.attn(block.norm1(h), attn_mask=attn_mask, is_causal=is_causal)
     return block.drop_path1(block.ls1(attended))
@@ -76,4 +117,4 @@ def _parted_transformer(block: nn.Module, name: str, parts: int) -> PartedBranch
     return attention_in_groups(block, parts) if name == "attn" else mlp_in_chunks(block, parts)
 
 
-register_branches(Block, _of_transformer, _parted_transformer)
+register_branches(Block, _of_transformer, {"attn": ATTENTION}, _parted_transformer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import Unit, units_of
@@ -66,6 +66,8 @@ class Classifier(nn.Module):
     default_cfg: ModelConfig
     _model_args: JsonObject  # which timm's config.json holds
     feature_info: Sequence[Feature]
+    forward_features: Callable[[Tensor], Tensor]
+    forward_head: Callable[..., Tensor]
     get_classifier: Callable[[], nn.Module]
     reset_classifier: Callable[[int], None]
     set_grad_checkpointing: Callable[[], None]

@@ -20,6 +20,7 @@ from petra_zoo.models.petra_revnet import PetraRevNet
 from petra_zoo.models.resnet_weights import choose_couplings
 from petra_zoo.models.transformer import ReversibleTransformer
 from petra_zoo.models.transformer_weights import couple_as_loaded
+from petra_zoo.models.unfilled import Unfilled
 from petra_zoo.reversible import CoupledUnit, segments, units_of
 from petra_zoo.strict_json import JsonObject
 
@@ -72,17 +73,18 @@ def _has_units(name: str) -> bool:
 
 
 def _on_meta(name: str) -> nn.Module:
-    try:
-        return timm.create_model(name, device="meta")
-    except TypeError:  # its constructor takes no device
-        with torch.device("meta"):
-            return timm.create_model(name)
+    with Unfilled():
+        try:
+            return timm.create_model(name, device="meta")
+        except TypeError:  # its constructor takes no device
+            with torch.device("meta"):
+                return timm.create_model(name)
 
 
 def nearest_models(name: str, known: list[str]) -> str:
-    """Up to three of the known names that look like this one, for messages."""
-    near = difflib.get_close_matches(name.partition(".")[0], known, n=3, cutoff=0.4) or known[:3]
-    return f"{', '.join(near)} (petra-zoo list shows all)"
+    """For messages: up to three of the known names, where they look like this one, and where all are listed."""
+    near = difflib.get_close_matches(name.partition(".")[0], known, n=3)
+    return f"nearest: {', '.join(near)} (petra-zoo list shows all)" if near else "petra-zoo list shows all"
 
 
 def model_names(pattern: str = "*") -> list[str]:
@@ -107,25 +109,30 @@ def describe_registered(name: str) -> Description:
 
 
 def create_meta(name: str) -> UnitClassifier:
-    """A network with units on the meta device, without content.
+    """A network with units on the meta device, without content, in eval mode: some have units in no other.
 
     Raises:
         UserError: no such network or tag, names the nearest; or it has no units.
     """
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise UserError(f"model {name!r} is unknown; nearest: {nearest_models(name, zoo_names())}")
+        raise UserError(f"model {name!r} is unknown; {nearest_models(name, zoo_names())}")
     tags = get_arch_pretrained_cfgs(architecture)
     if tag and name not in tags:
         raise UserError(f"{architecture} has no tag {tag!r}; it has: {', '.join(key.split('.', 1)[1] for key in tags)}")
-    model = _on_meta(name)
+    model = _on_meta(name).eval()
     # A plain network's weights are coupled while they load.
     if tag and isinstance(model, ReversibleTransformer):
         couple_as_loaded(model)
     elif tag and isinstance(model, PetraRevNet) and str(config_of(model).get("hf_hub_id")).startswith("timm/"):
         chosen = choose_couplings(model.named_layers())
         model = timm.create_model(name, device="meta", coupling=chosen.couplings, anchor_every=chosen.anchors)
-    return as_unit_classifier(model)
+    return as_unit_classifier(model.eval())
+
+
+def summary_of(name: str) -> str:
+    """The first line that a registered network's documentation has, or a tag's of it."""
+    return (inspect.getdoc(model_entrypoint(name.partition(".")[0])) or "").split("\n")[0]
 
 
 def describe_model(model: UnitClassifier, name: str) -> Description:
@@ -138,7 +145,7 @@ def describe_model(model: UnitClassifier, name: str) -> Description:
     runs = [segment for segment in segments(units) if segment[0].reversible]
     return Description(
         name=name,
-        summary=(inspect.getdoc(model_entrypoint(name.partition(".")[0])) or "").split("\n")[0],
+        summary=summary_of(name),
         parameters=sum(p.numel() for p in model.parameters()),
         macs=counter.get_total_flops() / 2,
         input_size=(channels, height, width),

@@ -124,6 +124,18 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class PlainMerge:
+    """The end of a run without activations: from a unit's streams to the one that they become, (b + g a) / (1 + g)."""
+
+    coupling: Callable[[], float]
+    kind: Callable[[], StreamType]
+
+    def __call__(self, *streams: Tensor) -> Tensor:
+        h, *before = map(self.kind().read, streams)
+        return merge(h, before[0], self.coupling()) if before else h
+
+
+@dataclass(frozen=True)
 class InFront:
     """The first unit of a layer: from what the layer before hands on to the activation h, as this layer carries it."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.models.chains import Chain, Example, example_of, find_chains, goes_through_blocks, on_meta
 from petra_zoo.models.coupled_layer import CoupledLayer
+from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_parts import Enter, first_stream, unchanged
 from petra_zoo.models.memory_modes import Memory, MemoryModes
 from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
@@ -148,6 +149,12 @@ class ReversibleChains(MemoryModes):
         for layer, apart in zip(layers, _one_per_chain(anchor_every, len(layers)), strict=True):
             layer.anchor_every = apart
         self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": anchor_every}  # for config.json
+
+    @torch.jit.unused
+    def choose_grids(self, images: Tensor, headroom: float = 4.0) -> None:
+        """Sets the grids of fixed16 streams by what the streams are for images [B, C, H, W]; see `choose_grids`."""
+        assert isinstance(self, nn.Module)
+        choose_grids(self, self.coupled_layers(), images, headroom)
 
     @torch.jit.unused
     def check_streams(self) -> None:

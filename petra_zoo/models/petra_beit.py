@@ -12,7 +12,7 @@ from timm.models import beit
 from timm.models.beit import Beit, Block
 from torch import Tensor, nn
 
-from petra_zoo.models.branches import Branch, register_branches
+from petra_zoo.models.branches import ATTENTION, Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.timm_twins import Family, register_twins
 from petra_zoo.models.transformer import (
@@ -47,7 +47,7 @@ def _branches(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
 
 
-register_branches(Block, _branches)
+register_branches(Block, _branches, {"attn": ATTENTION})
 
 
 class PetraBeit(ReversibleTransformer, Beit):

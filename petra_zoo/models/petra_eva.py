@@ -14,7 +14,7 @@ from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.branches import Branch, register_branches
+from petra_zoo.models.branches import ATTENTION, Branch, register_branches
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.reversible_sequential import ReversibleSequential
 from petra_zoo.models.timm_twins import Family, register_twins
@@ -56,7 +56,7 @@ def _branches(block: nn.Module) -> Sequence[tuple[str, Branch]]:
     return ("attn", partial(_attention, block)), ("mlp", partial(_mlp, block))
 
 
-register_branches(EvaBlock, _branches)
+register_branches(EvaBlock, _branches, {"attn": ATTENTION})
 
 
 class EachItsRotation(ReversibleSequential):
@@ -91,19 +91,24 @@ class PetraEva(ReversibleTransformer, Eva):
 
         Raises:
             NotImplementedError: a subclass has features of its own, which the units would leave out.
-            UserError: the rotary embedding is random, so that blocks cannot make it anew.
+            UserError: in training, the rotary embedding is random, so that blocks cannot make it anew.
         """
-        random = "patch_drop_rate" if self.patch_drop is not None else "rope_*_coords"
-        if self.rope is not None and (self.patch_drop is not None or self.rope.aug_active):
-            raise UserError(
-                f"{random} makes one rotary embedding per step, which has no place in the streams between units: train "
-                f"the network as a whole, or leave {random} out"
-            )
+        self._check_rotation()
         reads = {} if self.rope is None else {"rope": self.rope}
         return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD), self._rotation, reads)
 
     @torch.jit.unused
+    def _check_rotation(self) -> None:
+        random = "patch_drop_rate" if self.patch_drop is not None else "rope_*_coords"
+        if self.rope is not None and self.rope.training and (self.patch_drop is not None or self.rope.aug_active):
+            raise UserError(
+                f"{random} makes one rotary embedding per step, which has no place in the streams between units: train "
+                f"the network as a whole, or leave {random} out"
+            )
+
+    @torch.jit.unused
     def _rotation(self) -> tuple[Argument, ...]:
+        self._check_rotation()  # units may have been listed in eval mode
         rope: Argument = self.rope
         if rope is None:
             return (None,)

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.branches import Branch, branches_of, parted_branch
-from petra_zoo.models.layer_parts import Enter, Leaving, first_stream, unchanged
+from petra_zoo.models.layer_parts import Enter, Leaving, PlainMerge, first_stream, unchanged
 from petra_zoo.models.memory_modes import Memory, saves_memory
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.models.shared_arguments import Arguments, Given, Named, Positional, SharedArguments, called
+from petra_zoo.models.steps import Step
 from petra_zoo.reversible import (
+    CallsBranches,
     CoupledUnit,
     Coupling,
     FunctionUnit,
@@ -41,52 +43,7 @@ from petra_zoo.reversible.plain_path import carries_hook
 Units = Literal["auto", "block", "branch"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """A block, or one of its branches, in its place.
-
-    Attributes:
-        name: the block's in the container, with the branch's behind it.
-        key: the block's.
-        block: holds the parameters.
-        function: B or F: (h, what all blocks take beside it) -> [B, ...].
-        whole: it is B.
-        index: the block's place.
-        in_front: how many blocks of its run are in front of the block; -1: it is in none.
-        part, parts: which of the block's branches it is, of how many.
-    """
-
-    name: str
-    key: str
-    block: nn.Module
-    function: Branch
-    whole: bool
-    index: int
-    in_front: int
-    part: int
-    parts: int
-
-    @property
-    def in_run(self) -> bool:
-        """Whether it has an inverse where g > 0."""
-        return self.in_front >= 0
-
-    @property
-    def starts(self) -> bool:
-        """Whether it is the first of its run."""
-        return self.in_front == 0 and self.part == 0
-
-    @property
-    def ends(self) -> bool:
-        """Whether it is the last of its block."""
-        return self.part == self.parts - 1
-
-    def is_anchor(self, every: int) -> bool:
-        """Whether the streams in front of it are kept, as they are every so many blocks; 0: never."""
-        return every > 0 and self.in_front > 0 and self.part == 0 and self.in_front % every == 0
-
-
-class ReversibleSequential(RunBuffers):
+class ReversibleSequential(CallsBranches, RunBuffers):
     """Blocks [B, ...] -> [B, ...] one after the other, whose training stores no activations between them.
 
     What nn.Sequential(blocks) is, with a coupling: at coupling 0 it computes the same to the bit. A call gives every
@@ -186,7 +143,7 @@ class ReversibleSequential(RunBuffers):
                 h, a = merge(h, a, g), None
             given, by_name = self.arguments(step.key, shared, named)
             parted, taken = self._parted(step, given, by_name), streams.for_branch(h, step.block)
-            f = step.function(taken, *given, **by_name) if parted is None else parted(taken)
+            f = step(taken, *given, **by_name) if parted is None else parted(taken)
             if step.in_run:
                 b = coupled(h, f, None if step.starts else a, g, streams, gain, step.whole)
                 h, a = b, None if _is_zero(g) else h
@@ -267,6 +224,11 @@ class ReversibleSequential(RunBuffers):
         return steps
 
     @torch.jit.unused
+    def blocks_to_compile(self) -> list[nn.Module]:
+        """All."""
+        return list(self.children())
+
+    @torch.jit.unused
     def in_run(self) -> list[int]:
         """Indices of the blocks that have an inverse where g > 0."""
         return sorted({step.index for step in self.steps() if step.in_run})
@@ -317,7 +279,7 @@ class ReversibleSequential(RunBuffers):
             if step.in_run:
                 unit: Unit = CoupledUnit(
                     step.name,
-                    step.block,
+                    step.holder,
                     branch=function,
                     activate=unchanged,
                     coupling=self.g,
@@ -332,7 +294,7 @@ class ReversibleSequential(RunBuffers):
                 unit.add_module("block", step.block)
             for name, module in reads.items():
                 unit.add_module(f"reads_{name.replace('.', '_')}", module)
-            enter = _Merged(self.g, self.streams)
+            enter = PlainMerge(self.g, self.streams)
             yield step, unit, Leaving(self, enter, self.streams)
 
 
@@ -346,7 +308,7 @@ class _Function:
 
     def __call__(self, h: Tensor) -> Tensor:
         shared, named = self.container.arguments(self.step.key, *self.given())
-        return self.step.function(h, *shared, **named)
+        return self.step(h, *shared, **named)
 
 
 @dataclass(frozen=True)
@@ -372,18 +334,6 @@ class _Entering:
 
     def __call__(self, *streams: Tensor) -> Tensor:
         return self.container.enter(self.enter(*streams))
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """From the streams behind a unit to the one that its run has become: (b + g a) / (1 + g)."""
-
-    coupling: Callable[[], float]
-    kind: Callable[[], StreamType]
-
-    def __call__(self, *streams: Tensor) -> Tensor:
-        h, *before = map(self.kind().read, streams)
-        return merge(h, before[0], self.coupling()) if before else h
 
 
 class _AsGiven(StreamType):

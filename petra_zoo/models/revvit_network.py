@@ -115,6 +115,15 @@ class PetraRevViT(MemoryModes, VisionTransformer):
         for block in self.blocks:
             block.kind = check_kind(streams)
 
+    @torch.jit.unused
+    def choose_grids(self, images: Tensor, headroom: float = 4.0) -> None:
+        """Refused: there is no grid.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("petra_revvit* have no grid of streams to choose: streams=bfloat16 is their 16 bits")
+
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier for `num_classes` (0: none); `global_pool` None keeps the pooling, '' removes it."""

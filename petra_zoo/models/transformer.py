@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.layer_parts import first_stream
 from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
@@ -177,6 +178,12 @@ class ReversibleTransformer(MemoryModes, nn.Module):
     @torch.jit.unused
     def _use_streams(self, streams: StreamKind) -> None:
         self.coupled_blocks().set_streams(streams)
+
+    @torch.jit.unused
+    def choose_grids(self, images: Tensor, headroom: float = 4.0) -> None:
+        """Sets the grids of fixed16 streams by what the streams are for images [B, C, H, W]; see `choose_grids`."""
+        assert isinstance(self, nn.Module)
+        choose_grids(self, self.coupled_layers(), images, headroom)
 
     @torch.jit.unused
     def check_streams(self) -> None:

@@ -9,18 +9,29 @@ two `CoupledUnit`s per block run the same branches.
 """
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import saves_memory
 from petra_zoo.models.paper_blocks import paper_coupling
 from petra_zoo.models.run_slices import RunSlices
 from petra_zoo.models.transformer_parts import attention_in_groups, mlp_in_chunks
-from petra_zoo.reversible import CoupledUnit, Streams, StreamType, Unit, backpropagate, coupled
+from petra_zoo.reversible import (
+    CallsBranches,
+    CoupledUnit,
+    Streams,
+    StreamType,
+    Unit,
+    backpropagate,
+    coupled,
+    run_branch,
+)
 from petra_zoo.reversible.stream_type import check_kind, scripted_kind, to_carrier
 
 Branch = Callable[[Tensor], Tensor]
@@ -62,13 +73,33 @@ class TwoStreamBlock(Block):
                 return parted(h)
         return self.drop_path2(self.ls2(self.mlp(self.norm2(h))))
 
+    @torch.jit.unused
+    def attended(self, h: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The first branch, compiled where that is asked for."""
+        return run_branch(self, "attn", partial(type(self).attend, self), h, attn_mask, is_causal)
+
+    @torch.jit.unused
+    def transformed(self, h: Tensor) -> Tensor:
+        """The second branch, likewise."""
+        return run_branch(self, "mlp", partial(type(self).transform, self), h)
+
     # Two streams where timm's block takes their sum.
     def forward(  # type: ignore[override]
         self, b: Tensor, a: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Both streams behind the block; without `a` it starts the run: a = b."""
-        b, a = self._plus(b, self.attend(self._for_branch(b), attn_mask, is_causal), a), b
-        return self._plus(b, self.transform(self._for_branch(b)), a), b
+        h = self._for_branch(b)
+        if torch.jit.is_scripting():
+            f = self.attend(h, attn_mask, is_causal)
+        else:
+            f = self.attended(h, attn_mask, is_causal)
+        b, a = self._plus(b, f, a), b
+        h = self._for_branch(b)
+        if torch.jit.is_scripting():
+            f = self.transform(h)
+        else:
+            f = self.transformed(h)
+        return self._plus(b, f, a), b
 
     @torch.jit.unused
     def streams(self) -> StreamType:
@@ -88,8 +119,8 @@ class TwoStreamBlock(Block):
             "mlp": [self.norm2, self.mlp, self.ls2, self.drop_path2],
         }
         branches: dict[str, Branch] = {
-            "attn": attention_in_groups(self, self.chunks) or self.attend,
-            "mlp": mlp_in_chunks(self, self.chunks) or self.transform,
+            "attn": attention_in_groups(self, self.chunks) or self.attended,
+            "mlp": mlp_in_chunks(self, self.chunks) or self.transformed,
         }
         return [
             CoupledUnit(
@@ -118,7 +149,7 @@ class TwoStreamBlock(Block):
             return coupled(h, f, a, 1.0, self.streams())
 
 
-class TwoStreamBlocks(RunSlices):
+class TwoStreamBlocks(CallsBranches, RunSlices):
     """The body of a reversible vision transformer: tokens [B, N, C] become both streams, concatenated, [B, N, 2C].
 
     Reversibility sits here, so that whoever calls it saves memory: in train mode it stores its output alone.
@@ -157,6 +188,17 @@ class TwoStreamBlocks(RunSlices):
     def g(self) -> float:
         """The coupling."""
         return paper_coupling()
+
+    @torch.jit.unused
+    def blocks_to_compile(self) -> list[nn.Module]:
+        """All.
+
+        Raises:
+            UserError: their branches are evaluated in parts.
+        """
+        if any(block.chunks > 1 for block in self):
+            raise UserError("a branch in parts cannot be compiled: unset chunks, or leave out compile")
+        return list(self)
 
     @torch.jit.unused
     def _first(self) -> TwoStreamBlock:

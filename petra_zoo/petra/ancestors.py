@@ -16,7 +16,8 @@ from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import State
 from petra_zoo.petra.part import Part, StageSettings
-from petra_zoo.petra.stage import Stage, copies, leaves
+from petra_zoo.petra.stage import Stage, leaves
+from petra_zoo.petra.stage_state import copies
 from petra_zoo.reversible import Streams
 
 

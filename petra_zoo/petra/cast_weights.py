@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.reversible import BranchBlock, Unit
+from petra_zoo.reversible import Unit
+from petra_zoo.reversible.compiled import compile_options
 from petra_zoo.reversible.state import version_of
 
 # Layers whose weights autocast casts as they are: others, such as timm's that standardise theirs, compute with them.
@@ -127,14 +128,13 @@ class CastWeights:
         self._by_unit = []
         for unit in self.units:
             layers: dict[nn.Module, _Layer] = {}
-            compilers = [m for m in unit.modules() if isinstance(m, BranchBlock) or "_orig_mod" in m._modules]
             for module, name, weight in _cast_by_autocast(unit) if self.dtype else ():
                 assert self.dtype
                 _, copy = found.setdefault(id(weight), (weight, torch.empty_like(weight.detach(), dtype=self.dtype)))
                 # A leaf per unit, on the same memory: each unit's gradient of a shared weight arrives by itself.
                 leaf = nn.Parameter(copy.detach(), weight.requires_grad)
                 if module not in layers:
-                    around = [m for m in compilers if any(module is part for part in m.modules())]
+                    around = [m for m in unit.modules() if any(module is part for part in m.modules())]
                     layers[module] = _Layer(module, self.dtype, around)
                 layers[module].copies[name] = (weight, leaf)
             self._by_unit.append(list(layers.values()))
@@ -142,8 +142,8 @@ class CastWeights:
 
 
 def _is_compiled(m: nn.Module) -> bool:
-    """Of a block with a branch, or what torch.compile has made of a module."""
-    return not isinstance(m, BranchBlock) or m.compiled is not None
+    """Whether the branch of a block is, or a module by torch.compile itself."""
+    return compile_options(m) is not None or "_orig_mod" in m._modules
 
 
 def _cast_by_autocast(unit: Unit) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

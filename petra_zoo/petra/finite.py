@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,19 @@ from petra_zoo.errors import Failure
 from petra_zoo.reversible import Unit, UnitModel
 from petra_zoo.reversible.saturation import Ranges
 
+OnNonfinite = Literal["stop", "skip"]
+
 
 class NotFiniteError(Failure):
-    """A loss or a gradient is infinite or not a number; says which stage's."""
+    """A loss or a gradient is infinite or not a number; says which stage's.
+
+    Attributes:
+        fed: the micro-batches that it is of, counted from 0 as one replica feeds them; empty where nobody knows.
+    """
+
+    def __init__(self, message: str, fed: range = range(0)) -> None:
+        super().__init__(message)
+        self.fed = fed
 
 
 class FiniteCheck:
@@ -29,31 +40,50 @@ class FiniteCheck:
 
     Args:
         deferred: as on a GPU, wherever numbers are.
+        skips: whether micro-batches that are not finite are left out, which is the stages' to do; see `SkippingGate`.
+        replicas: of the pipeline, whose micro-batches are numbered together.
+
+    Attributes:
+        raises: whether what is not finite is raised where it is found. Else it is only `told`: where several processes
+            train together, one that raised it in the middle of a tick would leave the others waiting.
+        told: the first that was.
+        tick: the present one.
     """
 
-    def __init__(self, deferred: bool = False) -> None:
-        self.deferred = deferred
+    def __init__(self, deferred: bool = False, *, skips: bool = False, replicas: int = 1) -> None:
+        self.deferred, self.skips, self.replicas = deferred, skips, replicas
+        self.raises = True
+        self.told: NotFiniteError | None = None
+        self.tick = 0
         self._places: dict[str, Tensor] = {}  # by what is seen, in the order in which it was first
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, list[str]]] = deque()
+        self._ages: dict[str, range] = {}  # ticks since its micro-batches were fed
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, list[str], int]] = deque()
 
-    def see(self, value: Tensor, what: str, of: Sequence[Tensor] = ()) -> None:
+    def see(self, value: Tensor, what: str, of: Sequence[Tensor] = (), last: int | None = None, count: int = 1) -> bool:
         """Takes note of a number.
 
         Args:
             value: 0-d, finite where `what` is.
             what: the words that the error begins with; looked at once per tick.
             of: what it was made of, for the error to say what is in there.
+            last: the last micro-batch that it is of, if it is of any; `count`: how many there are.
+
+        Returns:
+            False where it is known not to be finite, and told.
 
         Raises:
             NotFiniteError: it is not finite; on a GPU `look` and `settle` raise it.
         """
         value = value.detach()
+        newest = self.tick if last is None else last // self.replicas
+        self._ages[what] = range(self.tick - newest, self.tick - newest + (0 if last is None else count))
         if not self.waits(value.device):
-            _judge(value, what, of)
-        elif (place := self._places.get(what)) is not None:
+            return self._judge(value, what, self.tick, of)
+        if (place := self._places.get(what)) is not None:
             place.copy_(value)
         else:
             self._places[what] = value.to(torch.float64, copy=True)
+        return True
 
     def waits(self, device: torch.device) -> bool:
         """Whether numbers of a device are looked at later, when they have arrived."""
@@ -87,7 +117,7 @@ class FiniteCheck:
             values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._under_way.append((values, event, list(self._places)))
+        self._under_way.append((values, event, list(self._places), self.tick))
 
     def settle(self) -> None:
         """Waits for what has been seen.
@@ -107,11 +137,24 @@ class FiniteCheck:
         for place in self._places.values():
             place.zero_()
         self._under_way.clear()
+        self.told = None
 
     def _judge_oldest(self) -> None:
-        values, _, words = self._under_way.popleft()
+        values, _, words, tick = self._under_way.popleft()
         for value, what in zip(values, words, strict=True):
-            _judge(value, what)
+            self._judge(value, what, tick)
+
+    def _judge(self, value: Tensor, what: str, tick: int, of: Sequence[Tensor] = ()) -> bool:
+        if math.isfinite(number := float(value)):
+            return True
+        if of:
+            number = float(sum(x.sum(dtype=torch.float64) for x in of))
+        ages = self._ages[what]
+        error = NotFiniteError(f"{what} is {number}", range(tick + 1 - ages.stop, tick + 1 - ages.start))
+        if self.raises:
+            raise error
+        self.told = self.told or error
+        return False
 
 
 class StreamRanges:
@@ -165,13 +208,6 @@ def first_not_finite(model: nn.Module | UnitModel) -> str | None:
     named: Iterable[tuple[str, Tensor]] = chain(model.named_parameters(), model.named_buffers())
     found = {name for name, x in named if not x.is_meta and x.is_floating_point() and not x.isfinite().all()}
     return next((name for name in model.state_dict() if name in found), min(found, default=None))
-
-
-def _judge(value: Tensor, what: str, of: Sequence[Tensor] = ()) -> None:
-    if not math.isfinite(number := float(value)):
-        if of:
-            number = float(sum(x.sum(dtype=torch.float64) for x in of))
-        raise NotFiniteError(f"{what} is {number}")
 
 
 def _arrived(event: torch.cuda.Event | None) -> bool:

@@ -117,6 +117,19 @@ class Costs:
         return cls(counts, [count * discount for count in counts])
 
 
+def check_ranks(ranks: int, stages: int) -> None:
+    """Refuses more processes than stages.
+
+    Raises:
+        UserError: says how many can be launched.
+    """
+    if ranks > stages:
+        plural = "s" if stages > 1 else ""
+        raise UserError(
+            f"{ranks} processes for {stages} stage{plural}: launch 1 to {stages}, or set stages={ranks} or more"
+        )
+
+
 @dataclass(frozen=True)
 class Layout:
     """Units -> stages -> ranks, fixed before training begins.
@@ -194,9 +207,7 @@ class Layout:
     ) -> Layout:
         stages = consecutive(sizes)
         n = len(stages)
-        if ranks > n:
-            plural = "s" if n > 1 else ""
-            raise UserError(f"{ranks} processes for {n} stage{plural}: launch 1 to {n}, or set stages={ranks} or more")
+        check_ranks(ranks, n)
         if ranks in (1, n):
             owned = consecutive([n // ranks] * ranks)
         else:

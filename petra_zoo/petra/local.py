@@ -17,7 +17,8 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.part import Part, StageSettings
-from petra_zoo.petra.stage import Stage, StageState, leaves
+from petra_zoo.petra.stage import Stage, leaves
+from petra_zoo.petra.stage_state import StageState
 from petra_zoo.reversible import Streams, Unit
 
 _WIDEST = 256
@@ -81,6 +82,7 @@ class LocalStage(Stage):
             head = AuxiliaryHead(channels, classes)
         self.auxiliary = head.to(like.device, like.dtype)
         self.parameters.append(list(self.auxiliary.parameters()))
+        self.gate.watch(m for m in self.auxiliary.modules() if isinstance(m, nn.BatchNorm2d))
 
     def start_optimizer(self, names: Mapping[int, str]) -> None:
         named = () if self.auxiliary is None else self.auxiliary.named_parameters()
@@ -113,7 +115,7 @@ class LocalStage(Stage):
             return self.run_units(leaves(up.streams, needs_gradient=False), up.micro_batch)
 
     def _learn(self, up: Up, logits: Tensor) -> Tensor:
-        loss, d_logits = self._loss(logits, up.labels)
+        loss, d_logits = self._loss(logits, up)
         _, found = self._vector_jacobian((logits,), (d_logits,), ())
         self._finish_backward(up.micro_batch, (), (), found)
         return loss

@@ -26,6 +26,7 @@ class StageSettings:
         first_trainable: index of the first unit with a parameter to train; nobody wants gradients below it.
         last_keeps_graph: whether the last stage keeps its graph within the tick.
         across: process group of a stage in every replica of the pipeline; None where there is one.
+        timeout: seconds for which another replica may be silent.
         static: whether everything lies at fixed addresses, so that ticks may be captured.
         finite: looks at losses and gradients.
     """
@@ -37,6 +38,7 @@ class StageSettings:
     first_trainable: int = 0
     last_keeps_graph: bool = True
     across: ProcessGroup | None = None
+    timeout: float = 60.0
     static: bool = False
     finite: FiniteCheck = field(default_factory=FiniteCheck)
 

@@ -28,7 +28,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters, require_one_stage_each
 from petra_zoo.petra.capture import CapturedTicks, Graphs, graphs_for
 from petra_zoo.petra.clock import Clock
-from petra_zoo.petra.finite import FiniteCheck
+from petra_zoo.petra.finite import FiniteCheck, OnNonfinite
 from petra_zoo.petra.gather import keep_only, whole_model
 from petra_zoo.petra.generator import own_generators
 from petra_zoo.petra.layout import Layout
@@ -71,6 +71,8 @@ class Pipeline:
         world: this process among several, and how messages travel; see `petra_zoo.petra.join`.
         graphs: ``'auto'``: on a GPU, ticks that are all alike are replayed as CUDA graphs, see
             `petra_zoo.petra.capture`; ``'off'``: none are; or what makes a `Graph`, in the place of CUDA's.
+        on_nonfinite: ``'stop'``: a loss or a gradient that is not finite ends the training; ``'skip'``: the micro-batch
+            is left out of its window, and of batch norms' statistics where it made them such. Neither is ever applied.
 
     Raises:
         UserError: a setting that does not fit the model, with what would.
@@ -96,6 +98,7 @@ class Pipeline:
         prepare: Prepare | None = None,
         world: World | None = None,
         graphs: Graphs = "auto",
+        on_nonfinite: OnNonfinite = "stop",
     ) -> None:
         self.model, self.method, self.prepare = model, find_method(method), prepare
         self.optimization = optimization or Optimization()
@@ -116,8 +119,9 @@ class Pipeline:
             first_trainable=first_trainable(units),
             last_keeps_graph=self.method.last_stage_keeps_graph,
             across=self.world.across,
+            timeout=self.world.wire.timeout,
             static=make_graph is not None,
-            finite=FiniteCheck(deferred=make_graph is not None),
+            finite=FiniteCheck(make_graph is not None, skips=on_nonfinite == "skip", replicas=self.world.replicas),
         )
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
@@ -144,8 +148,8 @@ class Pipeline:
             Loss and logits of the micro-batch that reached the head in this tick.
 
         Raises:
-            NotFiniteError: a loss or a gradient is infinite or not a number; names the first stage that has one. On
-                the CPU no such gradient has reached a parameter.
+            NotFiniteError: a loss or a gradient is infinite or not a number; names the first stage that has one. No
+                such gradient has reached a parameter.
             UserError: the type of the streams, a grid or a coupling was changed while micro-batches are in flight.
         """
         self.streams.look(self.in_flight)
@@ -198,10 +202,19 @@ class Pipeline:
         """D_j of every stage of the network, in updates; see `Method.delay`."""
         return self.method.delay(len(self.layout.stages), self.optimization.accumulation_steps)
 
+    @property
+    def skipped(self) -> int:
+        """Micro-batches left out by a stage of this process so far; waits for the device.
+
+        What a stage leaves out, those below it leave out too: over all processes it is the largest of these numbers.
+        """
+        return max(stage.gate.dropped for stage in self.stages)
+
     def _run_tick(self, fed: Up | None, feeding: bool) -> Output:
         """The next tick of the clock."""
         clock = self.clock
         clock.next_tick(feeding)
+        self.settings.finite.tick = clock.tick
         self._expect(clock.tick + 1 if clock.delayed else clock.tick)
         if self.captured:
             return self.captured.run(fed)

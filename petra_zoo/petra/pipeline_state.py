@@ -7,7 +7,7 @@ ticks; it comes back in the queue of the stage that will receive it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Protocol, TypedDict
 
@@ -20,10 +20,12 @@ from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.links import Links
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.methods import Method
-from petra_zoo.petra.stage import Stage, StageState, copies
+from petra_zoo.petra.stage import Stage
+from petra_zoo.petra.stage_state import StageState, copies
 from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import Gradients, Streams, UnitModel, units_of
+from petra_zoo.reversible.operands import Operand
 
 
 class Running(Protocol):
@@ -113,6 +115,23 @@ def restore(pipeline: Running, state: PipelineState) -> None:
         stage.ranges.forget()
 
 
+def not_finite_in(state: PipelineState, *, in_flight: bool) -> str | None:
+    """What of a state is infinite or not a number, in words; None where nothing is.
+
+    Args:
+        state: of a pipeline.
+        in_flight: whether what is on its way counts too: windows, FIFOs and messages.
+    """
+    for j, weights in state["weights"].items():
+        for name, x in weights.items():
+            if not _finite(x):
+                return name
+        kept = (state["stages"][j]["gradients"], state["stages"][j]["in_flight"], state["sent"][j])
+        if in_flight and not all(map(_finite, _tensors_in(kept))):
+            return f"what stage {j} keeps of micro-batches in flight"
+    return None
+
+
 def stages_to_read(layout: Layout, rank: int) -> tuple[range, list[int]]:
     """The stages whose state a rank takes back, and those whose messages it does: its own and their neighbours'."""
     own = layout.ranks[rank]
@@ -145,6 +164,21 @@ def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
         if x.shape != state[name].shape:
             raise UserError(f"the state is another model's: {name} is {list(state[name].shape)}, not {list(x.shape)}")
         x.copy_(state[name])
+
+
+def _finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or bool(x.isfinite().all())
+
+
+def _tensors_in(kept: Iterable[Operand]) -> Iterator[Tensor]:
+    """Those in 16 bits aside: they may be bits of fixed-point numbers."""
+    for x in kept:
+        if isinstance(x, Tensor) and x.element_size() > 2:
+            yield x
+        elif isinstance(x, Mapping):
+            yield from _tensors_in(x.values())
+        elif isinstance(x, list | tuple):
+            yield from _tensors_in(x)
 
 
 def _named(model: UnitModel) -> Iterator[tuple[str, Tensor]]:

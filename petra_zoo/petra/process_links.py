@@ -210,6 +210,24 @@ def wait_for(work: Work | None, timeout: timedelta, what: str) -> None:
         raise LinkError(f"{what}: {how} ({reason.strip().splitlines()[0][:160]})") from error
 
 
+def reduce_within(
+    timeout: timedelta,
+    x: Tensor,
+    group: ProcessGroup,
+    what: str,
+    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> None:
+    """Reduces a tensor over a group, in place.
+
+    Raises:
+        LinkError: a process has gone, or is silent for longer than the timeout (where NCCL does not watch over it).
+    """
+    if x.is_cuda:
+        dist.all_reduce(x, operation, group=group)
+    else:
+        wait_for(dist.all_reduce(x, operation, group=group, async_op=True), timeout, what)
+
+
 class _Outlet(_End):
     """The sending end."""
 

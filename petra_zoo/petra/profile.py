@@ -16,6 +16,8 @@ from petra_zoo.errors import UserError
 from petra_zoo.petra.methods import Method, find_method
 from petra_zoo.petra.unit_profile import UnitProfile
 
+_LARGEST = 64 << 20  # bytes; thousands of units take less than one mebibyte
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -72,6 +74,8 @@ class Profile:
             UserError: no such file, or it is not a profile.
         """
         try:
+            if (size := path.stat().st_size) > _LARGEST:
+                raise UserError(f"{path} is not a profile: it has {size:,} bytes")
             return cls.from_json(path.read_bytes())
         except OSError as error:
             raise UserError(f"cannot read the profile {path}: {error.strerror}") from error

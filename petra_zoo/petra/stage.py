@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, NotRequired, Protocol, TypedDict
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,28 +20,17 @@ from torch.nn.utils import clip_grad_norm_
 
 from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
-from petra_zoo.petra.finite import StreamRanges, pooled
+from petra_zoo.petra.finite import StreamRanges
+from petra_zoo.petra.gate import gate_for, holding_back
 from petra_zoo.petra.generator import seed_generators
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State, load_optimizer, optimizer_state
 from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.rates import Rates, rates_of
+from petra_zoo.petra.stage_state import StageState, copies
 from petra_zoo.petra.weight_prediction import Prediction
-from petra_zoo.petra.window import Window, average
+from petra_zoo.petra.window import Window
 from petra_zoo.reversible import Gradients, Lent, Residue, Reversal, Streams, gradients_of
-
-
-class StageState(TypedDict):
-    """A stage as plain values; `auxiliary` is of modules of its own, which are not the model's."""
-
-    optimizer: State | None
-    scheduler: State | None
-    gradients: list[Tensor | None]
-    gradients_in_window: int
-    in_flight: State
-    updates: NotRequired[int]
-    prediction: NotRequired[State | None]
-    auxiliary: NotRequired[dict[str, Tensor] | None]
 
 
 class Watcher(Protocol):
@@ -88,6 +77,8 @@ class Stage:
         self.watcher: Watcher | None = None
         self.finite = settings.finite
         self.ranges = StreamRanges(self.units, self.finite)
+        self.gate = gate_for(self.units, settings)
+        self._last_backward = 0  # its micro-batch
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -140,14 +131,14 @@ class Stage:
         """
         if not self.settings.last_keeps_graph:  # cost 4: as every other stage, without a tick in between
             logits = self.forward(up).streams[0]
-            loss, d_logits = self._loss(logits, up.labels)
+            loss, d_logits = self._loss(logits, up)
             return self.backward(Down(up.micro_batch, (logits,), (d_logits,))), loss, logits
         if self.watcher:
             self.watcher.saw_forward(self, up)
         inputs = leaves(up.streams, needs_gradient=self.sends_gradients)
         with torch.enable_grad():  # cost 3: the graph is used in the tick in which it is built
             logits = self.run_units(inputs, up.micro_batch)[0]
-        loss, d_logits = self._loss(logits.detach(), up.labels)
+        loss, d_logits = self._loss(logits.detach(), up)
         gradients, found = self._vector_jacobian((logits,), (d_logits,), inputs)
         return self._finish_backward(up.micro_batch, up.streams, gradients, found), loss, logits.detach()
 
@@ -160,8 +151,11 @@ class Stage:
         Args:
             partial: update with the gradients there are.
 
+        Returns:
+            Whether it has, as far as the host knows.
+
         Raises:
-            NotFiniteError: a gradient is not finite; on the CPU the parameters are as before.
+            NotFiniteError: a gradient is not finite; see `FiniteCheck` for who raises it when. No such is applied.
         """
         count = self.gradients_in_window
         if count == 0 or (count < self.settings.optimization.accumulation_steps and not partial):
@@ -171,15 +165,16 @@ class Stage:
         if self.optimizer is None:
             return True
         gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
-        if count > 1:
-            torch._foreach_div_(gradients, float(count))
-        if self.settings.across is not None:
-            average(gradients, self.settings.across)
-        # Before clipping, which would spread one infinite value over all gradients as nan.
-        self.finite.see(pooled(gradients), f"the gradient of stage {self.index}'s parameters", of=gradients)
+        # Looked at before clipping, which would spread one infinite value over all gradients as nan.
+        what = f"the gradient of stage {self.index}'s parameters"
+        number = self.gate.average(gradients, count, what, self._last_backward)
+        if number is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
         if self.settings.optimization.clip_grad is not None:
             clip_grad_norm_(self.own_parameters(), self.settings.optimization.clip_grad)
-        self._step(self.optimizer)
+        with holding_back(self.optimizer, gradients, number) if self.finite.waits(number.device) else nullcontext():
+            self._step(self.optimizer)
         return True
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -314,12 +309,12 @@ class Stage:
         _collect(by_parameter, own, found[len(wanted) :])
         return tuple(next(of_inputs) if x.requires_grad else None for x in inputs), by_parameter
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, logits: Tensor, up: Up) -> tuple[Tensor, Tensor]:
         """The mean loss of a micro-batch, 0-d, and its gradient with respect to the logits [B, classes]."""
         logits = logits.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.settings.loss(logits if logits.dtype == torch.float64 else logits.float(), labels)
-        self.finite.see(loss, f"the loss of stage {self.index}")
+            loss = self.settings.loss(logits if logits.dtype == torch.float64 else logits.float(), up.labels)
+        self.gate.saw_loss(loss, f"the loss of stage {self.index}", up.micro_batch)
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
     def _finish_backward(
@@ -331,8 +326,10 @@ class Stage:
         """
         if self.watcher:
             self.watcher.saw_backward(self, micro_batch, inputs, found)
+        found, gradients = self.gate.let_in(found, gradients)
         self.window.add(self.own_parameters(), found)
         self.gradients_in_window += 1
+        self._last_backward = micro_batch
         return Down(micro_batch, inputs if self.sends_streams else (), gradients if self.sends_gradients else ())
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -347,6 +344,7 @@ class Stage:
             "in_flight": self.in_flight_state(),
             "updates": self.updates,
             "prediction": self.prediction.coasting.state_dict() if self.prediction else None,
+            "gate": self.gate.state_dict(),
         }
 
     def load_state_dict(self, state: StageState) -> None:
@@ -361,6 +359,7 @@ class Stage:
         self.updates = state.get("updates", 0)
         if self.prediction:
             self.prediction.coasting.load_state_dict(state.get("prediction"))
+        self.gate.load_state_dict(state.get("gate"), self.gradients_in_window)
         self.load_in_flight_state(state["in_flight"])
 
     def in_flight_state(self) -> State:
@@ -376,11 +375,6 @@ class Stage:
 def leaves(streams: Streams, needs_gradient: bool) -> Streams:
     """Copies of the streams that start a graph."""
     return tuple(x.detach().requires_grad_(needs_gradient) for x in streams)
-
-
-def copies(tensors: Streams) -> Streams:
-    """Copies of tensors out of a state, which stays its owner's."""
-    return tuple(x.clone() for x in tensors)
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[torch.autocast | None]:

@@ -60,7 +60,7 @@ def run_tick(
             continue
         up = fed if stage.index == 0 else links.receive_up(stage.index, stage.keeps_received)
         assert up is not None
-        with lanes.of(stage.index):
+        with lanes.of(stage.index), stage.gate.forward():
             if stage.last:
                 down, loss, logits = stage.forward_backward(up)
                 output = Output(up.micro_batch, loss, logits, up.labels)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+from petra_zoo.petra.process_links import reduce_within
+from petra_zoo.petra.world import START_TIMEOUT
 
 
 class Window:
@@ -65,11 +69,15 @@ class Window:
         return home
 
 
-def average(gradients: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Averages gradients over the replicas of a stage, in one message."""
+def average(gradients: Sequence[Tensor], group: ProcessGroup, timeout: timedelta = START_TIMEOUT) -> None:
+    """Averages gradients over the replicas of a stage, in one message.
+
+    Raises:
+        LinkError: a replica is silent for longer than the timeout.
+    """
     if gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=group)
+        reduce_within(timeout, flat, group, "this rank waits for the gradients of other replicas")
         flat /= dist.get_world_size(group)
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from petra_zoo.errors import UserError
-from petra_zoo.petra.links import Wire
+from petra_zoo.petra.links import LinkError, Wire
 
 T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and the first tick is over
@@ -35,6 +35,7 @@ class World:
         peers: global rank of each rank of this pipeline.
         up: process group for messages up; `down` likewise. Two, because NCCL runs what one group does in order.
         across: process group of the same rank in every replica; None where there is one replica.
+        meeting: process group of all processes, which may have a timeout of its own; None: torch's, with a long one.
         nccl: whether CUDA tensors travel by NCCL.
         wire: the types in which messages travel, and how long one may take.
     """
@@ -48,6 +49,7 @@ class World:
     up: ProcessGroup | None = None
     down: ProcessGroup | None = None
     across: ProcessGroup | None = None
+    meeting: ProcessGroup | None = None
     nccl: bool = False
     wire: Wire = field(default_factory=Wire)
 
@@ -72,11 +74,19 @@ class World:
         return self.last and self.replica == 0
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every process, in the order of their global ranks, in every process. Small things only."""
+        """`value` of every process, in the order of their global ranks, in every process. Small things only.
+
+        Raises:
+            LinkError: a process has gone, or is silent for too long.
+        """
         if self.alone:
             return [value]
         values = [value] * dist.get_world_size()  # all of them are overwritten
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value, group=self.meeting)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise LinkError(f"rank {dist.get_rank()} does not hear of all others: {reason}") from error
         return values
 
     def from_reporter(self, value: T) -> T:

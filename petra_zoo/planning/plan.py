@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 from petra_zoo.errors import UserError
@@ -114,25 +115,35 @@ def draw(plan: Plan, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
     except ImportError as error:
         raise UserError("--plot needs matplotlib: pip install 'petra-zoo[plots]'") from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     speed, memory = figure.subplots(1, 2)
-    for method, curve in plan.curves.items():
+    # Methods that are equally fast lie on one another: later ones are thinner, and marked otherwise.
+    styles = zip(("o", "s", "^", "v", "D", "P", "X", "*"), (4.5, 4, 3.5, 3, 2.5, 2, 1.5, 1), strict=True)
+    for (method, curve), (marker, width) in zip(plan.curves.items(), cycle(styles), strict=False):
         counts = [p.devices for p in curve]
         fits = [p.rejected is None for p in curve]
         images = [p.images_per_second for p in curve]
-        (line,) = speed.plot(counts, images, label=method)
+        (line,) = speed.plot(counts, images, label=method, linewidth=width, alpha=0.7)
         for filled in (True, False):
             points = [(n, y) for n, y, fit in zip(counts, images, fits, strict=True) if fit == filled]
             speed.plot(
                 *zip(*points, strict=True) if points else ((), ()),
-                marker="o",
+                marker=marker,
                 linestyle="",
                 color=line.get_color(),
                 fillstyle="full" if filled else "none",
             )
-        memory.plot(counts, [max(m.total for m in p.memory) / 1e9 for p in curve], marker="o", label=method)
+        memory.plot(
+            counts,
+            [max(m.total for m in p.memory) / 1e9 for p in curve],
+            marker=marker,
+            linewidth=width,
+            alpha=0.7,
+            label=method,
+        )
     if plan.cluster.memory is not None:
         memory.axhline(plan.cluster.memory / 1e9, color="black", linestyle="--", label="--memory")
     speed.set_ylabel("images per second" + (" (hollow: does not fit)" if plan.cluster.memory is not None else ""))
@@ -142,6 +153,10 @@ def draw(plan: Plan, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("devices")
         axes.set_xticks(counts, [str(n) for n in counts])
+        # Plain numbers, also between powers of ten: a plot may span less than one of them.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     memory.legend()
     figure.suptitle(

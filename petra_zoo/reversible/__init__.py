@@ -1,7 +1,7 @@
 """The reversible core, pure torch: the coupling, units, and backpropagation without stored activations."""
 
 from petra_zoo.reversible.backprop import backpropagate, segments
-from petra_zoo.reversible.compiled import BranchBlock, CompileOptions, compile_branches
+from petra_zoo.reversible.compiled import BranchBlock, CallsBranches, CompileOptions, compile_branches, run_branch
 from petra_zoo.reversible.coupling import (
     COUPLING_STEPS,
     advance,
@@ -37,6 +37,7 @@ __all__ = [
     "COUPLING_STEPS",
     "FLOAT_STREAMS",
     "BranchBlock",
+    "CallsBranches",
     "CompileOptions",
     "CoupledUnit",
     "Coupling",
@@ -65,6 +66,7 @@ __all__ = [
     "nearest_coupling",
     "needs_plain_path",
     "readable",
+    "run_branch",
     "segments",
     "uncouple",
     "units_of",

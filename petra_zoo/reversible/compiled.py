@@ -14,7 +14,7 @@ object, allows eight, and then falls back to eager operations. Here it is told t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,7 @@ from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from petra_zoo.errors import UserError
+from petra_zoo.reversible.operands import Operand
 from petra_zoo.reversible.plain_path import carries_hook
 from petra_zoo.reversible.state import ModuleState, Slot
 
@@ -79,7 +80,41 @@ class BranchBlock(nn.Module):
             handed = [h]  # a name for h here would keep it alive until the branch is through
             del h
             return self.branch(handed.pop())
-        return _CompiledBranch.of(self, options)(self, h)
+        return _CompiledBranch.of(self, "", options)(self, h)
+
+
+class CallsBranches:
+    """Mixin of containers whose blocks are anybody's, and whose units call their branches by `run_branch`."""
+
+    @torch.jit.unused
+    def blocks_to_compile(self) -> Sequence[nn.Module]:
+        """Those blocks."""
+        raise NotImplementedError
+
+
+def run_branch(
+    block: nn.Module, name: str, branch: Callable[..., Tensor], h: Tensor, *args: Operand, **kw: Operand
+) -> Tensor:
+    """A branch of a block of a `CallsBranches`: compiled where that is asked for, and nobody has to see its operations.
+
+    Args:
+        block: holds the branch's parameters.
+        name: which of its branches.
+        branch: that branch, or the block itself.
+        h: [B, ...].
+        args: what the branch takes beside it.
+        kw: likewise, by name.
+    """
+    options = compile_options(block)
+    if options is None or not block.training or _needs_operations(h):
+        return branch(h, *args, **kw)
+    return _CompiledBranch.of(block, name, options)(branch, h, *args, **kw)
+
+
+def compile_options(m: nn.Module) -> CompileOptions | None:
+    """How the branches of a block are compiled; None: not at all, or it is no block."""
+    found = getattr(m, "compiled", None)
+    return found if isinstance(found, CompileOptions) else None
 
 
 def compile_branches(model: nn.Module, options: CompileOptions | None) -> None:
@@ -88,11 +123,12 @@ def compile_branches(model: nn.Module, options: CompileOptions | None) -> None:
     Raises:
         UserError: the model has no block whose branch can be compiled.
     """
-    blocks = [m for m in model.modules() if isinstance(m, BranchBlock)]
+    blocks: list[nn.Module] = [m for m in model.modules() if isinstance(m, BranchBlock)]
+    blocks += [block for m in model.modules() if isinstance(m, CallsBranches) for block in m.blocks_to_compile()]
     if not blocks:
         raise UserError(
-            f"{type(model).__name__} has no branch that can be compiled: expected blocks that inherit from "
-            "petra_zoo.reversible.BranchBlock"
+            f"{type(model).__name__} has no branch that can be compiled: expected blocks in a ReversibleSequential, or "
+            "such that inherit from petra_zoo.reversible.BranchBlock"
         )
     for block in blocks:
         vars(block)["compiled"] = options
@@ -110,38 +146,39 @@ def _needs_operations(h: Tensor) -> bool:
 
 
 class _CompiledBranch:
-    """The compiled branch of a block.
+    """A compiled branch of a block.
 
     It does not hold the block, which holds it for as long as it lives.
     """
 
-    _known: ClassVar[WeakKeyDictionary[nn.Module, _CompiledBranch]] = WeakKeyDictionary()
+    _known: ClassVar[WeakKeyDictionary[nn.Module, dict[str, _CompiledBranch]]] = WeakKeyDictionary()
 
-    def __init__(self, block: BranchBlock, options: CompileOptions) -> None:
+    def __init__(self, block: nn.Module, name: str, options: CompileOptions) -> None:
         self._options, self._children = options, tuple(block._modules.values())
         self._modules = list(block.modules())[1:]
-        self._function = _function_of(type(block).__name__, repr(block), options)
+        self._function = _function_of(f"{type(block).__name__}_{name}".rstrip("_"), repr(block), options)
         state = ModuleState(block)
         self._norms = state.norms
         self._statistics = [(norm, state.slots[i]) for i, norm in state.statistics.items()]
         self._scratch: dict[int, Tensor] = {}
 
     @classmethod
-    def of(cls, block: BranchBlock, options: CompileOptions) -> _CompiledBranch:
+    def of(cls, block: nn.Module, name: str, options: CompileOptions) -> _CompiledBranch:
         """The one of a block as it stands."""
-        found = cls._known.get(block)
+        of_block = cls._known.setdefault(block, {})
+        found = of_block.get(name)
         if found is None or found._options != options or found._children != tuple(block._modules.values()):
-            found = cls._known[block] = cls(block, options)
+            found = of_block[name] = cls(block, name, options)
         return found
 
-    def __call__(self, block: BranchBlock, h: Tensor) -> Tensor:
+    def __call__(self, branch: BranchBlock | Callable[..., Tensor], h: Tensor, *args: Operand, **kw: Operand) -> Tensor:
         if any(map(carries_hook, self._modules)):  # it wants to be called with what passes
-            return block.branch(h)
+            return _branch(branch, h, *args, **kw)
         with _no_function_mode(), self._statistics_kept():
             if torch.is_grad_enabled():
-                return self._function(block, h)
+                return self._function(branch, h, *args, **kw)
             with torch.enable_grad():  # the graph for training, see above
-                return self._function(block, h.detach().requires_grad_()).detach()
+                return self._function(branch, h.detach().requires_grad_(), *args, **kw).detach()
 
     @contextmanager
     def _statistics_kept(self) -> Iterator[None]:
@@ -188,12 +225,12 @@ def _no_function_mode() -> Iterator[None]:
 
 @cache
 def _function_of(kind: str, structure: str, options: CompileOptions) -> Callable[..., Tensor]:
-    """(block, h) -> F(h) for blocks that look alike, with a code object of its own."""
+    """(block or its branch, h, ...) -> F(h) for blocks that look alike, with a code object of its own."""
     name = f"branch_of_{kind}"
     own = FunctionType(_branch.__code__.replace(co_name=name), _branch.__globals__, name)
     # Static: what a last, smaller batch would make dynamic would serve the full ones too, in their reversal alone.
     return torch.compile(own, fullgraph=True, dynamic=False, backend=options.backend, mode=options.mode)
 
 
-def _branch(block: BranchBlock, h: Tensor) -> Tensor:
-    return block.branch(h)
+def _branch(branch: BranchBlock | Callable[..., Tensor], h: Tensor, *args: Operand, **kw: Operand) -> Tensor:
+    return branch.branch(h) if isinstance(branch, BranchBlock) else branch(h, *args, **kw)

@@ -17,15 +17,17 @@ class Augmentation(BaseModel):
         no_aug: Train on resized images without any augmentation (mixing included).
         train_crop_mode: `rrc` random resized crop, `rkrc`/`rkrr` timm's aspect-keeping ones, `pad` a random crop from
             the image padded by `crop_padding` pixels, as is usual for CIFAR.
-        scale: Area range of `rrc` and `rkr*`; timm's default where None. Likewise `ratio`.
-        color_jitter: Strength for brightness, contrast and saturation; 0 or None for none. Off where `aa` is set.
+        crop_padding: Pixels that `pad` adds on every side.
+        scale, ratio: Ranges of area and of width to height of `rrc` and `rkr*`; null for timm's.
+        hflip, vflip: Probabilities of turning an image around, sideways and upside down.
+        color_jitter: Strength for brightness, contrast and saturation; 0 or null for none. Off where `aa` is set.
         aa: timm's AutoAugment string, such as `rand-m9-mstd0.5-inc1`.
         reprob, remode: Random erasing: probability and fill (`const`, `rand`, `pixel`).
         interpolation: How images are resized; `random` (training only) picks one per image.
-        crop_pct: Validation takes this share of the resized image; None for 1 where the images have the input's
+        crop_pct: Validation takes this share of the resized image; null for 1 where the images have the input's
             size already, else timm's 0.875.
-        mixup, cutmix: Alphas; 0 for off. `mixup_prob`: share of batches mixed; `mixup_switch_prob`: of those, share
-            given to cutmix where both are on.
+        mixup, cutmix: Alphas; 0 for off.
+        mixup_prob, mixup_switch_prob: Share of batches mixed; of those, share given to cutmix where both are on.
         smoothing: Label smoothing.
     """
 

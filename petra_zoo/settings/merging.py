@@ -77,15 +77,16 @@ def known_names(settings: Mapping[str, Json]) -> Settings:
     known = {_ALIASES.get(key, key): value for key, value in settings.items()}
     for key in known:
         if key not in Recipe.model_fields:
-            raise UserError(f"unknown setting '{key}'; did you mean {nearest(str(key), Recipe.model_fields)}?")
+            known_ones = "petra-zoo recipes settings lists all"
+            raise UserError(f"unknown setting '{key}'; {did_you_mean(str(key), Recipe.model_fields, known_ones)}")
     return known
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The most similar of the names, in quotes."""
-    candidates = list(names)
-    near = difflib.get_close_matches(name, candidates, n=1) or difflib.get_close_matches(name, candidates, 1, 0)
-    return f"'{near[0]}'"
+def did_you_mean(name: str, names: Iterable[str], otherwise: str | None = None) -> str:
+    """For messages: the name that looks like it; where none does, `otherwise`, or all there are."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else otherwise or f"expected one of {', '.join(known)}"
 
 
 def in_one_line(error: Exception) -> str:

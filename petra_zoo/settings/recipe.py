@@ -11,6 +11,7 @@ from petra_zoo.settings.types import (
     BadImagePolicy,
     Count,
     Every,
+    LogTarget,
     Metric,
     NotNegative,
     Place,
@@ -31,6 +32,7 @@ class Recipe(Augmentation):
     """One training run: the network, the data, the method, the optimizer and its schedule.
 
     Attributes:
+        model: The network: a name of `petra-zoo list`, or of one that you have registered with timm.
         pretrained: Start from the model's published weights, from those of a tag (`digits`), or from a checkpoint:
             `hf-hub:ORG/NAME`, `local-dir:DIR` or a run directory. The head is replaced where the classes differ.
         freeze: What is not trained, its batch-norm statistics included: `backbone` (all but the classifier), or parts
@@ -44,39 +46,67 @@ class Recipe(Augmentation):
         lora_dropout: Of what adapters are given.
         lora_targets: Layers that get adapters, by the ends of their names, such as `[qkv, fc1]`; None: all linear
             layers and ungrouped convolutions of the reversible blocks.
+        model_kwargs: What else the network is made with, such as `{norm_layer: groupnorm1}`.
+        drop, drop_path: Probabilities of dropout in front of the classifier, and of leaving out a block's branch.
+        dataset: `digits`, `shapes`, `cifar10`, `folder`, one of timm's (`torch/...`, `hfds/...`), or your own.
+        data_dir: Where its files are.
+        dataset_download: Fetch it where it is not there.
         batch_size: Images per micro-batch; an update takes `accumulation_steps` of them. Never unknown: where
             `update_size` is set, this is what follows from it.
         update_size: Images per update, of all replicas together, in the place of `batch_size`.
         max_delay: Largest delay of the first stage, D_0 = 2 (stages - 1) / accumulation_steps, in updates. Together
             with `update_size` it chooses the smallest `accumulation_steps` that divides an update, and `batch_size`
             with it, whatever the method; alone, it refuses what is later.
+        validation_batch_size: Images at a time in validation; null for `batch_size`.
+        workers: Processes that read images; 0 for the training's own.
+        on_bad_image: Stop at an image that cannot be read (`fail`), or put the next one in its place (`skip`).
+        method: `petra`, its buffered ancestors `dsp` and `delayed`, `local`, or the exact `backprop` and `reversible`.
+        stages: Into how many consecutive parts the network is cut.
+        accumulation_steps: Micro-batches per update, k.
         weight_prediction: The weights of a stage's forward: those of its tick (`none`, the paper's PETRA), or
             extrapolated to the tick in which the head (`head`) or its own backward (`backward`) sees the micro-batch.
             Nothing changes where there is no delay.
+        opt, momentum, weight_decay, opt_eps, opt_betas: The optimizer by timm's name, and what it takes.
+        opt_kwargs: What else it takes.
+        clip_grad: Largest norm of the gradients of a stage; null for any.
         layer_decay: Learning rate of a layer relative to the one above it, as in timm.
         loss: What is minimised: `cross_entropy`, `bce` (timm's), or a registered one (`petra_zoo.training.losses`).
             Validation always tells the cross-entropy.
-        split: Units per stage, one entry per stage; None to let the engine balance them.
+        split: Units per stage, one entry per stage; null to let the engine balance them.
         last_stage: Whether the last stage keeps its graph (more memory) or recomputes (more work).
         data_parallel: Replicas of the pipeline, each with micro-batches of its own; an update takes
             `data_parallel` times as many images.
         balance: Costs that the partition goes by: `measured` on rank 0 (or read from `profile`), `operations` counted;
             `auto` measures where there are several processes. A measured partition is saved as `profile.json`.
+        profile: A `profile.json` of an earlier run, to cut the network as it was cut.
         device_speed: Speed of each rank's device relative to each other.
         wire_up, wire_down: The type in which streams, and streams with gradients, travel between stages.
         link_timeout: Seconds that a message may take after the first tick.
         cuda_graphs: Whether ticks that are all alike are replayed as CUDA graphs (`auto`: on a GPU, as far as it goes).
         sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
-        num_classes, img_size: None to take them from the data.
-        mean, std: Normalisation of images scaled to 0..1, one value per channel; None for the data set's own.
+        num_classes, img_size: Classes, and pixels of an image's side; null to take them from the data.
+        in_chans: Channels of an image.
+        mean, std: Normalisation of images scaled to 0..1, one value per channel; null for the data set's own.
         train_split, val_split: What a data set opened through timm calls its splits.
-        lr, lr_base: The learning rate, or the one that belongs to `lr_base_size` images per update; see
-            `learning_rate`.
+        val_fraction: The share of a `folder` without splits that is for validation: chosen by the images' names, so
+            that none changes sides because others come or go.
+        sampler: `balanced` gives every class as many images of an epoch: some of a large one are left out, others each
+            time; those of a small one are repeated, augmented anew. Null: every image once.
+        class_weights: `balanced` weighs the classes in the loss inversely to their images, 1 on average; for losses
+            that take weights. Null: all alike. Validation never weighs.
+        lr: The highest learning rate; null for what `lr_base` gives.
+        lr_base, lr_base_size: The learning rate that belongs to so many images per update; it grows with them.
         kd_model_name: Distil from this teacher: a run, `hf-hub:`, `local-dir:` or timm name with its trained weights.
-            `kd_temperature` and both weights are timm's; see `petra_zoo.training.distillation`.
+            See `petra_zoo.training.distillation`.
+        kd_temperature, task_loss_weight, distill_loss_weight: Of distillation, as in timm.
         coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
-        epochs, warmup_epochs, warmup_prefix, cooldown_epochs, decay_*: As in `timm.scheduler.create_scheduler_v2`.
-        amp_dtype: The type autocast uses where `amp` is set.
+        sched, warmup_lr, min_lr, warmup_prefix, cooldown_epochs, decay_*: The schedule of the learning rate, as in
+            `timm.scheduler.create_scheduler_v2`.
+        epochs: How often every image is seen.
+        warmup_epochs: In which the learning rate grows, within `epochs`, or ahead of them with `warmup_prefix`.
+        device: `cpu`, `cuda` or `cuda:N`; null for the GPU where there is one.
+        amp, amp_dtype: Autocast, and its type.
+        channels_last: The order in which images and weights lie in memory.
         deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;
             else those that are the fastest for each shape.
         tf32: On a GPU, products of float32 numbers are rounded to TF32's ten bits.
@@ -84,14 +114,24 @@ class Recipe(Augmentation):
         streams: What carries the streams of a reversible network: `float32`, `bfloat16`, `fixed16` (a grid in 16 bits,
             whose inverse is exact at g = 1), or `auto`: float32, but where branches compute in bfloat16 a 16-bit kind,
             unless 0 < g < 1.
-        val_interval, log_interval: Epochs between validations; updates between log lines.
+        on_nonfinite: What becomes of a micro-batch whose loss or gradient is infinite or not a number: it ends the run
+            (`stop`), or is left out (`skip`), counted, of its window and of batch norms' statistics. None is ever
+            applied.
+        drift_every, drift_limit: Measure every so many micro-batches how far what a stage reconstructs is from what it
+            received, and warn where its relative error is larger than at unchanged weights by more than the limit;
+            null never measures.
+        log_to: Where metrics.jsonl is shown, too: `tensorboard`, `wandb` (Weights & Biases), each with its own package.
+        model_ema, model_ema_decay: Evaluate and save a moving average of the weights.
+        seed: Of weights, order and augmentation.
+        val_interval: Epochs between validations.
+        log_interval: Updates between log lines.
         checkpoint_every: How often everything is saved that the run needs to go on after it has been ended: `1 epoch`,
             `500 ticks` (micro-batches), `10 minutes`; null never.
         keep_last, keep_best: How many of the newest of these checkpoints stay, and of the best by `checkpoint_metric`
             (top1 where it is null).
         checkpoint_metric: `loss`, `top1` or `top5` on the validation split: the run directory's model is the best by
             it, and RUN@last the last one. Null: the last one is the run's.
-        output: The run directory, absent, empty, or of a run to go on with; None for `runs/` + the recipe's name and
+        output: The run directory, absent, empty, or of a run to go on with; null for `runs/` + the recipe's name and
             time.
     """
 
@@ -113,6 +153,9 @@ class Recipe(Augmentation):
     dataset_download: bool = False
     train_split: str | None = None
     val_split: str | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    sampler: Literal["balanced"] | None = None
+    class_weights: Literal["balanced"] | None = None
     num_classes: AtLeastOne | None = None
     img_size: AtLeastOne | None = None
     in_chans: Literal[1, 3] = 3
@@ -123,6 +166,9 @@ class Recipe(Augmentation):
     validation_batch_size: AtLeastOne | None = None
     workers: Count = 4
     on_bad_image: BadImagePolicy = "fail"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    drift_every: AtLeastOne | None = None
+    drift_limit: Positive = 0.5
 
     method: str = "petra"
     stages: AtLeastOne = 1
@@ -184,6 +230,7 @@ class Recipe(Augmentation):
     seed: Count = 42
     log_interval: AtLeastOne = 50
     val_interval: AtLeastOne = 1
+    log_to: list[LogTarget] = Field(default_factory=list)
     checkpoint_every: Every | None = SaveInterval(1, "epochs")
     keep_last: AtLeastOne = 1
     keep_best: Count = 0
@@ -270,6 +317,10 @@ class Recipe(Augmentation):
             raise ValueError("lr and lr_base are both set; set one of them to null")
         if self.layer_decay is not None and self.sched == "none":
             raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        if self.sampler and self.class_weights:
+            raise ValueError(
+                "sampler and class_weights are both balanced, which favours the small classes; set one of them to null"
+            )
         if self.compile and self.sync_bn:
             raise ValueError("compile and sync_bn are both set: a synchronised norm cannot be compiled; unset one")
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -1,5 +1,6 @@
 """Recipes as files: finding, reading, extending, overriding and saving them."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from petra_zoo.errors import UserError
 from petra_zoo.files import expand_home
 from petra_zoo.settings.augmentation import Augmentation
-from petra_zoo.settings.merging import Settings, in_one_line, known_names, lay_over, nearest, override
+from petra_zoo.settings.merging import Settings, did_you_mean, in_one_line, known_names, lay_over, override
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.yaml12 import read_yaml, write_yaml
 from petra_zoo.strict_json import Json
@@ -52,9 +53,9 @@ def recipe_text(name_or_path: str) -> str:
         return resources.files("petra_zoo.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = Path(expand_home(name_or_path))
     if path.suffix not in _FILES:
-        raise UserError(
-            f"unknown recipe '{name_or_path}'; did you mean {nearest(name_or_path, names)}? (or give a .yaml file)"
-        )
+        likely = names if name_or_path.startswith(f"{_BASES}/") else list_recipes()
+        hint = did_you_mean(name_or_path, likely, "petra-zoo recipes ls lists all")
+        raise UserError(f"unknown recipe '{name_or_path}'; {hint} (or give a .yaml file)")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -142,8 +143,8 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(recipe_yaml(recipe), encoding="utf-8")
 
 
-def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
-    """Copies a recipe, comments included, to a file, or into a folder under its own name; makes missing folders.
+def copy_recipe(name: str, destination: str | Path, *, force: bool = False) -> Path:
+    """Copies a recipe, comments included, to a file, or into a folder (`DIR/`) under its own name; makes missing ones.
 
     What it extends stays where it is: installed ones have a name, and that of a file is written out. Where that cannot
     be done by changing one line, the comments are lost.
@@ -155,8 +156,9 @@ def copy_recipe(name: str, destination: Path, *, force: bool = False) -> Path:
         UserError: There is no such recipe, or the file exists and `force` is not set.
     """
     text = recipe_text(name)
+    as_folder = str(destination).endswith(("/", os.sep))
     destination = Path(expand_home(str(destination)))
-    if destination.is_dir():
+    if as_folder or destination.is_dir():
         destination /= f"{Path(name).stem}.yaml"
     if destination.exists() and not force:
         raise UserError(f"{destination} exists; choose another name, or overwrite it with --force")

@@ -44,4 +44,5 @@ def _interval(value: SaveInterval | str) -> SaveInterval:
 
 
 Every = Annotated[SaveInterval, BeforeValidator(_interval), PlainSerializer(str, return_type=str)]
+LogTarget = Literal["tensorboard", "wandb"]
 Metric = Literal["loss", "top1", "top5"]

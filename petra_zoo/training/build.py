@@ -41,6 +41,7 @@ def open_data(recipe: Recipe, *, verify: bool = True) -> tuple[ImageDataset, Ima
             download=recipe.dataset_download,
             split_name=recipe.train_split if split == "train" else recipe.val_split,
             verify=verify,
+            val_fraction=recipe.val_fraction,
         )
         for split in ("train", "val")
     )
@@ -131,6 +132,7 @@ def build_loaders(
             batch_size=recipe.batch_size,
             augmentation=recipe,
             seed=recipe.seed,
+            balanced=recipe.sampler == "balanced",
             sharding=Sharding(world.replica, world.replicas),
             reading=reading,
         ),

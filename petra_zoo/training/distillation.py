@@ -130,7 +130,12 @@ def load_teacher(recipe: Recipe, device: torch.device) -> Classifier | None:
 
 
 def build_distillation(
-    recipe: Recipe, teacher: Classifier | None, num_classes: int, preprocessing: Preprocessing, data: ImageDataset
+    recipe: Recipe,
+    teacher: Classifier | None,
+    num_classes: int,
+    preprocessing: Preprocessing,
+    data: ImageDataset,
+    loss: Loss | None = None,
 ) -> Distillation | None:
     """The recipe's distillation; None where it names no teacher.
 
@@ -140,6 +145,7 @@ def build_distillation(
         num_classes: the student's.
         preprocessing: likewise.
         data: what the student is trained on; its classes are looked up among the teacher's by name.
+        loss: with the labels; None: the recipe's, without weights.
 
     Raises:
         UserError: the teacher does not fit the student.
@@ -160,7 +166,7 @@ def build_distillation(
         task_loss_weight=recipe.task_loss_weight,
         distill_loss_weight=recipe.distill_loss_weight,
         classes=classes,
-        loss=find_loss(recipe.loss),
+        loss=loss or find_loss(recipe.loss),
     )
 
 

@@ -86,6 +86,7 @@ def build_pipeline(
         prepare=prepare,
         world=world,
         graphs=recipe.cuda_graphs,
+        on_nonfinite=recipe.on_nonfinite,
     )
 
 

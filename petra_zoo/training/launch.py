@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -15,10 +16,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 
 from petra_zoo.errors import Failure
 from petra_zoo.petra import LinkError, global_rank, world_size
-from petra_zoo.training.ranks import SharedError
+from petra_zoo.training.ranks import SharedError, SharedFailure
 from petra_zoo.training.stopping import STOPPED, RunStopped
 
 T = TypeVar("T")
+_NOTE = "PETRA_ZOO_STOPPED"  # to its processes: the file in which they note that they were told to stop
 _HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # A rank that lost a neighbour waits so long before it ends, so that the launcher finds the cause first.
 LINGER_SECONDS = 2.0
@@ -46,6 +48,9 @@ def launch(processes: int, arguments: Sequence[str], restarts: int = 0) -> int:
     for name in ("PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
         os.environ.setdefault(name, _HANDED_ON)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # its banner buries the one line that matters
+    # A launcher starts processes again after any exit code but 0: a run that was told to stop says so in a file.
+    note = tempfile.NamedTemporaryFile(prefix="petra-zoo-stopped-")
+    os.environ[_NOTE] = note.name
     options = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts), "-m", "petra_zoo"]
     try:
         torchrun.run(torchrun.parse_args([*options, *arguments]))
@@ -58,7 +63,11 @@ def launch(processes: int, arguments: Sequence[str], restarts: int = 0) -> int:
         return 1
     except (SignalException, KeyboardInterrupt):
         return STOPPED  # its processes have got the signal too, and have saved
-    return 0
+    finally:
+        os.environ.pop(_NOTE)
+        stopped = os.path.getsize(note.name) > 0
+        note.close()
+    return STOPPED if stopped else 0
 
 
 def as_worker(work: Callable[[], T]) -> T:
@@ -83,7 +92,11 @@ def as_worker(work: Callable[[], T]) -> T:
     except RunStopped as stopped:
         if global_rank() == 0:
             print(f"petra-zoo: {stopped}", file=sys.stderr, flush=True)
-        raise SystemExit(STOPPED) from None
+        raise SystemExit(_leave_note()) from None
+    except SharedFailure:
+        if global_rank() > 0:
+            sys.exit(1)
+        raise
     except Failure as error:
         print(f"petra-zoo: rank {global_rank()}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # torch's process group would wait for the neighbour
@@ -93,3 +106,13 @@ def as_worker(work: Callable[[], T]) -> T:
         os._exit(1)  # torch's process group would wait for the neighbour
     assert result is not None  # as it would be of work that leaves with sys.exit(0)
     return result
+
+
+def _leave_note() -> int:
+    """Tells the launcher that the run was told to stop; gives the exit code with which it starts nothing again."""
+    note = os.environ.get(_NOTE)
+    if note is None:  # somebody else's launcher
+        return STOPPED
+    with open(note, "a", encoding="utf-8") as file:
+        file.write("stopped\n")
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -51,7 +52,8 @@ class Meter:
         """All of them as numbers, fetched at once."""
         if self._unread:
             losses, correct, images = zip(*self._unread, strict=True)
-            self._read += zip(torch.stack(losses).tolist(), torch.stack(correct).tolist(), images, strict=True)
+            rows = zip(torch.stack(losses).tolist(), torch.stack(correct).tolist(), images, strict=True)
+            self._read += (row for row in rows if math.isfinite(row[0]))  # others are left out, or end the run
             self._unread.clear()
         return self._read
 

@@ -17,8 +17,10 @@ from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import Output
 from petra_zoo.petra.optimization import State
 from petra_zoo.settings.types import Metric
+from petra_zoo.strict_json import Json
 from petra_zoo.training.callbacks import Callback, EndEvent, LogEvent, StartEvent, ValidationEvent
 from petra_zoo.training.finetuning import start_lines
+from petra_zoo.training.log_writers import LogWriter, open_log_writers
 from petra_zoo.training.meter import Meter, Speed
 from petra_zoo.training.optimization import learning_rates
 from petra_zoo.training.preparation import Prepared
@@ -26,7 +28,7 @@ from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run_directory import PROFILE, RunDirectory, record_run
 
 SHOWN_EVERY = 1.0  # seconds between two readings for a person to see: each waits for the device
-ADVICE = "lower the learning rate, set clip_grad, or look for bad images"
+ADVICE = "lower the learning rate, set clip_grad, look for bad images, or leave such out with on_nonfinite=skip"
 
 
 class Observer:
@@ -55,6 +57,8 @@ class Observer:
         self._rate = learning_rates(run.recipe, len(run.train_loader))
         self.best: Scores | None = None  # of the run's model
         self._in_training = False
+        self.skipped = 0
+        self.writers: list[LogWriter] = []
 
     def open_directory(self, again: Path | None = None) -> None:
         """Makes the run directory, or takes that of a run that goes on.
@@ -68,6 +72,19 @@ class Observer:
             if self.run.profile:
                 self.run.profile.save(self.directory.path / PROFILE)
 
+    def _log(self, **line: Json) -> None:
+        """A line of metrics.jsonl, and wherever else it is shown."""
+        assert self.directory is not None
+        self.directory.log(**line)
+        for writer in self.writers:
+            writer.write(line)
+
+    def close(self) -> None:
+        """There is nothing more to be seen, whether the run is over or not."""
+        for writer in self.writers:
+            writer.close()
+        self.writers = []
+
     def state(self) -> State:
         """What a continuation needs to say, and to log, what it would have."""
         assert self.directory is not None
@@ -76,6 +93,7 @@ class Observer:
             "training_seconds": self.training_seconds,
             "wall_seconds": time.perf_counter() - self.started,
             "logs": self.directory.log_sizes(),
+            "skipped": self.skipped,
             "best": None if self.best is None else vars(self.best),
         }
 
@@ -84,6 +102,7 @@ class Observer:
         assert self.directory is not None
         self.meter.load(state["meter"])
         self.training_seconds = state["training_seconds"]
+        self.skipped = state.get("skipped", 0)
         self.started = time.perf_counter() - state["wall_seconds"]
         if same_directory:  # else the run's model is not in here
             self.best = None if state["best"] is None else Scores(**state["best"])
@@ -124,6 +143,13 @@ class Observer:
             event = StartEvent(self.directory.path, self.epochs, batches, stages, processes, delay, parameters)
             for callback in self.callbacks:
                 callback.on_start(event)
+            self._open_writers(self.directory)
+
+    def _open_writers(self, directory: RunDirectory) -> None:
+        recipe, lines = self.run.recipe, directory.logged()
+        for writer in open_log_writers(recipe.log_to, directory.path, recipe.model_dump(mode="json")):
+            writer.begin(lines)
+            self.writers.append(writer)
 
     def begin_epoch(self, epoch: int, batch: int = 0) -> None:
         """From now on, losses and speed are this epoch's; of one that goes on, the losses are there already."""
@@ -152,9 +178,16 @@ class Observer:
         if loss is not None and logged:
             updates = pipeline.fed // recipe.accumulation_steps
             event = LogEvent(self.epoch, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
-            self.directory.log(event="train", **asdict(event))
+            self._log(event="train", **asdict(event))
             for callback in self.callbacks:
                 callback.on_log(event)
+
+    def left_out(self, micro_batches: int) -> None:
+        """So many micro-batches have been left out so far, for they were not finite."""
+        if micro_batches > self.skipped and self.directory:
+            self._log(event="skipped", epoch=self.epoch, tick=self.run.pipeline.tick, micro_batches=micro_batches)
+            self.reporter.line(f"left out so far, for they were not finite: {micro_batches} micro-batches")
+        self.skipped = max(self.skipped, micro_batches)
 
     def count(self, output: Output) -> None:
         """Compares what came out with its labels."""
@@ -181,7 +214,7 @@ class Observer:
         event = ValidationEvent(
             self.epoch, train_loss, scores.loss, scores.top1, scores.top5, lr, self.training_seconds
         )
-        self.directory.log(
+        self._log(
             event="validation",
             epoch=self.epoch,
             top1=scores.top1,

@@ -36,7 +36,7 @@ from petra_zoo.training.build import (
 from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
 from petra_zoo.training.distillation import Distillation, build_distillation, load_teacher
 from petra_zoo.training.engine import build_pipeline, profile_for_run, share_profile
-from petra_zoo.training.losses import find_loss
+from petra_zoo.training.losses import build_loss
 from petra_zoo.training.ranks import together
 from petra_zoo.training.synchronized_norms import synchronize_statistics
 
@@ -152,8 +152,9 @@ def _assemble(
         compile_branches(model, CompileOptions())
     schedule = start_schedule(recipe, model)
     teacher = teacher_from(recipe, world.device) if world.first else None
-    distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data)
-    loss = distillation.loss if distillation else find_loss(recipe.loss)
+    loss = build_loss(recipe, parts.data, model.num_classes, world.device)
+    distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data, loss)
+    loss = distillation.loss if distillation else loss
     transform = BatchTransform(preprocessing, world.device)
     # Of the whole model: timm asks where the first parameter is, which other ranks leave on the meta device.
     ema = ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema and world.size > 1 else None

@@ -12,18 +12,21 @@ import torch.distributed as dist
 from torch import nn
 
 from petra_zoo.device import choose_device
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import World, join
-from petra_zoo.petra.process_links import wait_for
+from petra_zoo.petra.process_links import reduce_within, wait_for
 from petra_zoo.settings.recipe import Recipe
 
 T = TypeVar("T")
 HELD_TAG = 192  # apart from the links' messages and those of `petra_zoo.petra.gather`
-LONGEST_VALIDATION = timedelta(days=7)  # links notice a lost rank much earlier
 
 
 class SharedError(UserError):
     """A user's mistake that every process raises: one of them saying it is enough."""
+
+
+class SharedFailure(Failure):
+    """A failure that every process raises behind the same tick: one of them saying it is enough."""
 
 
 def enter(recipe: Recipe) -> World:
@@ -77,31 +80,44 @@ def average_statistics(model: nn.Module, world: World) -> None:
     if world.across is None:
         return
     world.gather(None)
+    timeout = timedelta(seconds=world.wire.timeout)
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")) and not buffer.is_meta:
-            dist.all_reduce(buffer, group=world.across)
+            reduce_within(timeout, buffer, world.across, f"rank {dist.get_rank()} waits for {name} of other replicas")
             buffer /= world.replicas
 
 
 @contextmanager
-def held(world: World) -> Iterator[None]:
+def held(world: World) -> Iterator[Callable[[], None]]:
     """What the first replica does in here, the others wait for at the end, however long it takes.
 
     Else they would train on until an update needs the first replica's gradients, and those of their ranks that need
     them later would wait for a message longer than one may take. Where the first replica fails, its connections break
-    and the waiting ends.
+    and the waiting ends; where it freezes, its signs of life stop.
+
+    Yields:
+        What the first replica calls now and then, more often than a link's timeout: a sign of life.
 
     Raises:
-        LinkError: the first replica's rank has gone.
+        LinkError: the first replica's rank has gone, or is silent for too long.
     """
-    yield
     if world.across is None:
+        yield lambda: None
         return
-    first, word = dist.get_global_rank(world.across, 0), torch.zeros(1)
-    what = f"rank {dist.get_rank()} waits for rank {first} to validate"
+    timeout, reporter = timedelta(seconds=world.wire.timeout), world.size - 1  # sees what comes out, and ends last
     if world.replica > 0:
-        wait_for(dist.irecv(word, first, world.across, HELD_TAG), LONGEST_VALIDATION, what)
+        yield lambda: None
+        over = torch.zeros(1)
+        while not over:
+            what = f"rank {dist.get_rank()} waits for rank {reporter} to validate"
+            wait_for(dist.irecv(over, reporter, tag=HELD_TAG), timeout, what)
         return
-    for replica in range(1, world.replicas):
-        other = dist.get_global_rank(world.across, replica)
-        wait_for(dist.isend(word, other, world.across, HELD_TAG), LONGEST_VALIDATION, f"rank {other} has not waited")
+    others = range(world.size, world.size * world.replicas) if world.last else ()
+
+    def say(over: bool) -> None:
+        for other in others:
+            work = dist.isend(torch.tensor([float(over)]), other, tag=HELD_TAG)
+            wait_for(work, timeout, f"rank {other} has not waited")
+
+    yield lambda: say(False)
+    say(True)

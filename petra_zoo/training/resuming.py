@@ -22,11 +22,12 @@ from petra_zoo.files import check_free
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import recipe_settings
 from petra_zoo.strict_json import Json, JsonObject, to_json
+from petra_zoo.training.log_writers import TENSORBOARD, WANDB, WANDB_ID
 from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
 from petra_zoo.training.run_lock import LOCK, held_by_this_run
 
 _LAUNCH = ".launch"  # in a run directory: which launch has made it
-# Launching, logging, output and workers: they decide no bit of a run.
+# Launching, logging, output and workers: they decide no bit of a run. Nor does what is done where it cannot go on.
 FREE = {
     "balance",
     "checkpoint_every",
@@ -34,10 +35,14 @@ FREE = {
     "dataset_download",
     "device",
     "device_speed",
+    "drift_every",
+    "drift_limit",
     "keep_best",
     "keep_last",
     "link_timeout",
     "log_interval",
+    "log_to",
+    "on_nonfinite",
     "output",
     "profile",
     "workers",
@@ -116,7 +121,7 @@ def check_unchanged(
         UserError: names them, what they were and what they are.
     """
     now = recipe.model_dump(mode="json")
-    differing = {key for key in now if key not in FREE and key in then and not _same(then[key], now[key])}
+    differing = {key for key in now if key not in FREE and key in then and not _same(key, then[key], now[key])}
     if refused := sorted(differing - set(allow_change)):
         words = ", ".join(f"{key} was {_shown(then[key])} and is {_shown(now[key])}" for key in refused)
         allowed = " ".join(f"--allow-change {key}" for key in refused)
@@ -165,7 +170,7 @@ def _by_path(path: Path, recipe: Recipe, allow_change: Sequence[str]) -> Start:
 
 def _failed_to_start(directory: Path) -> bool:
     """Whether it holds a run that ended before anything was saved: the corrected one begins anew."""
-    its_own = {RECIPE, PROFILE, LOCK, _LAUNCH, *LOGS}
+    its_own = {RECIPE, PROFILE, LOCK, _LAUNCH, *LOGS, TENSORBOARD, WANDB, WANDB_ID}
     if any(path.name not in its_own and not _empty(path) for path in directory.iterdir()):
         return False
     try:
@@ -186,7 +191,9 @@ def _read(path: Path) -> Mapping[str, Json]:
     return found
 
 
-def _same(a: Json, b: Json) -> bool:
+def _same(key: str, a: Json, b: Json) -> bool:
+    if key == "data_dir" and isinstance(a, str) and isinstance(b, str):
+        return Path(a).absolute() == Path(b).absolute()
     return to_json(a, sort_keys=True) == to_json(b, sort_keys=True)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,20 +13,24 @@ from petra_zoo.device import computing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.petra import NotFiniteError, Output, first_not_finite, leave
+from petra_zoo.petra.drift import DriftGuard
 from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe
 from petra_zoo.training.callbacks import Callback
+from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.observer import ADVICE, Observer
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.ranks import enter, together
+from petra_zoo.training.ranks import SharedFailure, enter, together
 from petra_zoo.training.resuming import Start, adopt, find_start, finished_result, remember_launch
 from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
 from petra_zoo.training.saving import Place, Saver
 from petra_zoo.training.stopping import Agreement, Deadline, RunStopped, Told, Word, listening
 from petra_zoo.training.validation import validate
+
+SHOWN_IMAGES = 8  # of a micro-batch, in an error
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Result:
         delay: D_0, how many updates old the first stage's gradients were.
         finished_before: whether there was nothing left to do.
         bad_images: how many training images could not be read and were skipped.
+        skipped: how many micro-batches were left out, for they were not finite.
     """
 
     path: Path
@@ -48,6 +53,7 @@ class Result:
     delay: float
     finished_before: bool = False
     bad_images: int = 0
+    skipped: int = 0
 
 
 def train(
@@ -99,6 +105,7 @@ def train(
         world = enter(settings)
         try:
             settings = world.from_reporter(fixed(settings))
+            together(world, lambda: require_log_writers(settings.log_to) if world.reports else None)
             # Before data is fetched and the model is measured.
             start = together(world, lambda: find_start(settings, resume, allow_change) if world.reports else None)
             start = world.from_reporter(start) or Start()
@@ -131,6 +138,12 @@ class Run:
         self.prepared, self.reporter = prepared, reporter
         self.recipe, self.world, self.model = prepared.recipe, prepared.world, prepared.model
         self.pipeline, self.ema = prepared.pipeline, prepared.ema
+        self.finite = self.pipeline.settings.finite
+        # In one of several processes an error in the middle of a tick would leave the others waiting.
+        self.finite.raises = self.world.alone
+        self.skipped = 0
+        every, limit = self.recipe.drift_every, self.recipe.drift_limit
+        self.guard = DriftGuard(self.pipeline.stages, every, limit) if every else None
         self.observer = Observer(prepared, reporter, callbacks)
 
     def train(self, start: Start | None = None, told: Told | None = None, deadline: Deadline | None = None) -> Result:
@@ -150,17 +163,21 @@ class Run:
         path = world.from_reporter(observer.directory.path if observer.directory else None)
         assert path is not None
         with held_by_this_run(path) if world.reports else nullcontext():
-            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(world)
+            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(self.pipeline.world)
             if world.reports:
                 remember_launch(path)
-            with self.reporter:
-                self.run_epochs(self.begin_at(start))
-        bad_images = sum(world.gather(len(self.prepared.data.bad_images)))
-        scores = world.from_reporter(observer.best)
+            with self.reporter, closing(observer):
+                at = self.begin_at(start)
+                self.world = self.agreement.world
+                self.prepared = self.saver.run = replace(self.prepared, world=self.world)
+                self.run_epochs(at)
+        bad_images = sum(self.world.gather(len(self.prepared.data.bad_images)))
+        scores = self.world.from_reporter(observer.best)
         assert scores is not None
         observer.end(scores)
         delay = self.pipeline.delay[0]
-        return Result(path, scores, observer.training_seconds, delay, bad_images=bad_images)
+        skipped = max(self.world.gather(self.pipeline.skipped))
+        return Result(path, scores, observer.training_seconds, delay, bad_images=bad_images, skipped=skipped)
 
     def begin_at(self, start: Start) -> Place:
         """Says what is about to run; of a run that goes on, takes back all that was saved."""
@@ -213,6 +230,7 @@ class Run:
                 self.observer.saw(self.step(images, labels))
                 batch += 1
                 self.look_up(Place(at.epoch, batch))
+        self.meet()
 
     def look_up(self, at: Place) -> None:
         """Between two ticks: saves where it is time to; stops, where any process was told to.
@@ -221,13 +239,38 @@ class Run:
             RunStopped: it is saved.
         """
         told, late = self.told, self.world.reports and self.deadline.passed
-        word = self.agreement.exchange(Word(told.by is not None or late, self.saver.due_by_clock()))
-        if word.stop or word.save or self.saver.due_after_tick():
-            word = Word(word.stop or self.agreement.settle().stop, True)
+        own = Word(told.by is not None or late, self.saver.due_by_clock(), self.finite.told is not None, self.skips())
+        word = self.agreement.exchange(own)
+        self.observer.left_out(word.skipped)
+        if word.failed or word.stop or word.save or self.saver.due_after_tick():
+            word = word.or_said(self.meet())
             self.save(at)
         if word.stop:
             whys = self.world.gather(told.by or ("--max-time" if late else None))
             raise RunStopped(next((why for why in whys if why), "a signal"), self.saver.path)
+
+    def skips(self) -> int:
+        """Micro-batches that this process has left out so far, as far as it knows without waiting for a GPU."""
+        logged = self.pipeline.fed % (self.recipe.log_interval * self.recipe.accumulation_steps) == 0
+        if self.finite.skips and (logged or not self.finite.waits(self.world.device)):
+            self.skipped = self.pipeline.skipped
+        return self.skipped
+
+    def meet(self) -> Word:
+        """All processes behind the same tick: gives what was said and not heard yet.
+
+        Raises:
+            Failure: something was not finite, in any of them; all of them raise it.
+        """
+        if self.world.alone:
+            return Word()
+        word = self.agreement.settle()
+        self.finite.settle()
+        told = self.finite.told
+        found = [x for x in self.world.gather(told and (told.fed.start, str(self.diverged(told)))) if x]
+        if found:
+            raise SharedFailure(min(found)[1])
+        return word
 
     def save(self, at: Place, scores: Scores | None = None, *, finished: bool = False) -> None:
         """Saves, and does not count it as training."""
@@ -240,6 +283,8 @@ class Run:
         """One tick: the pipeline's, with the teacher's word where images are fed, and the moving average behind it."""
         if self.prepared.distillation and images is not None and labels is not None:
             labels = self.prepared.distillation.labels(self.prepared.transform(*fed_streams(images)), labels)
+        if self.guard:
+            self.guard.feed(self.pipeline.fed)
         output = self.pipeline.step(images, labels)
         if self.ema and self.pipeline.fed % self.recipe.accumulation_steps == 0:
             self.ema.update(self.model)
@@ -251,6 +296,7 @@ class Run:
             outputs = self.pipeline.drain()
             if self.ema:
                 self.ema.update(self.model)
+        self.meet()
         return outputs
 
     def move_couplings(self, epoch: int) -> None:
@@ -266,5 +312,18 @@ class Run:
         hit = first_not_finite(self.model)
         also = f", and so is {hit}" if hit else ""
         where = f"in epoch {self.observer.epoch + 1}, tick {self.pipeline.tick}"
-        kept = self.observer.what_is_kept()
-        return Failure(f"training stopped {where}: {error}{also}; no model is saved, {kept}: {ADVICE}")
+        kept = f"{self.observer.what_is_kept()}, {self.saver.kept()}"
+        found = f"{error}{self.place_of(error.fed)}{also}"
+        return Failure(f"training stopped {where}: {found}; no model is saved, {kept}: {ADVICE}")
+
+    def place_of(self, fed: range) -> str:
+        """Where micro-batches are in the data, in words."""
+        loader = self.prepared.train_loader
+        if not fed or fed.start < 0:
+            return ""
+        (epoch, first), (_, last) = (divmod(number, len(loader)) for number in (fed[0], fed[-1]))
+        if first != last:
+            return f" (micro-batches {first + 1} to {last + 1} of epoch {epoch + 1})"
+        images = loader.images_of(epoch, first)
+        shown = ", ".join(map(str, images[:SHOWN_IMAGES])) + (", ..." if len(images) > SHOWN_IMAGES else "")
+        return f" (micro-batch {first + 1} of epoch {epoch + 1}, training images {shown})"

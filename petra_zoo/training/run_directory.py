@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -64,6 +65,7 @@ class RunDirectory:
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         wanted = recipe.output or default_path(name)
+        self._from_other_weights = bool(recipe.pretrained)
         try:
             self.path = _claim(wanted) if recipe.output else _claim_with_suffix(wanted)
             save_recipe(_for_anywhere(recipe), self.path / RECIPE)
@@ -78,7 +80,7 @@ class RunDirectory:
             UserError: it cannot be written.
         """
         self = cls.__new__(cls)
-        self.path = path
+        self.path, self._from_other_weights = path, bool(recipe.pretrained)
         self.save_recipe(recipe)
         return self
 
@@ -114,6 +116,11 @@ class RunDirectory:
         with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(to_json(values) + "\n")
 
+    def logged(self) -> list[JsonObject]:
+        """All lines of metrics.jsonl."""
+        path = self.path / LOGS[0]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
     def summarize(self, row: JsonObject) -> None:
         """Appends an epoch to summary.csv, with timm's columns; an empty field where the value is None."""
         path = self.path / "summary.csv"
@@ -145,6 +152,8 @@ class RunDirectory:
         model = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format)  # safetensors' condition
         # Else the tag, and the sizes to test at, of other weights: the architecture's.
         others = {"tag": None, "test_input_size": None, "test_crop_pct": None}
+        if not self._from_other_weights:  # whoever trained it from nothing has not chosen the architecture's licence
+            others["license"] = None
         words = {"pretrained_cfg": others, "label_names": all_named(class_names, model.num_classes)}
         with self._writing(MODEL), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
             save_for_hf(
@@ -169,8 +178,9 @@ class RunDirectory:
 
 
 def _for_anywhere(recipe: Recipe) -> Recipe:
-    """As it is saved: run again, it gets a directory of its own."""
-    return recipe.model_copy(update={"output": None})
+    """As it is saved: run again, it gets a directory of its own, and finds the data from everywhere."""
+    where = None if recipe.data_dir is None else Path(os.path.abspath(recipe.data_dir))
+    return recipe.model_copy(update={"output": None, "data_dir": where})
 
 
 def _claim(path: Path) -> Path:

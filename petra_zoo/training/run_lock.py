@@ -40,3 +40,22 @@ def held_by_this_run(directory: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a process trains into the directory now; it is not disturbed."""
+    try:
+        import fcntl
+
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; or nobody has locked it
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False

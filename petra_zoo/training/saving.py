@@ -20,13 +20,13 @@ from petra_zoo.checkpoints.store import CHECKPOINTS, RunCheckpoint, Store
 from petra_zoo.data.image_dataset import BadImage
 from petra_zoo.errors import UserError
 from petra_zoo.machine import describe_versions, now
-from petra_zoo.petra.pipeline_state import load_tensors, shared_tensors, stage_tensors, stages_to_read
+from petra_zoo.petra.pipeline_state import load_tensors, not_finite_in, shared_tensors, stage_tensors, stages_to_read
 from petra_zoo.reversible import UnitModel
 from petra_zoo.settings.types import SaveInterval
 from petra_zoo.strict_json import JsonObject
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
-from petra_zoo.training.ranks import together
+from petra_zoo.training.ranks import SharedFailure, together
 
 T = TypeVar("T")
 RUN = "run.safetensors"  # what only the process that reports knows: losses so far, lengths of the logs
@@ -80,13 +80,19 @@ class Saver:
 
         Raises:
             UserError: the disk is full or not writable; the checkpoints from before are untouched.
+            Failure: something of it is not finite; likewise.
         """
         run, world = self.run, self.run.world
-        run.pipeline.settings.finite.settle()  # nothing is saved that is not finite
+        run.pipeline.settings.finite.settle()
         tick = run.pipeline.tick
         store = Store(self.path / CHECKPOINTS)
         images = [asdict(image) for image in run.data.bad_images.values()] if world.first else None
-        bad = [images for images in world.gather(images) if images is not None]  # by replica
+        skips = run.recipe.on_nonfinite == "skip"  # then what is on its way will be left out
+        wrong = not_finite_in(run.pipeline.state_dict(), in_flight=not skips)
+        told = world.gather((images, wrong))
+        if found := [wrong for _, wrong in told if wrong]:
+            raise SharedFailure(f"{found[0]} is not finite behind tick {tick}, which is not saved: {self.kept()}")
+        bad = [images for images, _ in told if images is not None]  # by replica
         self._settled(lambda: store.begin(tick) if world.reports else None)
         try:
             files = self._settled(lambda: self._write(store, tick, bad))
@@ -98,6 +104,11 @@ class Saver:
                 store.give_up(tick)
             raise
         self.saved_at = time.monotonic()
+
+    def kept(self) -> str:
+        """For messages about training that cannot go on."""
+        names = Store(self.path / CHECKPOINTS).names()
+        return f"the checkpoint {names[-1]} is kept" if names else "there is no checkpoint"
 
     def load(self, checkpoint: RunCheckpoint, *, same_directory: bool) -> Place:
         """Takes a run back from a checkpoint.

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -27,6 +28,7 @@ from torch.distributed import ProcessGroup, Work
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
 from petra_zoo.petra.process_links import wait_for
+from petra_zoo.petra.world import START_TIMEOUT
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, to be tried again
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -87,10 +89,27 @@ def listening() -> Iterator[Told]:
 
 
 class Word(NamedTuple):
-    """What processes tell each other after a tick: whether to stop, and whether it is time to save."""
+    """What processes tell each other after a tick.
+
+    Attributes:
+        stop: whether to stop; `save`: whether it is time to save.
+        failed: whether something was not finite.
+        skipped: micro-batches left out so far, for they were not.
+    """
 
     stop: bool = False
     save: bool = False
+    failed: bool = False
+    skipped: int = 0
+
+    def or_said(self, other: Word) -> Word:
+        """What is said by either."""
+        return Word(
+            self.stop or other.stop,
+            self.save or other.save,
+            self.failed or other.failed,
+            max(self.skipped, other.skipped),
+        )
 
 
 class Agreement:
@@ -98,10 +117,16 @@ class Agreement:
 
     Args:
         world: this process's place.
+
+    Attributes:
+        world: the same, with gatherings in which nobody may be silent for longer than a link: for when all have ended
+            their first tick.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._timeout = timedelta(seconds=world.wire.timeout)
+        self._heard = False
         # As late as a message from the farthest rank may be anyway: nobody waits for it in a steady pipeline.
         self.late = world.size
         self._said: deque[tuple[Tensor, Work]] = deque()
@@ -110,6 +135,9 @@ class Agreement:
             group = dist.new_group(backend="gloo")
             assert isinstance(group, ProcessGroup)
             self._group = group
+            meeting = dist.new_group(backend="gloo", timeout=self._timeout)
+            assert isinstance(meeting, ProcessGroup)
+            self.world = replace(world, meeting=meeting)
 
     def exchange(self, word: Word) -> Word:
         """Says something after a tick and gives what was said by anybody some ticks ago.
@@ -119,7 +147,7 @@ class Agreement:
         """
         if self._group is None:
             return word
-        flags = torch.tensor([int(word.stop), int(word.save)], dtype=torch.int32)
+        flags = torch.tensor(word, dtype=torch.int32)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._said.append((flags, work))
@@ -127,14 +155,18 @@ class Agreement:
 
     def settle(self) -> Word:
         """Everything that was said and not heard yet: before processes do something else together."""
-        heard = [self._hear() for _ in range(len(self._said))]
-        return Word(any(word.stop for word in heard), any(word.save for word in heard))
+        word = Word()
+        while self._said:
+            word = word.or_said(self._hear())
+        return word
 
     def _hear(self) -> Word:
         flags, work = self._said.popleft()
-        wait_for(work, timedelta(seconds=self.world.wire.timeout), "this rank waits for the others to end a tick")
-        stop, save = flags.tolist()
-        return Word(bool(stop), bool(save))
+        timeout = self._timeout if self._heard else max(self._timeout, START_TIMEOUT)
+        wait_for(work, timeout, "this rank waits for the others to end a tick")
+        self._heard = True
+        stop, save, failed, skipped = flags.tolist()
+        return Word(bool(stop), bool(save), bool(failed), skipped)
 
 
 class Deadline:

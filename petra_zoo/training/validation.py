@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,6 +14,8 @@ from petra_zoo.training.adapters import merge_adapters
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import average_statistics, held
+
+T = TypeVar("T")
 
 
 def validate(run: Prepared, observer: Observer) -> Scores | None:
@@ -29,13 +33,14 @@ def validate(run: Prepared, observer: Observer) -> Scores | None:
     """
     model = run.ema.module if run.ema else run.model
     average_statistics(model, run.world)
-    with held(run.world):
+    with held(run.world) as alive:
         if run.world.replica > 0:
             return None
         started = time.perf_counter()
         model.eval()
         batches = run.batches(run.val_loader) if run.world.first else ()
-        scores = score(run.pipeline.predict(batches, len(run.val_loader), model), run.model.num_classes)
+        predicted = run.pipeline.predict(batches, len(run.val_loader), model)
+        scores = score(_telling(alive, predicted), run.model.num_classes)
         run.model.train()
         whole = run.pipeline.whole_model(model)
         if whole is None:
@@ -44,3 +49,10 @@ def validate(run: Prepared, observer: Observer) -> Scores | None:
         merge_adapters(whole)
         observer.validated(scores, as_classifier(whole), time.perf_counter() - started)
         return scores
+
+
+def _telling(alive: Callable[[], None], predicted: Iterable[T]) -> Iterator[T]:
+    """The same, with a sign of life for each."""
+    for found in predicted:
+        alive()
+        yield found

@@ -130,7 +130,7 @@ def test_delay_and_optimizer_are_those_of_the_recipe(tmp_path: Path) -> None:
         ({"contenders": {"a": {"lr": [0.1, 0.1]}}}, "contender 'a': lr=.*each once"),
         ({"contenders": {"a": {"lr": []}}}, "contender 'a': lr=.*expected learning rates to choose from"),
         ({"contenders": {"a": {"seeds": [3, 3]}}}, "contender 'a': seeds=.*a seed stands twice"),
-        ({"contenders": {"a": {}, "b": {"paired_with": ["a"]}}}, "there is no other contender .*did you mean 'a'"),
+        ({"contenders": {"a": {}, "b": {"paired_with": ["a"]}}}, "there is no other contender .*expected one of a"),
         ({"search": {"settings": {"lr": 1.0}}}, "lr and lr_base are what is searched: leave them out"),
         ({"search": {"settings": {"seed": 1}}}, "seed is no setting of a contender"),
         ({"search": {"settings": {"epoch": 1}}}, "unknown setting 'epoch'; did you mean 'epochs'?"),

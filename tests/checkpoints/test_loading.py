@@ -151,13 +151,25 @@ def test_a_config_that_is_none(hub: LoopbackHub, saved: Path, config: bytes) -> 
     assert "config.json" in refusal()
 
 
-def test_no_network(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+def test_no_network_is_found_out_in_one_attempt(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
     hub.fail("HEAD", "/resolve/", times=100)
     assert f"network: no answer from {hub.url}" in refusal()
+    assert waited == []
     done = petra_zoo("convert", "resnet18.a1_in1k", "--output", tmp_path / "converted")
     assert f"network: no answer from {hub.url}" in done.stderr
     assert not (tmp_path / "converted").exists()
+
+
+def test_what_is_cached_serves_without_a_network(hub: LoopbackHub, saved: Path) -> None:
+    hub.add(REPO, files(saved))
+    weights = load_model(f"hf-hub:{REPO}", CPU).state_dict()
+    hub.fail("HEAD", "/resolve/", times=100)
+    again = load_model(f"hf-hub:{REPO}", CPU).state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_a_download_that_is_cut_goes_on(hub: LoopbackHub, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

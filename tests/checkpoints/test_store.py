@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from petra_zoo.bench.faulty_disk import FaultyDisk, Killed
 from petra_zoo.checkpoints.manifest import MANIFEST, SEAL, FileEntry, Manifest, read_manifest, seal_of
 from petra_zoo.checkpoints.packing import CheckpointError, to_safetensors
 from petra_zoo.checkpoints.store import RunCheckpoint, Store, verified
-from tests.checkpoints.faulty_disk import FaultyDisk, Killed
 
 PARTS = ("stage-000.safetensors", "stage-001.safetensors", "run.safetensors")
 

@@ -11,7 +11,7 @@ from petra_zoo.petra import Profile
 from petra_zoo.planning.schedules import all_schedules
 from tests.cli.test_main import petra_zoo
 
-QUICK = ("--batch-size", "2", "--input-size", "3", "8", "8", "--device", "cpu")
+QUICK = ("--batch-size", "2", "--input-size", "8", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_without_matplotlib_the_plot_says_what_to_install(
         (["petra_revnet18", "--profile", "PROFILE"], "was measured with model revnet_tiny, not revnet18"),
         (["petra_revnet_tiny", "--profile", "PROFILE", "--batch-size", "64"], "batch size 2, not 64"),
         (["petra_revnet_tiny", "--profile", "PROFILE", "--plot", "plan.txt"], "cannot write the plot plan.txt"),
-        (["petra_revnet18", "--input-size", "3", "8", "8"], "too small"),
+        (["petra_revnet18", "--input-size", "8"], "too small"),
     ],
 )
 def test_bad_use_is_one_clear_line(

@@ -103,6 +103,13 @@ def test_a_foreign_network_cannot_be_saved_for_timm(tmp_path: Path) -> None:
         save_converted(convert(foreign(), calibration=images()), tmp_path / "out")
 
 
+def test_branches_are_refused_where_blocks_have_none() -> None:
+    with pytest.raises(UserError, match=r"Adds is not known by its branches \(.* are\): units='block' needs none"):
+        convert(foreign(), units="branch", calibration=images())
+    with pytest.raises(UserError, match="test_resnet: units=branch is for transformers"):
+        convert(timm.create_model("test_resnet"), units="branch")
+
+
 def test_what_each_block_adds_is_measured() -> None:
     small, large = (measure_steps(foreign(size), images())["1"] for size in (0.1, 1.0))
     assert len(small) == 5

@@ -93,6 +93,25 @@ def test_timm_rebuilds_a_converted_transformer(tmp_path: Path) -> None:
         assert torch.equal(loaded(images()), model(images()))
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_units_of_branches_are_converted_and_saved(exact: bool, tmp_path: Path) -> None:
+    network = transformer()
+    model = convert(network, coupling=0.25, units="branch", exact=exact)
+    assert [unit.name for unit in model.units()][1:3] == ["blocks.0.attn", "blocks.0.mlp"]
+    assert drift_of(network, model, images()) < 0.5
+    save_converted(model, tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert loaded.blocks.unit_kind == "branch"
+    assert torch.equal(loaded(images()), model(images()))
+
+
+def test_units_of_branches_at_coupling_0_are_the_source_to_the_bit_and_back_again() -> None:
+    network = transformer(depth=3)
+    model = convert(network, coupling=0.0, units="branch")
+    assert torch.equal(model(images()), network(images()))
+    assert torch.equal(family_of(model).plain(model)(images()), network(images()))
+
+
 def test_large_activations_get_a_coarser_grid() -> None:
     network = transformer(depth=3)
     network.blocks[0].mlp.fc2.bias.data[0] = 3000.0

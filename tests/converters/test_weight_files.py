@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,6 +55,22 @@ def test_a_state_dict_deeper_in_a_checkpoint_is_found(network: Any, tmp_path: Pa
     state = {"model_state_dict": network.state_dict(), "optimizer_state_dict": {"state": {0: {"step": torch.ones(1)}}}}
     torch.save({"epoch": 9, "loss": 0.5, **state}, tmp_path / "checkpoint.pt")
     assert_loads(tmp_path / "checkpoint.pt", network)
+
+
+def test_a_checkpoint_of_pyslowfast_is_loaded(network: Any, tmp_path: Path) -> None:
+    state = {"epoch": 9, "model_state": network.state_dict(), "optimizer_state": {"state": {}}, "cfg": "MODEL: {}\n"}
+    torch.save(state, tmp_path / "checkpoint_epoch_00009.pyth")
+    assert_loads(tmp_path / "checkpoint_epoch_00009.pyth", network)
+
+
+def test_weights_of_a_reversible_network_are_refused_with_what_loads_them(tmp_path: Path) -> None:
+    small = {"img_size": 8, "patch_size": 4, "depth": 1}
+    source, path = timm.create_model("petra_revvit_micro", **small), tmp_path / "REV_VIT_S.pyth"
+    torch.save({"model_state": source.state_dict()}, path)
+    with pytest.raises(UserError, match=r"is reversible already.*create_model\('petra_revvit_micro', checkpoint_path="):
+        load_source(str(path), "petra_revvit_micro")
+    loaded = timm.create_model("petra_revvit_micro", checkpoint_path=str(path), **small)
+    assert torch.equal(loaded.pos_embed, source.pos_embed)
 
 
 @pytest.mark.parametrize("text", ["hello world\n", "version https://git-lfs.github.com/spec/v1\n", "", "{}", "I1\n."])

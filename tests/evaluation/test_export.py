@@ -1,6 +1,7 @@
 """Exported files compute what the model computes."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
     return torch.export.load(str(path)).module()(images)
 
 
+def saved_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "model" / "config.json").read_text())
+    return config["pretrained_cfg"]
+
+
 @pytest.mark.parametrize("coupling", [*(pytest.param(g, marks=pytest.mark.slow) for g in (0.0, 1.0)), 0.5])
 def test_onnx_computes_the_models_logits_for_every_coupling(tmp_path: Path, coupling: float) -> None:
     pytest.importorskip("onnxscript")
@@ -33,6 +39,9 @@ def test_onnx_computes_the_models_logits_for_every_coupling(tmp_path: Path, coup
     assert done.input_size == (3, 8, 8)
     assert done.error < 1e-5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.onnx"]
+    said = pytest.importorskip("onnxruntime").InferenceSession(str(done.path)).get_modelmeta().custom_metadata_map
+    assert json.loads(said["mean"]) == saved_config(tmp_path)["mean"]
+    assert json.loads(said["input_size"]) == [3, 8, 8]
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -50,6 +59,22 @@ def test_torch_export_computes_the_models_logits_at_another_size(tmp_path: Path,
         torch.testing.assert_close(run_program(done.path, images), model(images))
 
 
+def test_a_program_says_how_images_become_its_input(tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    done = export_model(str(tmp_path / "model"), tmp_path / "model.pt2", format="torch-export")
+    said = dict.fromkeys(("mean", "std", "input_size"), "")
+    torch.export.load(str(done.path), extra_files=said)
+    assert json.loads(said["std"]) == saved_config(tmp_path)["std"]
+
+
+def test_an_existing_file_is_overwritten_only_if_told(tmp_path: Path) -> None:
+    output = tmp_path / "model.pt2"
+    output.write_bytes(b"somebody's")
+    with pytest.raises(UserError, match=r"model\.pt2 exists; choose another name, or overwrite it with --force"):
+        export_model("petra_revnet_tiny.digits", output, format="torch-export")
+    assert output.read_bytes() == b"somebody's"
+
+
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model")
     output = tmp_path / "model.pt2"
@@ -63,7 +88,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(export_module, "_write_program", wrong)
     with pytest.raises(UserError, match="differs from the model by"):
-        export_model(str(tmp_path / "model"), output, format="torch-export")
+        export_model(str(tmp_path / "model"), output, format="torch-export", force=True)
     assert output.read_bytes() == b"what was here before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.pt2"]
 

@@ -33,6 +33,7 @@ def run_snippets(text: str, hub: LoopbackHub, home: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_every_snippet_of_a_written_card_runs(hub: LoopbackHub, tmp_path: Path) -> None:
     path = untrained(tmp_path / "tiny")
     hub.add("owner/tiny", {name: path / name for name in ("config.json", "model.safetensors")})

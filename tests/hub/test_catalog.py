@@ -1,13 +1,16 @@
 """What list and info tell about networks and their pretrained weights."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
+from timm.models import save_for_hf
 
 from petra_zoo.errors import UserError
 from petra_zoo.hub.catalog import look_up, pretrained_tags, reference_accuracy
 from tests.cli.test_main import petra_zoo
+from tests.models.transformers import transformer
 
 
 def test_every_tag_has_a_place_a_licence_and_a_size() -> None:
@@ -28,6 +31,16 @@ def test_torchvisions_figure_is_marked_as_its_own() -> None:
 def test_an_accuracy_that_nobody_here_knows_is_not_told() -> None:
     assert reference_accuracy("petra_revnet18.a1_in1k") is None
     assert "accuracy not measured" in petra_zoo("info", "petra_revnet18.a1_in1k").stdout
+
+
+def test_info_of_a_saved_transformer_tells_what_was_saved(tmp_path: Path) -> None:
+    model = transformer("vit", coupling=0.5, units="branch")
+    save_for_hf(model, str(tmp_path / "out"), safe_serialization=True, data_config={"input_size": (3, 16, 16)})
+    for name in (str(tmp_path / "out"), f"local-dir:{tmp_path / 'out'}"):
+        found = look_up(name)
+        assert (found.network.name, found.network.coupling, found.network.runs) == (name, [0.5], [8])
+        assert found.memory.reversible < found.memory.plain
+        assert found.tags == []
 
 
 def test_info_of_a_tag_tells_what_loading_it_makes_of_the_network() -> None:

@@ -161,6 +161,19 @@ def test_patches_may_be_dropped_with_their_rotations(kind: str) -> None:
         model.units()
 
 
+def test_coordinates_that_training_moves_stand_still_in_evaluation() -> None:
+    model = coupled("dinov3")
+    model.rope.rescale_coords, model.rope.aug_active = 2.0, True
+    streams: Streams = (images("dinov3"),)
+    for unit in (units := model.eval().units()):
+        streams = unit(*streams)
+    assert torch.equal(streams[0], model(images("dinov3")))
+    model.train()
+    for refused in (model.units, lambda: units[1](images("dinov3"))):
+        with pytest.raises(UserError, match=r"rope_\*_coords makes one rotary embedding per step"):
+            refused()
+
+
 def test_dropped_patches_without_rotations_are_the_stems() -> None:
     model = coupled(patch_drop_rate=0.5).train()
     torch.manual_seed(3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraPaperRevNet, PetraRevNet
 from tests.models.networks import images, small, small_resnet, tiny, with_trained_statistics
+from tests.models.transformers import transformer
 
 SIXTEEN_BITS = ["bfloat16", "fixed16"]
 KINDS = ["auto", "float32", *SIXTEEN_BITS]
@@ -201,6 +202,25 @@ def test_the_grid_is_saved_and_a_state_without_one_has_the_default() -> None:
 def test_fixed16_is_refused_at_couplings_that_drop_no_whole_bits() -> None:
     with pytest.raises(UserError, match=r"0\.75"):
         tiny(coupling=0.75, streams="fixed16")(images())
+
+
+def test_grids_of_a_transformer_are_chosen_by_its_streams() -> None:
+    model = transformer(coupling=1.0, drop_path_rate=0.2).train()
+    before = {**copy.deepcopy(model.state_dict()), "generator": torch.get_rng_state()}
+    model.choose_grids(images(8, 16))
+    after = {**model.state_dict(), "generator": torch.get_rng_state()}
+    assert all(torch.equal(x, before[key]) for key, x in after.items() if "exponent" not in key)
+    seen, streams = 0.0, (images(8, 16),)
+    model.eval().set_streams("float32")
+    for unit in model.units()[:-1]:
+        streams = unit(*streams)
+        seen = max(seen, float(streams[0].detach().abs().max()))
+    assert 2.0 <= 32767 * 2.0 ** -int(model.blocks.exponent) / seen < 16.0  # all blocks count here, none is dropped
+
+
+def test_networks_without_a_grid_say_so() -> None:
+    with pytest.raises(UserError, match=r"petra_revvit\* have no grid.*streams=bfloat16"):
+        timm.create_model("petra_revvit_micro", depth=1).choose_grids(images(2, 32))
 
 
 def test_grids_are_chosen_by_magnitude_with_headroom() -> None:

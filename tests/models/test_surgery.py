@@ -144,7 +144,7 @@ def test_an_operated_network_at_coupling_0_is_the_resnet_operated_on_alike(opera
     assert torch.equal(model.eval()(images(4, 16)), source.eval()(images(4, 16)))
 
 
-@pytest.mark.parametrize("g", [0.5, 1.0])
+@pytest.mark.parametrize("g", [pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("operate", SURGERY)
 def test_an_operated_network_is_the_same_function_on_every_path(operate: Callable[[ResNet], None], g: float) -> None:
     model = PetraRevNet.from_resnet(resnet(), coupling=g).double()

@@ -64,11 +64,20 @@ def make_chain_pipeline(
     method: str = "petra",
     world: World | None = None,
     autocast: torch.dtype | None = None,
+    on_nonfinite: Any = "stop",
+    graphs: Any = "auto",
     **optimization: Any,
 ) -> Pipeline:
     """A pipeline of the chain, one unit per stage unless said otherwise."""
     costs = Costs([1.0] * len(model.layers), [1.0] * len(model.layers))
     layout = Layout.of(model, list(split), method=method, ranks=world.size if world else 1, costs=costs)
     return Pipeline(
-        model, layout, method=method, optimization=Optimization(**optimization), autocast=autocast, world=world
+        model,
+        layout,
+        method=method,
+        optimization=Optimization(**optimization),
+        autocast=autocast,
+        world=world,
+        on_nonfinite=on_nonfinite,
+        graphs=graphs,
     )

@@ -92,8 +92,8 @@ def test_recipes_name_registered_methods_only() -> None:
     with METHODS.restored():
         register_method(KEEPING)
         assert load_recipe("digits/petra_revnet_tiny", ["method=keeping"]).method == "keeping"
-    for name, nearest in (("keeping", "petra or dsp"), ("pert", "petra")):
-        with pytest.raises(UserError, match=f"unknown method '{name}'; did you mean {nearest}"):
+    for name, hint in (("keeping", "expected petra or dsp"), ("pert", "did you mean petra")):
+        with pytest.raises(UserError, match=f"unknown method '{name}'; {hint}"):
             load_recipe("digits/petra_revnet_tiny", [f"method={name}"])
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,8 +34,12 @@ def batches(n: int, size: int = 4, dtype: torch.dtype = torch.float64) -> list[t
     return [(draw(), torch.randint(0, 10, (size,), generator=generator)) for _ in range(n)]
 
 
+def _sgd(named: Any, lr: float, momentum: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for _, p in named], lr, momentum=momentum)
+
+
 def sgd(lr: float, momentum: float = 0.9) -> Any:
-    return lambda named: torch.optim.SGD([p for _, p in named], lr, momentum=momentum)
+    return partial(_sgd, lr=lr, momentum=momentum)  # which a process that is started can take
 
 
 def make_pipeline(

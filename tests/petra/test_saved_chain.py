@@ -54,7 +54,8 @@ def in_a_rank(states: dict[str, PipelineState]) -> dict[str, tuple[dict[str, byt
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(180)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_processes_save_the_files_of_one_and_go_on_from_its_state(tmp_path: Path) -> None:
     states, files, expected = {}, {}, {}
     for method in METHODS:

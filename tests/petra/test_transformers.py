@@ -13,6 +13,7 @@ from petra_zoo.models import PetraRevViT
 from petra_zoo.petra import Layout, Optimization, Pipeline, World
 from petra_zoo.petra.rates import rates_of
 from tests.models.test_petra_revvit import DROPS, small
+from tests.models.transformers import transformer
 from tests.petra.fake_graph import FakeGraph
 from tests.petra.processes import own_world, run_processes
 from tests.petra.test_captured import assert_same, cosine, replayed
@@ -57,6 +58,19 @@ def test_branches_in_parts_train_in_a_pipeline() -> None:
     data = batches(4)
     expected = summed_gradients("backprop", 1, data, chunks=2)
     assert_close(summed_gradients("petra", UNITS, data, chunks=2), expected)
+
+
+@pytest.mark.parametrize("kind", ["vit", "layer scale", slow("eva02"), slow("beit")])
+def test_attention_and_mlp_of_a_block_train_in_two_stages(kind: str) -> None:
+    def trained(method: str, stages: int) -> dict[str, Tensor]:
+        model = transformer(kind, depth=2, num_classes=10, coupling=1.0, units="branch").double().train()
+        before = copy.deepcopy(model.state_dict())
+        run(make_pipeline(model, stages, method=method, **settings), data)
+        return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+
+    data = [(torch.randn(2, 3, 16, 16, dtype=torch.float64), y[:2]) for _, y in batches(2)]
+    settings: dict[str, Any] = {"accumulation_steps": 2, "optimizer": sgd(1.0, momentum=0.0)}
+    assert_close(trained("petra", 6), trained("backprop", 1))
 
 
 def test_nothing_but_images_waits() -> None:
@@ -137,8 +151,9 @@ def train_in_a_rank(cases: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_compute_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
     cases = CASES[:2] if ranks == 2 else CASES
     found = run_processes(ranks, tmp_path, train_in_a_rank, cases)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models import ReversibleSequential
 from petra_zoo.petra import Optimization, Pipeline
 from petra_zoo.reversible import BranchBlock, CompileOptions, CoupledUnit, Unit, backpropagate, compile_branches
+from tests.models.test_petra_revvit import small
+from tests.models.transformers import transformer
 from tests.petra.fake_graph import FakeGraph
 
 # Only hidden by torch while it compiles, so that warnings which are errors see it.
@@ -199,6 +202,54 @@ def test_captured_ticks_of_compiled_branches_compute_the_bits_of_uncaptured_ones
         found.append([float(output.loss) for output in outputs if output.loss is not None])
     assert pipeline.captured is None
     assert found[0] == found[1]
+
+
+def blocks_network(kind: str) -> Any:
+    """With so many blocks that torch.compile would give up on one function for each."""
+    if kind == "two streams":
+        return small(torch.float64, depth=10).train()
+    return transformer(kind, depth=10, coupling=0.5, gain=1.5, units="branch" if kind == "beit" else "auto").double()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["vit", "eva02", "mixed rope", "beit", "two streams"])
+def test_blocks_of_a_transformer_share_the_graphs_of_their_branches(kind: str) -> None:
+    model, found = blocks_network(kind).train(), []
+    x = torch.randn(2, 3, 8 if kind == "two streams" else 16, 8 if kind == "two streams" else 16, dtype=torch.float64)
+    for compiled, memory in ((False, "reversible"), (True, "reversible"), (True, "plain")):
+        if compiled:
+            model.compile_branches(counting)
+        model.set_memory(memory)
+        model.zero_grad()
+        logits = model(x)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        assert len(GRAPHS) <= (4 if compiled else 0)
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0])
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_what_a_compiled_block_takes_beside_its_stream_gets_its_gradient() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).double() for _ in range(3)]
+    chain, found = ReversibleSequential(layers, coupling=0.5, gain=1.5).train(), []
+    for compiled in (False, True):
+        if compiled:
+            compile_branches(chain, CompileOptions(backend="aot_eager"))
+        mask = torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)
+        chain(torch.ones(2, 5, 8, dtype=torch.float64).cumsum(1), src_mask=mask).square().sum().backward()
+        found.append(mask.grad)
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0].abs().max()) > 0
+
+
+def test_branches_in_parts_are_not_compiled() -> None:
+    with pytest.raises(UserError, match="a branch in parts cannot be compiled: unset chunks"):
+        small(chunks=2).compile_branches()
 
 
 @pytest.mark.gpu

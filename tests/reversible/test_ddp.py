@@ -40,7 +40,8 @@ def worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     mp.spawn(worker, (str(tmp_path),), nprocs=2)
     found = torch.load(tmp_path / "gradients.pt")

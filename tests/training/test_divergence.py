@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from petra_zoo.checkpoints.store import Store
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import Failure
 from petra_zoo.petra import Pipeline
@@ -16,10 +17,12 @@ from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import save_recipe
 from petra_zoo.training.progress import Reporter
+from petra_zoo.training.ranks import SharedFailure
 from petra_zoo.training.run import Run, train
 from petra_zoo.training.run_directory import RunDirectory
 from petra_zoo.training.saving import Place
 from tests.cli.test_main import petra_zoo
+from tests.petra.processes import run_processes
 from tests.training.test_feed import write_images
 from tests.training.test_train import QUICK
 
@@ -62,9 +65,59 @@ def test_a_nan_image_stops_the_run_and_keeps_the_last_finite_model(
     for words in ("epoch 2, tick 8: the loss of stage 3 is nan", "bn1.running_mean", f"the one in {tmp_path / 'run'}"):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "is nan (micro-batch 1 of epoch 2, training images " in str(caught.value)
+    assert "the checkpoint tick-0000000004 is kept" in str(caught.value)
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert all(x.isfinite().all() for x in saved.values())
     assert saved["bn1.num_batches_tracked"] == BATCHES
+
+
+def test_skip_leaves_the_micro_batch_out_and_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 1)
+    result = train(small(tmp_path, epochs=2, on_nonfinite="skip", log_interval=1), reporter=Reporter(quiet=True))
+    assert result.skipped == 1
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(x.isfinite().all() for x in saved.values())
+    assert saved["bn1.num_batches_tracked"] == 2 * BATCHES - 1
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (line,) = [line for line in lines if line["event"] == "skipped"]
+    assert (line["epoch"], line["micro_batches"]) == (1, 1)
+
+
+def test_a_checkpoint_is_never_saved_over_a_good_one_with_statistics_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is in the stem's statistics already, and its loss is still to come."""
+    spoil(monkeypatch, 2)
+    with pytest.raises(Failure, match=r"bn1.running_mean is not finite behind tick 3, .* tick-0000000002 is kept"):
+        train(small(tmp_path, checkpoint_every="1 tick"), reporter=Reporter(quiet=True))
+    assert Store(tmp_path / "run" / "checkpoints").names() == ["tick-0000000002"]
+
+
+def train_in_a_rank(folder: str) -> str:
+    with pytest.MonkeyPatch.context() as patched:
+        real, fed = Pipeline.step, list[int]()
+
+        def step(self: Pipeline, images: Images | None = None, labels: torch.Tensor | None = None) -> Any:
+            fed.append(1)
+            if images is not None and len(fed) == 2:
+                images = tuple(x.float() * float("nan") if x.dtype == torch.uint8 else x for x in fed_streams(images))
+            return real(self, images, labels)
+
+        patched.setattr(Pipeline, "step", step)
+        with pytest.raises(SharedFailure) as caught:
+            train(small(Path(folder), epochs=2, balance="operations", log_interval=1), reporter=Reporter(quiet=True))
+    return str(caught.value)
+
+
+@pytest.mark.dist
+@pytest.mark.slow  # two processes import torch
+@pytest.mark.timeout(200)
+def test_all_processes_stop_behind_the_same_tick_with_the_same_words(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", 8 * BATCHES)
+    first, last = run_processes(2, tmp_path, train_in_a_rank, str(tmp_path))
+    assert first == last
+    assert "the loss of stage 3 is nan (micro-batch 2 of epoch 1, training images" in first
 
 
 def test_nothing_is_saved_where_no_epoch_was_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

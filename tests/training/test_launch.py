@@ -91,6 +91,13 @@ def test_the_launcher_needs_no_option_that_torch_2_11_lacks(monkeypatch: pytest.
 
 
 @pytest.mark.slow
+def test_a_launched_run_whose_time_is_over_is_not_started_again(tmp_path: Path) -> None:
+    done = run(f"output={tmp_path / 'run'}", "--nproc", "2", "--max-restarts", "3", "--max-time", "1s")
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("stopped by --max-time") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

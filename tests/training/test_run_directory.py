@@ -9,6 +9,7 @@ import timm
 
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training import run_directory
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import train
@@ -17,6 +18,12 @@ from tests.training.test_train import QUICK
 
 RECIPE = Recipe(**QUICK)
 RUNS = 6
+
+
+def test_the_data_of_a_run_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory(Recipe(**QUICK | {"dataset": "folder", "data_dir": "pictures"}, output=tmp_path / "run"), "run")
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).data_dir == tmp_path / "pictures"
 
 
 def test_runs_that_start_in_the_same_second_get_directories_of_their_own(

@@ -37,7 +37,7 @@ from petra_zoo.models import PetraRevNet
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.memory_modes import Memory
 from petra_zoo.reversible import StreamKind
-from petra_zoo.settings.merging import nearest
+from petra_zoo.settings.merging import did_you_mean
 
 PLAIN, CHECKPOINTED = "timm", "timm, checkpointed"
 STREAMS: tuple[StreamKind, ...] = tuple(kind for kind in get_args(StreamKind) if kind != "auto")
@@ -113,7 +113,7 @@ def find_way(name: str) -> Way:
     if name.startswith(within := compiled_within("")):
         return Way(_compiled, partial(_budget, float(name.removeprefix(within))))
     if name not in known:
-        raise UserError(f"no way is called '{name}'; did you mean '{nearest(name, known)}'?")
+        raise UserError(f"no way is called '{name}'; {did_you_mean(name, known)}")
     return known[name]
 
 

@@ -1,4 +1,4 @@
-"""A disk that fails where a test wants it to."""
+"""A disk that fails where somebody wants it to."""
 
 import errno
 from pathlib import Path
