@@ -6,9 +6,9 @@ from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.update import bearable_size
 
 # Above which D_0 (delay of the first stage, in updates) people are warned, by family of optimizers: between the delays
-# that docs/evidence.md has measured, where that study shows no loss yet and where it does.
+# that docs/evidence.md has measured, where that study shows little loss and where it shows more.
 BORDERS = {
-    "muon": 3.0,  # at 6 with four stages about a point less, at 6.5 with fourteen a loss
+    "muon": 3.0,  # with four stages half a point less; at 6 a point
     "sgd": 2.0,  # at 6 a clear loss
     "nadam": 2.0,  # at 6 well below backpropagation in the search for learning rates
 }
