@@ -55,7 +55,7 @@ def fuzzed(name: str, folder: Path, count: int) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_strangers_file_is_read_or_refused_in_a_line(name: str, tmp_path: Path) -> None:
-    fuzzed(name, tmp_path, 10 if name == "config" else 60)
+    fuzzed(name, tmp_path, {"config": 10, "recipe": 20}.get(name, 100))
 
 
 @pytest.mark.slow
