@@ -9,6 +9,8 @@ from petra_zoo.bench.finetuning import FinetuningStudy, finetuning_tables
 from petra_zoo.bench.finetuning_jobs import tuning_job
 from petra_zoo.bench.results import Record, Results
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
 
 def test_a_trial_says_what_is_fine_tuned() -> None:
     for trial in FinetuningStudy.small().trials(Results("finetune", "quick")):
@@ -23,6 +25,11 @@ def test_differences_are_taken_pair_by_pair() -> None:
     lines = finetuning_tables(results)["finetuning"].splitlines()
     assert lines[2] == "| all | plain | 2 | 90.50 (90.00 to 91.00) | | 2.0 | 1.00 |"
     assert lines[4] == "| all | reversible | 2 | 91.00 (90.50 to 91.50) | 0.50 (0.50 to 0.50) | 2.0 | 1.00 |"
+
+
+def test_the_committed_results_are_of_the_study_as_it_is() -> None:
+    results = Results.read(BENCHMARKS / "finetune" / "results.json")
+    assert all(trial in results for trial in FinetuningStudy().trials(results))
 
 
 @pytest.mark.slow
