@@ -246,6 +246,8 @@ def evaluate_checkpoints(
     places = _places(dataset, data_dir)
     for source in sources:
         resolve_source(source)
+    if options and options.fingerprints and not dataset:
+        _check_same_data(sources)
     reports: list[EvaluationReport] = []
     for source, (name, folder) in product(sources, places):
         reports.append(evaluate_checkpoint(source, name, data_dir=folder, cache_dir=cache_dir, options=options))
@@ -263,6 +265,14 @@ def _places(
     if len(folders) not in (1, len(names)):
         raise UserError(f"{len(names)} data sets, {len(folders)} data folders: give one for all, or one for each")
     return list(zip(names, folders if len(folders) == len(names) else folders * len(names), strict=True))
+
+
+def _check_same_data(sources: Sequence[str]) -> None:
+    """Refuses to compare, image by image, what was trained on different data sets, before an hour is spent on it."""
+    names = {source: run.dataset for source in sources if (run := _run_of(source)) is not None}
+    if len(set(names.values())) > 1:
+        trained = " and ".join(f"{source} on {name}" for source, name in names.items())
+        raise UserError(f"{trained}: models are compared on the same images, name one --dataset")
 
 
 def write_results(path: Path, reports: list[EvaluationReport]) -> None:

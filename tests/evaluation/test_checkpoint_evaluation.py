@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoint, evaluate_checkpoints
 from petra_zoo.evaluation.comparison import compare, mcnemar
 from petra_zoo.evaluation.watch import is_out_of_memory
-from petra_zoo.settings.recipe_files import make_recipe
+from petra_zoo.settings.recipe_files import make_recipe, save_recipe
 from petra_zoo.training.run_directory import RunDirectory
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import untrained
@@ -81,6 +82,14 @@ def test_memory_grows_with_the_batch(two: list[str]) -> None:
 def test_a_model_that_is_missing_is_known_before_the_first_is_evaluated(two: list[str]) -> None:
     with pytest.raises(UserError, match="no run directory"):
         next(evaluate_checkpoints([two[0], "no/such/run"], DATA))
+
+
+def test_runs_of_different_data_are_not_compared_before_either_is_evaluated(two: list[str], tmp_path: Path) -> None:
+    runs = [shutil.copytree(path, tmp_path / Path(path).name) for path in two]
+    for run, data in zip(runs, (DATA, "digits"), strict=True):
+        save_recipe(make_recipe({"model": "petra_revnet_tiny", "dataset": data}), run / "recipe.yaml")
+    with pytest.raises(UserError, match=r"seed0 on synthetic:4x8 and .*seed1 on digits: .*name one --dataset"):
+        next(evaluate_checkpoints([str(run) for run in runs], options=EvaluationOptions(fingerprints=True)))
 
 
 def test_a_model_agrees_with_itself(two: list[str]) -> None:
