@@ -293,7 +293,6 @@ def fork(work: Work) -> int:
         return pid
     code = 0
     try:
-        os.setpgid(0, 0)
         work()
     except RunStopped:
         code = STOPPED
