@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Top-level folders, where pyproject.toml's package-dir installs them, and which of their files belong into the wheel.
 PLACES = {
-    "petra_zoo": ("petra_zoo", {".py", ".typed", ".safetensors", ".html", ".yaml"}),
+    "petra_zoo": ("petra_zoo", {".py", ".typed", ".safetensors", ".html", ".yaml", ".json"}),
     "converters": ("petra_zoo/converters", {".py"}),
     "recipes": ("petra_zoo/recipes", {".py", ".yaml"}),
     "model_cards": ("petra_zoo/model_cards", {".py", ".md"}),

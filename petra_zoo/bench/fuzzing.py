@@ -68,11 +68,13 @@ def _read_recipe(folder: Path) -> None:
 
 
 def _good_manifest(folder: Path) -> None:
-    from petra_zoo.checkpoints.manifest import FileEntry, Manifest
+    from petra_zoo.checkpoints.manifest import SEAL, FileEntry, Manifest, seal_of
 
     files = {"stage-000.safetensors": FileEntry(1, "0" * 64)}
     found = Manifest(1, 0, 1, (1, 2), 1, 1, {"lr": 0.1}, {"torch": "2"}, metrics={"top1": 1.0}, files=files)
-    (folder / "manifest.json").write_text(found.text(), encoding="utf-8")
+    content = found.text().encode()
+    (folder / "manifest.json").write_bytes(content)
+    (folder / SEAL).write_bytes(seal_of(content))
 
 
 def _read_manifest(folder: Path) -> None:
