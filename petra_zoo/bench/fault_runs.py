@@ -36,6 +36,7 @@ from petra_zoo.settings.recipe_files import make_recipe, save_recipe
 from petra_zoo.settings.types import SaveInterval
 from petra_zoo.strict_json import JsonObject
 from petra_zoo.training import Reporter, Result, train
+from petra_zoo.training.launch import as_worker
 from petra_zoo.training.stopping import STOPPED, RunStopped
 
 EVERY, TICKS, STAGES, WINDOW = 3, 16, 4, 2  # a save every so many ticks, of so many
@@ -139,7 +140,7 @@ class Laboratory:
 
         def work() -> None:
             os.environ.update({"MASTER_ADDR": "127.0.0.1", **{key: str(x) for key, x in place.items()}})
-            _train(path, step)
+            as_worker(lambda: _train(path, step))  # leaves at once: gloo would wait for the one that is silent
 
         return fork(work)
 
