@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.settings.types import SaveInterval
+from petra_zoo.settings.types import LARGEST, SaveInterval
 from petra_zoo.strict_json import Json, JsonObject, to_json
 
 _PAGE = """# All settings of a recipe
@@ -98,4 +98,5 @@ def _takes(schema: Json) -> str:
 
 def _range(schema: Mapping[str, Json]) -> str:
     bounds = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"), ("exclusiveMaximum", "below"))
-    return "".join(f" {word} {schema[key]:g}" for key, word in bounds if key in schema)
+    said = ((schema.get(key), word) for key, word in bounds)
+    return "".join(f" {word} {number:g}" for number, word in said if number is not None and number != LARGEST)

@@ -19,6 +19,7 @@ from petra_zoo.settings.types import (
     Probability,
     SaveInterval,
     Source,
+    Stages,
     WeightPrediction,
     WireType,
 )
@@ -171,7 +172,7 @@ class Recipe(Augmentation):
     drift_limit: Positive = 0.5
 
     method: str = "petra"
-    stages: AtLeastOne = 1
+    stages: Stages = 1
     split: list[AtLeastOne] | None = None
     accumulation_steps: AtLeastOne = 1
     max_delay: NotNegative | None = None

@@ -12,8 +12,10 @@ from petra_zoo.files import expand_home
 Probability = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
+LARGEST = 10**9  # of anything that is counted: what is derived from a stranger's number ends, too
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
+Stages = Annotated[int, Field(ge=1, le=10_000)]
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 Source = Annotated[str, AfterValidator(expand_home)]
 WireType = Literal["float32", "bfloat16"]

@@ -112,4 +112,5 @@ def _refuse_zero(max_delay: float, stages: int, method: str) -> None:
 
 
 def _divisors(number: int) -> list[int]:
-    return [k for k in range(1, number + 1) if number % k == 0]
+    low = [k for k in range(1, math.isqrt(number) + 1) if number % k == 0]
+    return [*low, *(number // k for k in reversed(low) if k * k != number)]

@@ -171,3 +171,13 @@ def test_a_recipe_on_paper_says_what_follows() -> None:
 def test_the_learning_rate_goes_by_the_update_not_by_how_it_is_cut() -> None:
     for more in ([], ["max_delay=1"]):
         assert load_recipe(SHAPES, ["update_size=128", *more]).learning_rate == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("setting", ["stages=999999999", "stages=1000000000000", "update_size=1000000000000"])
+def test_numbers_beyond_all_use_are_refused_at_once(setting: str) -> None:
+    with pytest.raises(UserError, match="expected"):
+        load_recipe("digits/petra_revnet_tiny", [setting])
+
+
+def test_an_update_of_many_images_is_cut_at_once() -> None:
+    assert load_recipe("digits/petra_revnet_tiny", ["update_size=999999998"]).accumulation_steps == 2
