@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor
 
-from petra_zoo.checkpoints.load import WEIGHT_FILES, create_any_model, load_model
+from petra_zoo.checkpoints.load import FROM_A_CONFIG, WEIGHT_FILES, create_any_model, load_model
 from petra_zoo.converters.checks import check_source, fit_weights
 from petra_zoo.converters.families import family_for
 from petra_zoo.converters.torchvision_source import PREFIX, load_torchvision
@@ -24,7 +24,7 @@ from petra_zoo.models.memory_modes import MemoryModes
 
 Nested: TypeAlias = "Tensor | Mapping[str, Nested]"  # what torch.save wrote, numbers and texts left out
 
-PREFIXES = (PREFIX, "hf-hub:", "hf_hub:", "local-dir:")
+PREFIXES = (PREFIX, *FROM_A_CONFIG)
 
 
 def load_source(source: str, architecture: str | None = None) -> Classifier:

@@ -12,14 +12,14 @@ from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import explain
-from petra_zoo.checkpoints.reachable import hub_repository, one_attempt
+from petra_zoo.checkpoints.reachable import HUB_PREFIXES, hub_repository, one_attempt
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
 from petra_zoo.models.describe import nearest_models, zoo_names
 
 LAST = "last"  # in a run directory: the last model, where the run's own is the best one
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth")
-FROM_A_CONFIG = ("hf-hub:", "hf_hub:", "local-dir:")
+FROM_A_CONFIG = (*HUB_PREFIXES, "local-dir:")
 
 
 def create_model(name: str, **arguments: Any) -> UnitClassifier:
@@ -85,7 +85,7 @@ def resolve_source(source: str) -> str:
             f"{source} has weights, and no word of what network they are of: give the directory that it is in, "
             f"with its config.json, or make one: petra-zoo convert {source} --arch NAME --output DIR"
         )
-    if "/" in source and not source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if "/" in source and not source.startswith(FROM_A_CONFIG):
         raise UserError(f"there is no run directory {source!r}; for a model on the Hub write hf-hub:{source}")
     return source
 

@@ -12,12 +12,12 @@ from timm.models import is_model as is_known
 
 from petra_zoo.checkpoints.hub_errors import is_of_the_transport
 
-_PREFIXES = ("hf-hub:", "hf_hub:")
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")  # how timm's names of models there begin
 
 
 def hub_repository(name: str) -> str | None:
     """ORG/NAME that timm loads a model of this name from, without a revision; None where it comes from elsewhere."""
-    if name.startswith(_PREFIXES):
+    if name.startswith(HUB_PREFIXES):
         return name.partition(":")[2].partition("@")[0]
     if ":" in name or not is_known(name.partition(".")[0]):
         return None
@@ -57,8 +57,6 @@ def _silence(repository: str) -> Exception | None:
     """What keeps the Hub from answering a single question; None where it answers, whatever it says."""
     try:
         file_exists(repository, constants.CONFIG_NAME)
-    except (
-        Exception
-    ) as error:  # of huggingface_hub or its HTTP library; what is no silence will come again, and be told
+    except Exception as error:  # of huggingface_hub or its HTTP library; what is no silence comes again, and is told
         return error if is_of_the_transport(error) else None
     return None

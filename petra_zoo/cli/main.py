@@ -27,7 +27,7 @@ from petra_zoo.cli import (
     runs_command,
     train_command,
 )
-from petra_zoo.cli.usage import UsageError, asks_for_help, in_one_line
+from petra_zoo.cli.usage import UsageError, asks_for_help, usage_line
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.extensions import import_modules
 from petra_zoo.files import expand_home
@@ -94,7 +94,7 @@ def run(arguments: list[str] | None = None) -> None:
         print(f"petra-zoo: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except UsageError as error:
-        print(error if asks_for_help(error) else f"petra-zoo: {in_one_line(error)}", file=sys.stderr)
+        print(error if asks_for_help(error) else f"petra-zoo: {usage_line(error)}", file=sys.stderr)
         sys.exit(2)
     except typer.Abort:
         raise KeyboardInterrupt from None

@@ -10,7 +10,7 @@ import typer
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def in_one_line(error: Any) -> str:
+def usage_line(error: Any) -> str:
     """What was wrong, and what to do.
 
     Args:

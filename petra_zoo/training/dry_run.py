@@ -28,9 +28,7 @@ class Outlook:
 
     Attributes:
         parameters: of the network; `trained`: of them those that change.
-        learning_rate: the highest.
         updates_per_epoch: of all epochs but for what a pipeline still holds at the end of one.
-        delay: D_j of every stage, in updates.
         train_images, val_images: of each class, by its name.
         split: units per stage.
         stage_bytes: what a device would hold at most for each stage, without what an allocator adds; None where the
@@ -40,9 +38,7 @@ class Outlook:
     recipe: Recipe
     parameters: int
     trained: int
-    learning_rate: float
     updates_per_epoch: int
-    delay: tuple[float, ...]
     train_images: dict[str, int]
     val_images: dict[str, int]
     split: tuple[int, ...]
@@ -50,7 +46,7 @@ class Outlook:
 
     def lines(self) -> list[str]:
         """For people."""
-        recipe, warned = self.recipe, above_border(self.delay[0], self.recipe.opt)
+        recipe, warned = self.recipe, above_border(self.recipe.delay[0], self.recipe.opt)
         per_stage = [f"{size} units" for size in self.split]
         if self.stage_bytes is not None:
             per_stage = [f"{units}, {format_bytes(n)}" for units, n in zip(per_stage, self.stage_bytes, strict=True)]
@@ -62,7 +58,7 @@ class Outlook:
             f"update    {say_update(recipe)}",
             *([f"warning   {warned}: {advice(recipe)}"] if warned else []),
             f"schedule  {self.updates_per_epoch} updates per epoch, {recipe.total_epochs} epochs, {recipe.opt} at a "
-            f"learning rate of {self.learning_rate:g} at most ({recipe.sched})",
+            f"learning rate of {recipe.learning_rate:g} at most ({recipe.sched})",
             *(f"stage {j:<4}{text}" for j, text in enumerate(per_stage)),
         ]
 
@@ -81,9 +77,7 @@ def outlook(recipe: Recipe, name: str = "run") -> Outlook:
         recipe=recipe,
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        learning_rate=recipe.learning_rate,
         updates_per_epoch=math.ceil(len(prepared.train_loader) / recipe.accumulation_steps),
-        delay=recipe.delay,
         train_images=_per_class(prepared.train_loader.dataset),
         val_images=_per_class(prepared.val_loader.dataset),
         split=tuple(prepared.pipeline.layout.sizes),

@@ -26,6 +26,7 @@ from petra_zoo.training.optimization import learning_rates
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run_directory import PROFILE, RunDirectory, record_run
+from petra_zoo.training.runs import read_log
 
 SHOWN_EVERY = 1.0  # seconds between two readings for a person to see: each waits for the device
 ADVICE = "lower the learning rate, set clip_grad, look for bad images, or leave such out with on_nonfinite=skip"
@@ -146,7 +147,8 @@ class Observer:
             self._open_writers(self.directory)
 
     def _open_writers(self, directory: RunDirectory) -> None:
-        recipe, lines = self.run.recipe, directory.logged()
+        recipe = self.run.recipe
+        lines = list(read_log(directory.path)) if recipe.log_to else []
         for writer in open_log_writers(recipe.log_to, directory.path, recipe.model_dump(mode="json")):
             writer.begin(lines)
             self.writers.append(writer)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -117,11 +116,6 @@ class RunDirectory:
         """Appends a line to metrics.jsonl; null where a number is not finite."""
         with self._writing("metrics.jsonl"), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(to_json(values) + "\n")
-
-    def logged(self) -> list[JsonObject]:
-        """All lines of metrics.jsonl."""
-        path = self.path / LOGS[0]
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def summarize(self, row: JsonObject) -> None:
         """Appends an epoch to summary.csv, with timm's columns; an empty field where the value is None."""

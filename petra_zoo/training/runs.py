@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,7 +89,7 @@ def read_summary(run: Path) -> list[dict[str, str]]:
         return []
 
 
-def read_log(run: Path) -> Iterator[Mapping[str, Json]]:
+def read_log(run: Path) -> Iterator[JsonObject]:
     """The lines of metrics.jsonl; one that is being written this moment is left out."""
     try:
         lines = (run / LOGS[0]).read_text(encoding="utf-8").splitlines()
