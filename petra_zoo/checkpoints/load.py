@@ -81,6 +81,8 @@ def resolve_source(source: str) -> str:
                 raise UserError(f"{path} has no {name}: expected a directory that petra-zoo train or timm wrote")
         return f"local-dir:{path}"
     if path.suffix in WEIGHT_FILES:
+        if not path.exists():
+            raise UserError(f"there is no file {source}")
         raise UserError(
             f"{source} has weights, and no word of what network they are of: give the directory that it is in, "
             f"with its config.json, or make one: petra-zoo convert {source} --arch NAME --output DIR"

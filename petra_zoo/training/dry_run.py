@@ -17,6 +17,7 @@ from petra_zoo.planning.schedules import all_schedules
 from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.engine import autocast_type
+from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.preparation import Prepared, prepare
 
 _FEW = 10  # classes that are named one by one
@@ -71,6 +72,7 @@ def outlook(recipe: Recipe, name: str = "run") -> Outlook:
     Raises:
         UserError: settings, data or devices do not allow it: what `train` would say.
     """
+    require_log_writers(recipe.log_to)
     prepared = prepare(recipe, name=name)
     parameters = list(prepared.model.parameters())
     return Outlook(

@@ -26,20 +26,9 @@ from petra_zoo.training.recipe_validation import try_recipe
 from petra_zoo.training.run import Result, train
 from tests.cli.test_main import petra_zoo
 from tests.models.transformers import images, source, transformer
+from tests.training.test_transformers import QUICK, SMALL
 
-SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
-VIT = {
-    "model": "petra_vit_tiny_patch16_224",
-    "dataset": "synthetic:4x8",
-    "batch_size": 256,
-    "workers": 0,
-    "epochs": 1,
-    "lr": 0.05,
-    "warmup_epochs": 0,
-    "hflip": 0.0,
-    "train_crop_mode": "pad",
-    "lora_rank": 2,
-}
+VIT = {**QUICK, "stages": 1, "lora_rank": 2}
 needs_peft = pytest.mark.skipif(not adapters.find_spec("peft"), reason="peft is not installed")
 
 
