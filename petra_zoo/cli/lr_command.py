@@ -27,11 +27,14 @@ def lr(
     ] = None,
     lowest: Annotated[float, typer.Option("--from", help="The smallest rate.")] = 1e-5,
     highest: Annotated[float, typer.Option("--to", help="The largest rate.")] = 10.0,
-    rates: Annotated[int, typer.Option(min=5, help="How many rates, of equal ratio.")] = 50,
+    rates: Annotated[int, typer.Option(min=5, help="How many rates, of equal ratio.")] = 36,
+    updates: Annotated[
+        int, typer.Option(min=1, help="At each rate; more are made where the delay of the pipeline takes them.")
+    ] = 8,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the curve.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, every rate in it.")] = False,
 ) -> None:
-    """Find a learning rate: train at rates that grow, see where the loss is lowest, suggest a tenth of that.
+    """Find a learning rate: train at rates that grow, and see where the loss falls fastest.
 
     A rate is held until the gradients and losses of the whole pipeline are its own:
     2 (stages - 1) ticks or more. Nothing is saved; the last line is what to lay over
@@ -48,13 +51,15 @@ def lr(
         require_matplotlib()
         check_writable(plot)
     settings, wanted = load_recipe(recipe, overrides or []), exponential(lowest, highest, rates)
-    found = try_rates(settings, wanted)
+    title = f"{settings.model} on {settings.dataset}, {settings.opt}: {say_update(settings)}"
+    if not as_json:
+        typer.echo(title)
+    found = try_rates(settings, wanted, updates)
     if plot is not None:
-        draw_rates(found, plot, f"{settings.model} on {settings.dataset}, {settings.opt}: {say_update(settings)}")
+        draw_rates(found, plot, title)
     if as_json:
         typer.echo(to_json(found.as_dict(), indent=1))
     else:
-        typer.echo(f"{settings.model} on {settings.dataset}, {settings.opt}: {say_update(settings)}")
         typer.echo(f"each rate is held for {found.held} ticks, of which the last {found.counted} count")
         every = -(-len(found.rates) // _SHOWN)
         rows = list(zip(found.rates, found.losses, found.smoothed, strict=True))[::every]
@@ -62,5 +67,5 @@ def lr(
     if found.suggestion is None:
         raise Failure(f"no rate is suggested: {found.rule}")
     if not as_json:
-        typer.echo(f"lowest at {found.lowest:.2g}; suggested: {found.rule}")
+        typer.echo(f"lowest loss at {found.lowest:.2g}; suggested: {found.rule}")
         typer.echo(f"lr={found.suggestion:g}")

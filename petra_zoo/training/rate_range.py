@@ -1,11 +1,11 @@
 """A learning-rate range test: what becomes of the loss while the rate grows from far too small to far too large.
 
 L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", section 3.3 (arXiv 1506.01186). Rates grow
-exponentially, as in fastai's `lr_find`, whose rule `minimum` suggests a tenth of the rate at which the loss is lowest.
+exponentially, as in fastai's `lr_find`, and the suggestion is by its rule `steep`: where the loss falls fastest.
 
 In a pipeline the gradients of the first stage are 2 (J - 1) ticks late, and a micro-batch whose loss is seen now was
-fed J - 1 ticks ago. So a rate is held for whole windows, and only the losses of the last one count: each is of a
-micro-batch that was fed when all stages had made an update at this rate, and seen 2 (J - 1) ticks after it was set.
+fed J - 1 ticks ago. So a rate is held for whole windows, and only losses at its end count: each is of a micro-batch
+that was fed when all stages had made an update at this rate, and seen more than 2 (J - 1) ticks after it was set.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Run
 
-RULE = "a tenth of the rate with the lowest smoothed loss: the rule `minimum` of fastai's lr_find; arXiv 1506.01186"
+RULE = "where the smoothed loss falls fastest (the rule `steep` of fastai's lr_find, for the test of arXiv 1506.01186)"
+UPDATES = 8  # of each rate, where the pipeline does not ask for more
 _SMOOTHED = 2  # neighbours on each side
 _FALLEN = 0.98  # of the first loss: less than that is noise
 
@@ -43,7 +44,7 @@ class Hold:
     Attributes:
         fill: in front of the first rate: until the first gradients are at the first stage.
         wait: before losses count; whole windows.
-        count: whose losses count: one window.
+        count: whose losses count; whole windows, at least one.
     """
 
     fill: int
@@ -51,11 +52,12 @@ class Hold:
     count: int
 
     @classmethod
-    def of(cls, pipeline: Pipeline) -> Hold:
-        """For a pipeline; without delay, until there has been an update."""
+    def of(cls, pipeline: Pipeline, updates: int) -> Hold:
+        """For a pipeline, with so many updates at each rate or more; without delay, one of them before losses count."""
         k = pipeline.optimization.accumulation_steps
         up = len(pipeline.layout.stages) - 1 if pipeline.method.delayed else 0
-        return cls(fill=_whole_windows(2 * up, k), wait=_whole_windows(max(2 * up, k + up), k), count=k)
+        wait = _whole_windows(max(2 * up, k + up), k)
+        return cls(fill=_whole_windows(2 * up, k), wait=wait, count=max(k, updates * k - wait))
 
     @property
     def ticks(self) -> int:
@@ -99,8 +101,8 @@ class RateRange:
     Attributes:
         rates, losses: of every rate that was held to its end.
         smoothed: means of a loss and its neighbours, two on either side.
-        lowest: the rate at which that is lowest.
-        suggestion: a tenth of it, to two digits; None where there is no such minimum.
+        lowest: the rate at which that is lowest; None where there is no such minimum.
+        suggestion: the rate up to there at which it falls fastest, to two digits; likewise.
         rule: what it goes by, or why there is none.
         held, counted: ticks of each rate, and those at its end whose losses count.
         diverged: whether larger rates were left out, for the loss had run away.
@@ -124,7 +126,7 @@ class RateRange:
         lowest, suggestion = None, None
         if isinstance(found, int):
             lowest, rule = rates[found], RULE
-            suggestion = float(f"{lowest / 10:.2g}")
+            suggestion = float(f"{rates[steepest(smoothed[: found + 1])]:.2g}")
         else:
             rule = found
         held = list(rates[: len(losses)])
@@ -147,10 +149,16 @@ def range_of(smoothed: Sequence[float], *, diverged: bool) -> int | str:
         return "the loss runs away at once: begin with a smaller rate (--from)"
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     if smoothed[lowest] > _FALLEN * smoothed[0]:
-        return "the loss has not fallen at any rate: hold each for longer (more --rates), or look at the recipe"
+        return "the loss has not fallen at any rate: hold each for longer (--updates), or look at the recipe"
     if lowest == len(smoothed) - 1 and not diverged:
         return "the loss still falls at the largest rate: go on to larger ones (--to)"
     return lowest
+
+
+def steepest(smoothed: Sequence[float]) -> int:
+    """Where a curve over rates of equal ratio falls fastest, by the difference of its neighbours."""
+    inner = range(1, len(smoothed) - 1)
+    return min(inner, key=lambda i: smoothed[i + 1] - smoothed[i - 1], default=len(smoothed) - 1)
 
 
 def exponential(lowest: float, highest: float, count: int) -> list[float]:
@@ -164,12 +172,13 @@ def exponential(lowest: float, highest: float, count: int) -> list[float]:
     return [lowest * (highest / lowest) ** (i / (count - 1)) for i in range(count)]
 
 
-def try_rates(recipe: Recipe, rates: Sequence[float]) -> RateRange:
+def try_rates(recipe: Recipe, rates: Sequence[float], updates: int = UPDATES) -> RateRange:
     """Trains in this process, at one rate after the other, and writes nothing.
 
     Args:
         recipe: of which all but the learning rate and its schedule holds.
         rates: in their order.
+        updates: at each of them, or more where the delay takes them.
 
     Raises:
         UserError: settings, data or devices do not allow it.
@@ -184,7 +193,7 @@ def try_rates(recipe: Recipe, rates: Sequence[float]) -> RateRange:
     device = choose_device(recipe.device)
     with computing(device, deterministic=recipe.deterministic, tf32=recipe.tf32):
         prepared = prepare(recipe.model_copy(update={**plain, "device_speed": None}), world=World(device=device))
-        hold = Hold.of(prepared.pipeline)
+        hold = Hold.of(prepared.pipeline, updates)
         losses, diverged = _losses(prepared, rates, hold)
     return RateRange.of(rates, losses, hold, diverged=diverged)
 
@@ -235,6 +244,7 @@ def draw_rates(found: RateRange, output: Path, title: str) -> None:
     if found.losses:  # what has run away would press all else to the bottom
         axes.set_ylim(bottom=min(0.0, *found.losses), top=min(1.05 * max(found.losses), 2 * found.losses[0]))
     axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -146,7 +146,7 @@ def test_what_does_not_go_together_is_one_line(settings: Sequence[str], message:
 
 def test_patience_that_the_updates_leave_nothing_to_count_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"patience=1 counts validations.*the run has 1 epoch in all"):
-        go(tmp_path, epochs=None, max_updates=3, patience=1)
+        go(tmp_path, epochs=None, max_updates=2, patience=1)
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------

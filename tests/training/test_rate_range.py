@@ -43,14 +43,14 @@ def test_a_loss_counts_when_its_micro_batch_has_met_only_weights_trained_at_the_
 
     monkeypatch.setattr(Pipeline, "step", step)
     wanted = [0.001, 0.01]
-    found = try_rates(Recipe(**SMALL, method=method, accumulation_steps=k), wanted)
+    found = try_rates(Recipe(**SMALL, method=method, accumulation_steps=k), wanted, updates=1)
     delay = 6 if method == "petra" else 0
     for rate, loss in zip(wanted, found.losses, strict=True):
         # In force behind the tick that set it; the last tick at a rate sets the next one.
         set_in = min((i for i, tick in enumerate(ticks) if tick[0] == rate), default=-1) if rate > wanted[0] else -1
         last = set_in + found.held if rate > wanted[0] else ticks.index(next(tick for tick in ticks if tick[0] != rate))
         counted = range(last - found.counted + 1, last + 1)
-        assert loss == pytest.approx(sum(ticks[i][3] or 0.0 for i in counted) / k)
+        assert loss == pytest.approx(sum(ticks[i][3] or 0.0 for i in counted) / len(counted))
         assert counted[0] - set_in > delay
         fed_in = ticks[counted[0]][2]
         assert fed_in is not None
@@ -58,12 +58,12 @@ def test_a_loss_counts_when_its_micro_batch_has_met_only_weights_trained_at_the_
         assert all(now > then for now, then in zip(ticks[fed_in - 1][1], before, strict=True))
 
 
-def test_a_tenth_of_the_rate_with_the_lowest_smoothed_loss_is_suggested() -> None:
+def test_the_rate_at_which_the_smoothed_loss_falls_fastest_is_suggested() -> None:
     rates = exponential(1e-4, 1.0, 9)
     found = RateRange.of(rates, [2.3, 2.3, 2.2, 2.0, 1.5, 1.0, 0.9, 1.4, 2.5], HOLD, diverged=False)
     assert found.smoothed[5] == pytest.approx((2.0 + 1.5 + 1.0 + 0.9 + 1.4) / 5)
     assert found.lowest == rates[5]
-    assert (found.suggestion, found.rule) == (float(f"{rates[5] / 10:.2g}"), RULE)
+    assert (found.suggestion, found.rule) == (float(f"{rates[3]:.2g}"), RULE)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,18 @@ def test_where_there_is_no_minimum_nothing_is_suggested(losses: list[float], why
 def test_the_command_prints_the_line_to_lay_over_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     losses = [2.3, 2.2, 2.0, 1.5, 1.0, 0.5, 0.4, 3.0]
-    monkeypatch.setattr(rate_range, "try_rates", lambda recipe, rates: RateRange.of(rates, losses, HOLD, diverged=True))
+    monkeypatch.setattr(
+        rate_range, "try_rates", lambda recipe, rates, updates: RateRange.of(rates, losses, HOLD, diverged=True)
+    )
     done = petra_zoo("lr", "digits/petra_revnet_tiny", "--rates", "8", "--plot", "curve.png")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
     found = json.loads(petra_zoo("lr", "digits/petra_revnet_tiny", "--rates", "8", "--json").stdout)
     assert done.stdout.splitlines()[-1] == f"lr={found['suggestion']:g}"
     losses[-2:] = [0.3, 0.2]
-    monkeypatch.setattr(rate_range, "try_rates", lambda _, rates: RateRange.of(rates, losses, HOLD, diverged=False))
+    monkeypatch.setattr(
+        rate_range, "try_rates", lambda recipe, rates, _: RateRange.of(rates, losses, HOLD, diverged=False)
+    )
     done = petra_zoo("lr", "digits/petra_revnet_tiny", "--rates", "8")
     assert done.returncode == 1
     assert "still falls at the largest rate" in done.stderr
