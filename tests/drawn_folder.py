@@ -4,7 +4,7 @@ from pathlib import Path
 
 from petra_zoo.data.drawn_datasets import ShapesDataset
 
-CLASSES = ("arrow", "circle", "cross", "ring", "star")
+CLASSES = ("circle", "cross", "ring", "star")
 _SIDES = (32, 40, 48)
 
 
