@@ -122,6 +122,7 @@ def test_ranks_that_disagree_are_refused_naming_the_difference(tmp_path: Path) -
     assert done[1].stderr == ""
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
