@@ -298,7 +298,9 @@ def test_a_registered_data_set_that_needs_a_folder_says_so() -> None:
             open_dataset("squares", "train")
 
 
-@pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:3xa", "synthetic:3x8x9x9", "shapes:40x10x3", "digits:3"])
+@pytest.mark.parametrize(
+    "name", ["synthetic:", "synthetic:3", "synthetic:3xa", "synthetic:3x8x9x9", "shapes:40x10x3", "digits:3"]
+)
 def test_a_variant_that_does_not_exist_is_unknown(name: str) -> None:
     with pytest.raises(DataError, match=f"unknown data set '{name}'"):
         open_dataset(name, "train")
