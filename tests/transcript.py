@@ -68,8 +68,10 @@ def masked(page: str, names: Sequence[str] = ()) -> list[str]:
     text = re.sub(r"\b[0-9a-f]{40}\b", "HASH", page)
     for name in names:
         text = re.sub(rf"\b{name}\b", "NAME", text)
+    text = re.sub(r"\d+ s\b|\d+:\d+ min\b|[\d.]+ h\b", "TIME", text)
     kept = [line for line in text.splitlines() if not line.startswith("  worst")]
-    return [re.sub(r"\s*\d+(?:[.,:]\d+)*", " #", line) for line in kept]
+    numbers = [re.sub(r"\d+(?:[.,]\d+)*", " #", re.sub("─+", "─", line)) for line in kept]
+    return [" ".join(line.split()) for line in numbers]
 
 
 def _run(command: str, work: Path, environment: Mapping[str, str], terminal: bool) -> Iterator[str]:
@@ -96,7 +98,7 @@ def _read(descriptor: int) -> str:
         while part := os.read(descriptor, 65536):
             parts.append(part)
     os.close(descriptor)
-    return b"".join(parts).decode("utf-8", errors="replace")
+    return re.sub(r"\r+\n", "\n", b"".join(parts).decode("utf-8", errors="replace"))
 
 
 def _told(output: str) -> list[str]:

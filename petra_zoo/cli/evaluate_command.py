@@ -132,7 +132,8 @@ def _show(report: EvaluationReport) -> None:
     if report.bad_images:
         typer.echo(f"  {report.bad_images} unreadable images left out")
     for row in result.worst_classes(report.class_names):
-        taken = f", taken for {row['taken_for']} {row['times']} times"
+        times = "once" if row["times"] == 1 else f"{row['times']} times"
+        taken = f", taken for {row['taken_for']} {times}"
         typer.echo(f"  worst  {row['class']}: {row['accuracy']:.1f} % of {row['images']}{taken}")
 
 

@@ -37,15 +37,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     # rich would cut names off, and a name that is cut off names nothing.
     for name, *values in rows:
         typer.echo(name)
-        facts = ", ".join(f"{column} {value}" for column, value in zip(columns[1:], values, strict=True) if value)
+        facts = [f"{column} {value}" for column, value in zip(columns[1:], values, strict=True) if value]
         typer.echo(_indented(facts, console.width))
 
 
-def _indented(text: str, width: int) -> str:
-    """In lines of that width, as far as its words let it."""
-    return textwrap.fill(
-        text, width, initial_indent="  ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+def _indented(facts: Iterable[str], width: int) -> str:
+    """In lines of that width, as far as no fact has to be torn apart."""
+    text = ", ".join(fact.replace(" ", "\0") for fact in facts)
+    lines = textwrap.wrap(text, width - 2, break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent("\n".join(lines), "  ").replace("\0", " ")
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -145,3 +145,8 @@ def test_a_real_run_is_listed_and_drawn(tmp_path: Path) -> None:
     (found,) = list_runs(tmp_path)
     assert (found.state, found.epochs, found.dataset) == ("finished", 2, "synthetic:4x8x128")
     assert petra_zoo("plot", tmp_path / "run", "--output", tmp_path / "p.png").returncode == 0
+
+
+def test_a_folder_of_images_goes_by_its_own_name(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 80.0, settings=("dataset=folder", "data_dir=pictures/birds"))
+    assert "\tbirds/\t" in petra_zoo("runs", tmp_path).stdout
