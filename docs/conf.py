@@ -39,12 +39,15 @@ myst_heading_anchors = 4  # links to headings, by the names that they have where
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 default_role = "literal"  # docstrings write `name`
+napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = "petra-zoo"
 html_copy_source = False
+html_static_path, html_css_files = ["static"], ["site.css"]
 html_show_sphinx = False
+highlight_language = "text"  # of diagrams and of what is typed
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 
