@@ -38,6 +38,7 @@ myst_heading_anchors = 4  # links to headings, by the names that they have where
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
+toc_object_entries_show_parents = "hide"
 default_role = "literal"  # docstrings write `name`
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
