@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -50,7 +51,10 @@ class Reporter:
             how = f"{recipe.method} (exact, no delay)"
         else:
             how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
-        self.line(f"{recipe.model} on {recipe.dataset}, {how}, {epochs} epochs of {batches} micro-batches")
+        self.line(
+            f"{recipe.model} on {recipe.dataset}, {how}, {epochs} epochs of {batches} micro-batches, "
+            f"{_where(pipeline.world.device)}"
+        )
         if pipeline.world.size > 1:
             for rank, (stages, share) in enumerate(zip(layout.ranks, layout.loads(), strict=True)):
                 owned = [str(sizes[j]) for j in stages]
@@ -113,3 +117,11 @@ class Reporter:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _where(device: torch.device) -> str:
+    """On what a process computes."""
+    if device.type != "cpu":
+        return str(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''}"

@@ -28,6 +28,7 @@ from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
 from petra_zoo.training.saving import Place, Saver
 from petra_zoo.training.stopping import Agreement, Deadline, RunStopped, Told, Word, listening
+from petra_zoo.training.threads import threads_restored
 from petra_zoo.training.validation import validate
 
 SHOWN_IMAGES = 8  # of a micro-batch, in an error
@@ -101,7 +102,7 @@ def train(
     else:
         settings, name = load_recipe(str(recipe), overrides), name or str(recipe)
     deadline = Deadline(max_seconds)
-    with listening() as told:
+    with threads_restored(), listening() as told:
         world = enter(settings)
         try:
             settings = world.from_reporter(fixed(settings))

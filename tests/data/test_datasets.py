@@ -100,7 +100,8 @@ def test_shapes_are_balanced_and_fast_to_draw() -> None:
     assert np.bincount(labels).tolist() == [100] * 10
 
 
-def test_synthetic_takes_classes_and_size_from_its_name() -> None:
+def test_synthetic_takes_classes_size_and_length_from_its_name() -> None:
+    assert [len(open_dataset(f"synthetic:4x8{length}", "val")) for length in ("", "x48")] == [1024, 48]
     noise = open_dataset("synthetic:1000x24", "train")
     assert (noise.num_classes, noise.image_size, noise[0][0].size) == (1000, 24, (24, 24))
     assert open_dataset("synthetic", "train").image_size == 32
@@ -297,7 +298,9 @@ def test_a_registered_data_set_that_needs_a_folder_says_so() -> None:
             open_dataset("squares", "train")
 
 
-@pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:3xa", "digits:3"])
+@pytest.mark.parametrize(
+    "name", ["synthetic:", "synthetic:3", "synthetic:3xa", "synthetic:3x8x9x9", "shapes:40x10x3", "digits:3"]
+)
 def test_a_variant_that_does_not_exist_is_unknown(name: str) -> None:
     with pytest.raises(DataError, match=f"unknown data set '{name}'"):
         open_dataset(name, "train")

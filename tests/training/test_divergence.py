@@ -180,7 +180,7 @@ def test_evaluate_prints_no_json_but_one_line_for_a_model_whose_loss_is_not_a_nu
     directory.save_model(model, Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3), [])
     model.fc.weight.data.fill_(float("nan"))
     timm.models.save_for_hf(model, str(directory.path), safe_serialization=True)
-    done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8", "--json")
+    done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8x128", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "not finite" in done.stderr

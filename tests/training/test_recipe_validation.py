@@ -238,9 +238,9 @@ def test_trying_changes_nothing_in_the_working_directory(tmp_path: Path, monkeyp
     ("name", "method"),
     [
         *((name, "petra") for name in list_recipes()),
-        *((name, method) for name in list_recipes() if "18" in name for method in ("backprop", "reversible", "local")),
+        *(("cifar10/petra_revnet18_cifar", method) for method in ("backprop", "reversible", "local")),
     ],
 )
-def test_all_recipes_are_valid_and_the_smallest_networks_under_every_control(name: str, method: str) -> None:
+def test_all_recipes_are_valid_and_one_under_every_control(name: str, method: str) -> None:
     (verdict,) = validate_recipes(name, [f"method={method}", "device=cpu"])
     assert verdict.ok, verdict.reason

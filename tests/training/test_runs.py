@@ -143,5 +143,5 @@ def test_a_real_run_is_listed_and_drawn(tmp_path: Path) -> None:
     settings = [*QUICK, "epochs=2", "log_interval=1", f"output={tmp_path / 'run'}"]
     train(load_recipe("digits/petra_revnet_tiny", settings), reporter=Reporter(quiet=True))
     (found,) = list_runs(tmp_path)
-    assert (found.state, found.epochs, found.dataset) == ("finished", 2, "synthetic:4x8")
+    assert (found.state, found.epochs, found.dataset) == ("finished", 2, "synthetic:4x8x128")
     assert petra_zoo("plot", tmp_path / "run", "--output", tmp_path / "p.png").returncode == 0
