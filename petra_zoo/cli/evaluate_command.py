@@ -124,7 +124,8 @@ def _show(report: EvaluationReport) -> None:
     flipped = ", each with its mirror image" if report.tta else ""
     typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images{flipped}")
     typer.echo(f"  top-1  {result.top1:.2f} %")
-    typer.echo(f"  top-5  {result.top5:.2f} %")
+    if len(report.class_names) > 5:  # else all are among the first five
+        typer.echo(f"  top-5  {result.top5:.2f} %")
     typer.echo(f"  loss   {result.loss:.4f}")
     typer.echo(f"  ECE    {report.calibration_error:.2f} %")
     typer.echo(f"  memory {report.peak_memory / 2**20:.1f} MiB with a batch size of {report.batch_size}")

@@ -98,6 +98,8 @@ def open_dataset(
         DataError: The name is unknown, or the data is missing or not as expected.
     """
     if "/" in name:
+        if data_dir is None and Path(name).is_dir():
+            raise _unknown(name)
         return _open_timms(name, split_name or {"train": "train", "val": "validation"}[split], data_dir, download)
     kind, colon, variant = name.partition(":")
     known = DATASETS.get(kind)
@@ -117,7 +119,8 @@ def open_dataset(
 
 
 def _unknown(name: str) -> DataError:
-    return DataError(f"unknown data set '{name}'; {DATASETS.hint(name)}")
+    images = f"for the images in that folder say folder, with data_dir={name}" if Path(name).is_dir() else None
+    return DataError(f"unknown data set '{name}'; {images or DATASETS.hint(name)}")
 
 
 def _open_timms(name: str, split_name: str, data_dir: Path | None, download: bool) -> ImageDataset:

@@ -50,8 +50,14 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluate_tells_accuracy_loss_and_the_worst_classes(run_directory: Path) -> None:
     done = petra_zoo("evaluate", run_directory)
     assert done.returncode == 0, done.stderr
-    for word in ("top-1", "top-5", "loss", "worst", "synthetic:4x8x128"):
+    for word in ("top-1", "loss", "worst", "synthetic:4x8x128"):
         assert word in done.stdout
+    assert "top-5" not in done.stdout  # of four classes
+
+
+def test_evaluate_tells_top_5_where_there_are_more_classes() -> None:
+    done = petra_zoo("evaluate", "petra_revnet_tiny.digits", "--dataset", "digits")
+    assert "  top-5  " in done.stdout
 
 
 def test_evaluate_writes_json_and_timms_results_csv(run_directory: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import builtins
 import pickle
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,17 @@ def test_synthetic_takes_classes_size_and_length_from_its_name() -> None:
 def test_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(DataError, match="unknown data set 'cifar11'; did you mean cifar10"):
         open_dataset("cifar11", "train")
+
+
+@pytest.mark.parametrize("name", ["photos", "./photos", "photos/"])
+def test_a_folder_in_the_place_of_a_name_is_told_what_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = f"unknown data set '{name}'; for the images in that folder say folder, with data_dir={name}"
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_dataset(name, "train")
 
 
 def test_a_stream_is_refused() -> None:
