@@ -116,8 +116,7 @@ class Recipe(Augmentation):
         warmup_epochs: In which the learning rate grows, within `epochs`, or ahead of them with `warmup_prefix`.
         device: `cpu`, `cuda`, `cuda:N`, or `mps` (untested here, and for the exact methods alone); null or `auto`
             for the GPU where there is one.
-        threads: Of each process, on the CPU; null: one where a micro-batch's forward takes less than 1e9 operations,
-            which is too little to share out, else as many as torch takes.
+        threads: Of each process, on the CPU; null: one where a micro-batch's forward takes less than 1e9 operations.
         amp, amp_dtype: Autocast, and its type.
         channels_last: The order in which images and weights lie in memory.
         deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;

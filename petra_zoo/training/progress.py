@@ -102,7 +102,7 @@ class Reporter:
         """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
         shown = "pipeline filling" if event.train_loss is None else f"train loss {event.train_loss:.4f}"
         validation = f"val loss {event.loss:.4f}  val top-1 {event.top1:.2f} %"
-        self.line(f"epoch {event.epoch + 1:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
+        self.line(f"epoch {event.epoch:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
 
     def line(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

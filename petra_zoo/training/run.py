@@ -150,6 +150,7 @@ class Run:
         every, limit = self.recipe.drift_every, self.recipe.drift_limit
         self.guard = DriftGuard(self.pipeline.stages, every, limit) if every else None
         self.observer = Observer(prepared, reporter, callbacks)
+        self.agreement = Agreement(self.pipeline.world)
 
     def train(self, start: Start | None = None, told: Told | None = None, deadline: Deadline | None = None) -> Result:
         """Runs all epochs, or as long as patience lasts, and saves the model after every validation.
@@ -168,7 +169,7 @@ class Run:
         path = world.from_reporter(observer.directory.path if observer.directory else None)
         assert path is not None
         with held_by_this_run(path) if world.reports else nullcontext():
-            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(self.pipeline.world)
+            self.saver = Saver(self.prepared, observer, path)
             if world.reports:
                 remember_launch(path)
             with self.reporter, closing(observer):

@@ -49,7 +49,7 @@ def test_a_run_directory_holds_recipe_summary_metrics_and_model(tmp_path: Path) 
     }
     with (result.path / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
     events = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert {event["event"] for event in events} == {"train", "validation"}
