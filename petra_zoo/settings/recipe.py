@@ -117,7 +117,7 @@ class Recipe(Augmentation):
         device: `cpu`, `cuda`, `cuda:N`, or `mps` (untested here, and for the exact methods alone); null or `auto`
             for the GPU where there is one.
         threads: Of each process, on the CPU; null: one where a micro-batch's forward takes less than 1e9 operations.
-        amp, amp_dtype: Autocast, and its type.
+        amp, amp_dtype: Autocast, and its type; with `float16` micro-batches that overflow are left out, and counted.
         channels_last: The order in which images and weights lie in memory.
         deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;
             else those that are the fastest for each shape.
@@ -235,7 +235,7 @@ class Recipe(Augmentation):
     device: str | None = None
     threads: Threads | None = None
     amp: bool = False
-    amp_dtype: Literal["bfloat16"] = "bfloat16"
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     streams: Literal["auto", "float32", "bfloat16", "fixed16"] = "auto"
     channels_last: bool = False
     deterministic: bool = False
