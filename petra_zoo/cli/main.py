@@ -18,6 +18,7 @@ from petra_zoo.cli import (
     export_command,
     info_command,
     list_command,
+    lr_command,
     plan_command,
     plot_command,
     predict_command,
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command("demo")(demo_command.demo)
 app.command("data")(data_command.data)
 app.command("train")(train_command.train)
+app.command("lr")(lr_command.lr)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("predict")(predict_command.predict)
 app.command("export")(export_command.export)

@@ -177,7 +177,7 @@ def _training(recipe: Recipe, environment: Environment | None) -> list[tuple[str
         ("stages", stages),
         ("update", say_update(recipe)),
         ("data", f"{_in_words(recipe.dataset)}, images of {recipe.img_size or 'their own size'}"),
-        ("epochs", recipe.epochs),
+        ("epochs", recipe.epochs) if recipe.epochs is not None else ("updates", recipe.max_updates or 0),
         ("optimizer", f"{recipe.opt}, learning rate {recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}"),
         ("seed", recipe.seed),
     ]

@@ -53,7 +53,7 @@ class BufferedStage(Stage):
             for unit in self.units:
                 stack.enter_context(unit.untouched())
             outputs = self.run_units(inputs, down.micro_batch)
-        gradients, found = self._vector_jacobian(outputs, down.gradients, inputs)
+        gradients, found = self._vector_jacobian(outputs, self.scale.enlarged(down.gradients), inputs)
         return self._finish_backward(down.micro_batch, kept, gradients, found)
 
     def in_flight_state(self) -> State:
@@ -107,8 +107,8 @@ class GraphStage(Stage):
 
     def backward(self, down: Down) -> Down:
         graph = self.graphs.popleft()
-        parameters = graph.parameters if self.stash else None
-        gradients, found = self._vector_jacobian(graph.outputs, down.gradients, graph.inputs, parameters)
+        parameters, larger = graph.parameters if self.stash else None, self.scale.enlarged(down.gradients)
+        gradients, found = self._vector_jacobian(graph.outputs, larger, graph.inputs, parameters)
         return self._finish_backward(down.micro_batch, (), gradients, found)
 
     def update(self, partial: bool = False) -> bool:

@@ -17,7 +17,12 @@ Settings = dict[str, Json]
 # Two ways to say one thing: whoever says one of them takes back the other.
 _INSTEAD_OF = {"lr": "lr_base", "lr_base": "lr"}
 # Likewise, but null takes nothing back; and those that choose together take back what they choose.
-_SIZES = {"update_size": "batch_size", "batch_size": "update_size"}
+_OTHER_WORD = {
+    "update_size": "batch_size",
+    "batch_size": "update_size",
+    "epochs": "max_updates",
+    "max_updates": "epochs",
+}
 _CHOOSING, _CHOSEN = {"update_size", "max_delay"}, {"batch_size", "accumulation_steps"}
 _ALIASES = {"grad_accum_steps": "accumulation_steps"}
 
@@ -25,13 +30,13 @@ _ALIASES = {"grad_accum_steps": "accumulation_steps"}
 def lay_over(below: Mapping[str, Json], above: Mapping[str, Json]) -> Settings:
     """The settings below, with those above in their place. A mapping or a list is one value and replaced as a whole.
 
-    What above says in another way is taken back below: `lr` and `lr_base`, `batch_size` and `update_size`; and
-    `update_size` and `max_delay`, once both stand, choose `batch_size` and `accumulation_steps`: whoever says one of
-    these does without a `max_delay` that chose it.
+    What above says in another way is taken back below: `lr` and `lr_base`, `batch_size` and `update_size`, `epochs` and
+    `max_updates`; and `update_size` and `max_delay`, once both stand, choose `batch_size` and `accumulation_steps`:
+    whoever says one of these does without a `max_delay` that chose it.
     """
     said = {key for key, value in above.items() if value is not None}
     under = {key for key, value in below.items() if value is not None}
-    replaced = {_SIZES[key] for key in said & _SIZES.keys()}
+    replaced = {_OTHER_WORD[key] for key in said & _OTHER_WORD.keys()}
     if said & _CHOSEN and under >= _CHOOSING:
         replaced |= {"max_delay"}
     if said & _CHOOSING and said | (under - replaced) >= _CHOOSING:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from petra_zoo.settings.augmentation import Augmentation
+from petra_zoo.settings.length import check_length, check_patience
 from petra_zoo.settings.types import (
     AtLeastOne,
     BadImagePolicy,
@@ -105,13 +106,18 @@ class Recipe(Augmentation):
         coupling_epochs: Move the couplings of a converted network linearly to 1 by this epoch; 0 leaves them.
         sched, warmup_lr, min_lr, warmup_prefix, cooldown_epochs, decay_*: The schedule of the learning rate, as in
             `timm.scheduler.create_scheduler_v2`.
-        epochs: How often every image is seen.
+        epochs: How often every image is seen; null where `max_updates` says how long a run is.
+        max_updates: Updates after which the run ends, in the middle of an epoch too, in the place of `epochs`; warm-up
+            and cooldown are among them.
+        patience: Validations in a row without a better `checkpoint_metric` (top1 where it is null) that end the run;
+            null: none do.
+        on_divergence: Whether a run ends whose loss rises far above what it began with and what guessing gives
+            (`stop`), or goes on (`ignore`); seen where the log reads it.
         warmup_epochs: In which the learning rate grows, within `epochs`, or ahead of them with `warmup_prefix`.
         device: `cpu`, `cuda`, `cuda:N`, or `mps` (untested here, and for the exact methods alone); null or `auto`
             for the GPU where there is one.
-        threads: Of each process, on the CPU; null: one where a micro-batch's forward takes less than 1e9 operations,
-            which is too little to share out, else as many as torch takes.
-        amp, amp_dtype: Autocast, and its type.
+        threads: Of each process, on the CPU; null: one where a micro-batch's forward takes less than 1e9 operations.
+        amp, amp_dtype: Autocast, and its type; with `float16` micro-batches that overflow are left out, and counted.
         channels_last: The order in which images and weights lie in memory.
         deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;
             else those that are the fastest for each shape.
@@ -213,7 +219,10 @@ class Recipe(Augmentation):
     coupling_epochs: Count = 0
 
     sched: Literal["cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none"] = "cosine"
-    epochs: AtLeastOne = 300
+    epochs: AtLeastOne | None = 300
+    max_updates: AtLeastOne | None = None
+    patience: AtLeastOne | None = None
+    on_divergence: Literal["stop", "ignore"] = "stop"
     warmup_epochs: Count = 5
     warmup_lr: NotNegative = 1e-5
     warmup_prefix: bool = False
@@ -226,7 +235,7 @@ class Recipe(Augmentation):
     device: str | None = None
     threads: Threads | None = None
     amp: bool = False
-    amp_dtype: Literal["bfloat16"] = "bfloat16"
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     streams: Literal["auto", "float32", "bfloat16", "fixed16"] = "auto"
     channels_last: bool = False
     deterministic: bool = False
@@ -271,9 +280,14 @@ class Recipe(Augmentation):
         return ("batch_size",) if self.max_delay is None else ("batch_size", "accumulation_steps")
 
     @property
-    def total_epochs(self) -> int:
-        """With cooldown, and with the warm-up where it comes on top."""
-        return self.epochs + self.cooldown_epochs + (self.warmup_epochs if self.warmup_prefix else 0)
+    def epochs_beside(self) -> int:
+        """Those of the cooldown, and of the warm-up where it comes on top."""
+        return self.cooldown_epochs + (self.warmup_epochs if self.warmup_prefix else 0)
+
+    @property
+    def total_epochs(self) -> int | None:
+        """With cooldown, and with the warm-up where it comes on top; None where `max_updates` says how long."""
+        return None if self.epochs is None else self.epochs + self.epochs_beside
 
     @model_validator(mode="before")
     @classmethod
@@ -339,6 +353,14 @@ class Recipe(Augmentation):
             raise ValueError(
                 f"split={self.split} has {len(self.split)} entries; expected one per stage, stages={self.stages}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _length_is_known(self) -> Self:
+        if self.max_updates is not None and "epochs" not in self.model_fields_set:
+            object.__setattr__(self, "epochs", None)  # else it is frozen
+        check_length(self.epochs, self.max_updates)
+        check_patience(self.patience, self.val_interval, self.total_epochs)
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from petra_zoo.planning.schedules import all_schedules
 from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.engine import autocast_type
+from petra_zoo.training.length import say_length, updates_per_epoch
 from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.preparation import Prepared, prepare
 
@@ -30,6 +30,7 @@ class Outlook:
     Attributes:
         parameters: of the network; `trained`: of them those that change.
         updates_per_epoch: of all epochs but for what a pipeline still holds at the end of one.
+        length: of the run, such as `20 epochs`.
         train_images, val_images: of each class, by its name.
         split: units per stage.
         stage_bytes: what a device would hold at most for each stage, without what an allocator adds; None where the
@@ -40,6 +41,7 @@ class Outlook:
     parameters: int
     trained: int
     updates_per_epoch: int
+    length: str
     train_images: dict[str, int]
     val_images: dict[str, int]
     split: tuple[int, ...]
@@ -58,7 +60,7 @@ class Outlook:
             f"checking  {_count(self.val_images)}",
             f"update    {say_update(recipe)}",
             *([f"warning   {warned}: {advice(recipe)}"] if warned else []),
-            f"schedule  {self.updates_per_epoch} updates per epoch, {recipe.total_epochs} epochs, {recipe.opt} at a "
+            f"schedule  {self.updates_per_epoch} updates per epoch, {self.length}, {recipe.opt} at a "
             f"learning rate of {recipe.learning_rate:g} at most ({recipe.sched})",
             *(f"stage {j:<4}{text}" for j, text in enumerate(per_stage)),
         ]
@@ -79,7 +81,8 @@ def outlook(recipe: Recipe, name: str = "run") -> Outlook:
         recipe=recipe,
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        updates_per_epoch=math.ceil(len(prepared.train_loader) / recipe.accumulation_steps),
+        updates_per_epoch=updates_per_epoch(recipe, len(prepared.train_loader)),
+        length=say_length(recipe),
         train_images=_per_class(prepared.train_loader.dataset),
         val_images=_per_class(prepared.val_loader.dataset),
         split=tuple(prepared.pipeline.layout.sizes),

@@ -42,6 +42,11 @@ class Meter:
             return None, 0.0
         return sum(row[0] * row[2] for row in rows) / images, 100.0 * sum(row[1] for row in rows) / images
 
+    def first(self, micro_batches: int) -> float | None:
+        """Mean loss of the first micro-batches; None before they have come out."""
+        rows = self._rows()[:micro_batches]
+        return sum(row[0] for row in rows) / micro_batches if len(rows) == micro_batches else None
+
     def mean_loss(self) -> float | None:
         """Over everything; None where nothing came out: the pipeline was filling."""
         rows = self._rows()

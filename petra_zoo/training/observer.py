@@ -10,15 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from petra_zoo.checkpoints.load import LAST
-from petra_zoo.checkpoints.store import LOWER_IS_BETTER
 from petra_zoo.errors import Failure
 from petra_zoo.evaluation.scores import Scores
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.petra import Output
 from petra_zoo.petra.optimization import State
-from petra_zoo.settings.types import Metric
 from petra_zoo.strict_json import Json
 from petra_zoo.training.callbacks import Callback, EndEvent, LogEvent, StartEvent, ValidationEvent
+from petra_zoo.training.endings import Divergence, Patience, is_better
 from petra_zoo.training.finetuning import start_lines
 from petra_zoo.training.log_writers import LogWriter, open_log_writers
 from petra_zoo.training.meter import Meter, Speed
@@ -49,7 +48,9 @@ class Observer:
         self.run, self.reporter, self.callbacks = run, reporter, callbacks
         self.started = time.perf_counter()
         self.training_seconds = 0.0
-        self.epochs = run.recipe.total_epochs
+        self.length = run.length
+        self.patience = Patience(run.recipe)
+        self.divergence = Divergence(run.recipe, run.model.num_classes)
         self.epoch, self.batches_done = 0, 0
         self.meter, self.speed = Meter(), Speed()
         self._recent: tuple[float | None, float] = (None, 0.0)  # loss and accuracy as they were last read
@@ -96,6 +97,8 @@ class Observer:
             "logs": self.directory.log_sizes(),
             "skipped": self.skipped,
             "best": None if self.best is None else vars(self.best),
+            "patience": self.patience.state(),
+            "divergence": self.divergence.state(),
         }
 
     def continue_from(self, state: State, *, same_directory: bool) -> None:
@@ -105,6 +108,9 @@ class Observer:
         self.training_seconds = state["training_seconds"]
         self.skipped = state.get("skipped", 0)
         self.started = time.perf_counter() - state["wall_seconds"]
+        if "patience" in state:  # not in checkpoints of earlier versions
+            self.patience.load(state["patience"])
+            self.divergence.load(state["divergence"])
         if same_directory:  # else the run's model is not in here
             self.best = None if state["best"] is None else Scores(**state["best"])
         self.directory.cut_logs(state["logs"] if same_directory else {})
@@ -129,7 +135,7 @@ class Observer:
     def start(self) -> None:
         """Says what is about to run."""
         run, batches = self.run, len(self.run.train_loader)
-        self.reporter.start(run.recipe, run.pipeline, batches, self.epochs)
+        self.reporter.start(run.recipe, run.pipeline, batches, self.length.epochs)
         for line in start_lines(run.recipe, run.model, run.data.class_names):
             self.reporter.line(line)
         if left_out := run.train_loader.left_out:
@@ -141,7 +147,7 @@ class Observer:
             processes = run.world.size * run.world.replicas
             stages = len(run.pipeline.layout.stages)
             delay = run.pipeline.delay[0]
-            event = StartEvent(self.directory.path, self.epochs, batches, stages, processes, delay, parameters)
+            event = StartEvent(self.directory.path, self.length.epochs, batches, stages, processes, delay, parameters)
             for callback in self.callbacks:
                 callback.on_start(event)
             self._open_writers(self.directory)
@@ -175,19 +181,25 @@ class Observer:
             self._recent, self._read_at = self.meter.recent(), time.perf_counter()
         loss, top1 = self._recent
         fill = f"{pipeline.in_flight}/{2 * len(pipeline.layout.stages) - 1}"
-        total = self.epochs * len(self.run.train_loader)
-        self.reporter.batch(self.epoch, self.batches_done, total, images_fed, loss, top1, speed, fill)
+        self.reporter.batch(self.epoch, self.batches_done, self.length.total, images_fed, loss, top1, speed, fill)
         if loss is not None and logged:
             updates = pipeline.fed // recipe.accumulation_steps
-            event = LogEvent(self.epoch, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
+            event = LogEvent(self.epoch + 1, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
+            self._look_for_divergence(loss)
             self._log(event="train", **asdict(event))
             for callback in self.callbacks:
                 callback.on_log(event)
 
+    def _look_for_divergence(self, loss: float) -> None:
+        """At a reading of the log: for what has come out, nobody waits for the device another time."""
+        if self.divergence.start is None:
+            self.divergence.start = self.meter.first(self.run.recipe.accumulation_steps)
+        self.divergence.saw(loss)
+
     def left_out(self, micro_batches: int) -> None:
         """So many micro-batches have been left out so far, for they were not finite."""
         if micro_batches > self.skipped and self.directory:
-            self._log(event="skipped", epoch=self.epoch, tick=self.run.pipeline.tick, micro_batches=micro_batches)
+            self._log(event="skipped", epoch=self.epoch + 1, tick=self.run.pipeline.tick, micro_batches=micro_batches)
             self.reporter.line(f"left out so far, for they were not finite: {micro_batches} micro-batches")
         self.skipped = max(self.skipped, micro_batches)
 
@@ -214,11 +226,11 @@ class Observer:
         assert self.directory is not None
         train_loss, lr = self.meter.mean_loss(), self.learning_rate()
         event = ValidationEvent(
-            self.epoch, train_loss, scores.loss, scores.top1, scores.top5, lr, self.training_seconds
+            self.epoch + 1, train_loss, scores.loss, scores.top1, scores.top5, lr, self.training_seconds
         )
         self._log(
             event="validation",
-            epoch=self.epoch,
+            epoch=self.epoch + 1,
             top1=scores.top1,
             top5=scores.top5,
             loss=scores.loss,
@@ -227,10 +239,11 @@ class Observer:
         if not math.isfinite(scores.loss):
             kept = self.directory.what_is_kept()
             raise Failure(f"the validation loss is {scores.loss}: the model is not saved, {kept}: {ADVICE}")
+        self.patience.saw(scores)
         self._save_model(scores, whole)
         self.directory.summarize(
             {
-                "epoch": self.epoch,
+                "epoch": self.epoch + 1,
                 "train_loss": train_loss,
                 "eval_loss": scores.loss,
                 "eval_top1": scores.top1,
@@ -250,18 +263,28 @@ class Observer:
         if metric is not None:
             self.directory.save_model(whole, preprocessing, names, LAST)
             self.directory.save_recipe(self.run.recipe, LAST)
-        if metric is None or self.best is None or _better(scores, self.best, metric):
+        if metric is None or self.best is None or is_better(scores, getattr(self.best, metric), metric):
             self.directory.save_model(whole, preprocessing, names)
             self.best = scores
 
-    def complete(self) -> None:
-        """Completes the run directory of a model that was saved."""
+    def complete(self, ended: str) -> None:
+        """Completes the run directory of a model that was saved.
+
+        Args:
+            ended: why the run ends here.
+        """
         if not self.directory:
             return
         assert self.best is not None
         path, wall = self.directory.path, time.perf_counter() - self.started
         seconds = {"wall_seconds": wall, "training_seconds": self.training_seconds}
-        record_run(path, self.run.recipe, self.best, self.run.world.size, **seconds)
+        record_run(path, self.run.recipe, self.best, self.run.world.size, ended=ended, **seconds)
+
+    def tell_why(self, ended: str) -> None:
+        """Says and logs why the run ends, where it is not for its epochs."""
+        if self.directory and (self.run.recipe.epochs is None or ended != self.length.ended):
+            self._log(event="end", epoch=self.epoch + 1, tick=self.run.pipeline.tick, why=ended)
+            self.reporter.line(f"ended: {ended}")
 
     def end(self, scores: Scores) -> None:
         """Says that the run is over."""
@@ -275,11 +298,13 @@ class Observer:
         """The schedule's; `layer_decay` scales it layer by layer."""
         return self._rate(self.run.pipeline.fed // self.run.recipe.accumulation_steps)
 
+    def diverged(self) -> str | None:
+        """What is wrong with the loss, in words; None where nothing is. Logs it."""
+        found = self.divergence.found
+        if found and self.directory:
+            self._log(event="diverged", epoch=self.epoch + 1, tick=self.run.pipeline.tick, why=found)
+        return found
+
     def what_is_kept(self) -> str:
         """For messages about training that cannot go on."""
         return self.directory.what_is_kept() if self.directory else "what was saved before is kept"
-
-
-def _better(scores: Scores, than: Scores, metric: Metric) -> bool:
-    now, then = getattr(scores, metric), getattr(than, metric)
-    return bool(now < then if metric in LOWER_IS_BETTER else now > then)

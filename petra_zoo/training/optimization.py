@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -16,6 +15,7 @@ from torch import nn
 from petra_zoo.checkpoints.hub_errors import first_line
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.training.length import updates_per_epoch
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 # Options of `create_optimizer_v2` that it reads where it makes the groups, by their names in the functions that do.
@@ -24,6 +24,7 @@ _GROUPING = {
     "fallback_list": "fallback_list",
     "fallback_no_weight_decay": "fallback_no_weight_decay",
 }
+_TIMM_DECAY_EPOCHS = 90  # of its `step`
 _LAYER_GROUPING = {"layer_decay_min_scale": "min_scale", "layer_decay_no_opt_scale": "no_opt_scale"}
 
 
@@ -91,26 +92,54 @@ def _groups(recipe: Recipe, model: nn.Module, options: dict[str, Any]) -> list[d
 
 def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch.optim.Optimizer], Scheduler | None]:
     """Makes a stage's schedule: timm's, advanced with every update."""
-    updates = max(1, math.ceil(batches_per_epoch / recipe.accumulation_steps))
+    times = _schedule_times(recipe, updates_per_epoch(recipe, batches_per_epoch))
 
     def make(optimizer: torch.optim.Optimizer) -> Scheduler | None:
         return create_scheduler_v2(
             optimizer,
             sched=recipe.sched,
-            num_epochs=recipe.epochs,
-            decay_epochs=recipe.decay_epochs,
-            decay_milestones=recipe.decay_milestones,
-            cooldown_epochs=recipe.cooldown_epochs,
             decay_rate=recipe.decay_rate,
             min_lr=recipe.min_lr,
             warmup_lr=recipe.warmup_lr,
-            warmup_epochs=recipe.warmup_epochs,
             warmup_prefix=recipe.warmup_prefix,
             step_on_epochs=False,
-            updates_per_epoch=updates,
+            **times,
         )[0]
 
     return make
+
+
+class _Times(TypedDict):
+    """What timm multiplies by `updates_per_epoch`."""
+
+    num_epochs: int
+    warmup_epochs: int
+    cooldown_epochs: int
+    decay_epochs: float | None
+    decay_milestones: list[int]
+    updates_per_epoch: int
+
+
+def _schedule_times(recipe: Recipe, updates: int) -> _Times:
+    """When a schedule does what, by epochs of so many updates; with `max_updates`, where they may not be whole, by 1.
+
+    What timm takes for a share of the schedule stays one.
+    """
+    if recipe.epochs is not None:
+        num_epochs, scale = recipe.epochs, 1
+    else:
+        assert recipe.max_updates is not None
+        num_epochs, scale = max(1, recipe.max_updates - recipe.epochs_beside * updates), updates
+    decay = recipe.decay_epochs or (_TIMM_DECAY_EPOCHS if recipe.sched == "step" else None)
+    is_share = decay is not None and decay < 1 and recipe.sched in ("wsd", "rsqrt")
+    return {
+        "num_epochs": num_epochs,
+        "warmup_epochs": recipe.warmup_epochs * scale,
+        "cooldown_epochs": recipe.cooldown_epochs * scale,
+        "decay_epochs": decay if decay is None or is_share else decay * scale,
+        "decay_milestones": [epoch * scale for epoch in recipe.decay_milestones],
+        "updates_per_epoch": updates // scale,
+    }
 
 
 def learning_rates(recipe: Recipe, batches_per_epoch: int) -> Callable[[int], float]:

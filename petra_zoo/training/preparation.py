@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import count, repeat
 
 import torch
 from timm.utils import ModelEmaV3
@@ -36,6 +36,7 @@ from petra_zoo.training.build import (
 from petra_zoo.training.coupling_schedule import CouplingSchedule, start_schedule
 from petra_zoo.training.distillation import Distillation, build_distillation, load_teacher
 from petra_zoo.training.engine import build_pipeline, profile_for_run, share_profile
+from petra_zoo.training.length import Length, check_run_length
 from petra_zoo.training.losses import build_loss
 from petra_zoo.training.ranks import together
 from petra_zoo.training.synchronized_norms import synchronize_statistics
@@ -80,9 +81,20 @@ class Prepared:
     distillation: Distillation | None
     schedule: CouplingSchedule | None
 
+    @property
+    def length(self) -> Length:
+        """How long it will be."""
+        return Length.of(self.recipe, len(self.train_loader))
+
     def batches(self, loader: ImageLoader, start: int = 0) -> Iterator[Batch]:
         """What a loader reads, on the device: images as bytes, which `transform` makes what the network takes."""
         return on_device(loader.read(start), self.world.device, memory_format(self.recipe))
+
+    def endless(self) -> Iterator[Batch]:
+        """What is trained on, epoch after epoch, on the rank that owns the stem."""
+        for epoch in count():
+            self.train_loader.set_epoch(epoch)
+            yield from self.batches(self.train_loader)
 
     def ticks(self, loader: ImageLoader, start: int = 0) -> Iterable[Batch | tuple[None, None]]:
         """What each tick feeds from a batch on: it, on the rank that owns the stem; as often nothing on the others."""
@@ -141,6 +153,7 @@ def _build_parts(recipe: Recipe, data: Splits | None, world: World, goes_on: boo
     loaders = build_loaders(recipe, train, val, preprocessing, world)
     if data is None:  # what is handed in stands for more, and for larger micro-batches
         check_batches(recipe, loaders[0])
+        check_run_length(recipe, len(loaders[0]))
         check_norms(recipe, model, preprocessing)
     return _Parts(train, model, preprocessing, loaders, profile_for_run(recipe, model, preprocessing, world))
 

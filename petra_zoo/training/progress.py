@@ -21,6 +21,7 @@ from petra_zoo.petra import Pipeline
 from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
+from petra_zoo.training.length import Length, warn_of_warm_up
 
 
 class Reporter:
@@ -47,12 +48,13 @@ class Reporter:
         """Says what is about to run: stages, how evenly several ranks share the work, and how late an update comes."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps
         layout, sizes = pipeline.layout, pipeline.layout.sizes
+        length = f"{epochs} epochs" if recipe.max_updates is None else f"{recipe.max_updates} updates, epochs"
         if not pipeline.method.delayed:
             how = f"{recipe.method} (exact, no delay)"
         else:
             how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
         self.line(
-            f"{recipe.model} on {recipe.dataset}, {how}, {epochs} epochs of {batches} micro-batches, "
+            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches, "
             f"{_where(pipeline.world.device)}"
         )
         if pipeline.world.size > 1:
@@ -68,6 +70,8 @@ class Reporter:
         self.line(say_update(recipe))
         if above := above_border(recipe.delay[0], recipe.opt):
             self.line(f"warning: {above}: {advice(recipe)}")
+        if too_few := warn_of_warm_up(recipe, batches):
+            self.line(too_few)
         if self.console.is_terminal and not self.quiet:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -78,7 +82,8 @@ class Reporter:
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._bar.add_task("training", total=batches * epochs, state="")
+            total = Length.of(recipe, batches).total
+            self._task = self._bar.add_task("training", total=total, state="")
 
     def batch(
         self, epoch: int, done: int, total: int, images: int, loss: float | None, top1: float, speed: float, fill: str
@@ -97,7 +102,7 @@ class Reporter:
         """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
         shown = "pipeline filling" if event.train_loss is None else f"train loss {event.train_loss:.4f}"
         validation = f"val loss {event.loss:.4f}  val top-1 {event.top1:.2f} %"
-        self.line(f"epoch {event.epoch + 1:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
+        self.line(f"epoch {event.epoch:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
 
     def line(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

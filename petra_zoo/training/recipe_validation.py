@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from petra_zoo.data.feed import Batch
 from petra_zoo.data.generated_files import write_dataset
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
@@ -131,6 +130,7 @@ def _shrunk(recipe: Recipe, data_dir: Path | None) -> Recipe:
             "batch_size": _IMAGES,
             "update_size": None,
             "max_delay": None,
+            "accumulation_steps": min(recipe.accumulation_steps, 2),  # more of them are more of the same
             "validation_batch_size": _IMAGES,
             "workers": 0,
             "lr": recipe.learning_rate,
@@ -146,7 +146,7 @@ def _train(prepared: Prepared) -> None:
     prepared.model.train()
     before = [p.detach().clone() for p in prepared.model.parameters()]
     outputs: list[Output] = []
-    for number, (images, labels) in zip(range(UPDATES * k), _endless(prepared), strict=False):
+    for number, (images, labels) in zip(range(UPDATES * k), prepared.endless(), strict=False):
         if number == k and prepared.schedule:
             outputs += run.drain()
             before = [p.detach().clone() for p in prepared.model.parameters()]
@@ -154,14 +154,6 @@ def _train(prepared: Prepared) -> None:
         outputs.append(run.step(images, labels))
     outputs += run.drain()
     _check_training(prepared, before, [float(output.loss) for output in outputs if output.loss is not None])
-
-
-def _endless(prepared: Prepared) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        prepared.train_loader.set_epoch(epoch)
-        yield from prepared.batches(prepared.train_loader)
-        epoch += 1
 
 
 def _check_training(prepared: Prepared, before: list[Tensor], losses: list[float]) -> None:

@@ -42,6 +42,7 @@ FREE = {
     "link_timeout",
     "log_interval",
     "log_to",
+    "on_divergence",
     "on_nonfinite",
     "output",
     "profile",
@@ -50,6 +51,10 @@ FREE = {
 
 # What is saved is of these.
 FIXED = {"data_parallel", "method", "model", "split", "stages"}
+
+
+# What ends a run: with another one, a finished run may go on.
+LENGTH = {"epochs", "max_updates", "patience"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) ->
         pass
     if checkpoint := Store(directory / CHECKPOINTS).newest_good():
         changed = check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change)
-        done = checkpoint.manifest.finished and "epochs" not in changed
+        done = checkpoint.manifest.finished and not changed & LENGTH
         return Start(directory, checkpoint, finished=done)
     if (directory / EVALUATION).exists():  # saved nothing to go on from, but it is finished
         check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe)
@@ -138,8 +143,8 @@ def adopt(start: Start) -> None:
         torch.set_num_threads(max(1, min(start.checkpoint.manifest.threads, 4096)))
 
 
-def finished_result(directory: Path) -> tuple[Scores, float]:
-    """What a finished run has left: the evaluation of its model, and the seconds of training.
+def finished_result(directory: Path) -> tuple[Scores, float, str]:
+    """What a finished run has left: the evaluation of its model, the seconds of training, and why it ended.
 
     Raises:
         UserError: its records cannot be read.
@@ -148,7 +153,7 @@ def finished_result(directory: Path) -> tuple[Scores, float]:
         record, environment = (_read(directory / name) for name in (EVALUATION, ENVIRONMENT))
         top1, top5, loss = (float(str(record[key])) for key in ("top1", "top5", "loss"))
         scores = Scores(top1, top5, loss, int(str(record["images"])), torch.zeros(0, 0, dtype=torch.int64))
-        return scores, float(str(environment["training_seconds"]))
+        return scores, float(str(environment["training_seconds"])), str(environment.get("ended", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} is finished, but its {EVALUATION} cannot be read: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from petra_zoo.petra.preparing import Images, fed_streams
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe
 from petra_zoo.training.callbacks import Callback
+from petra_zoo.training.endings import what_to_lower
 from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.observer import ADVICE, Observer
 from petra_zoo.training.preparation import Prepared, prepare
@@ -46,6 +48,7 @@ class Result:
         finished_before: whether there was nothing left to do.
         bad_images: how many training images could not be read and were skipped.
         skipped: how many micro-batches were left out, for they were not finite.
+        ended: why the run ended: `all 20 epochs`, `max_updates=...` or `patience=...`, with what was waited for.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class Result:
     finished_before: bool = False
     bad_images: int = 0
     skipped: int = 0
+    ended: str = ""
 
 
 def train(
@@ -111,8 +115,8 @@ def train(
             start = together(world, lambda: find_start(settings, resume, allow_change) if world.reports else None)
             start = world.from_reporter(start) or Start()
             if start.finished and start.directory:
-                scores, seconds = finished_result(start.directory)
-                return Result(start.directory, scores, seconds, settings.delay[0], finished_before=True)
+                scores, seconds, ended = finished_result(start.directory)
+                return Result(start.directory, scores, seconds, settings.delay[0], finished_before=True, ended=ended)
             adopt(start)
             partition = start.checkpoint.manifest.stages if start.checkpoint else None
             with computing(world.device, deterministic=settings.deterministic, tf32=settings.tf32):
@@ -138,7 +142,7 @@ class Run:
     def __init__(self, prepared: Prepared, reporter: Reporter, callbacks: Sequence[Callback] = ()) -> None:
         self.prepared, self.reporter = prepared, reporter
         self.recipe, self.world, self.model = prepared.recipe, prepared.world, prepared.model
-        self.pipeline, self.ema = prepared.pipeline, prepared.ema
+        self.pipeline, self.ema, self.length = prepared.pipeline, prepared.ema, prepared.length
         self.finite = self.pipeline.settings.finite
         # In one of several processes an error in the middle of a tick would leave the others waiting.
         self.finite.raises = self.world.alone
@@ -146,9 +150,10 @@ class Run:
         every, limit = self.recipe.drift_every, self.recipe.drift_limit
         self.guard = DriftGuard(self.pipeline.stages, every, limit) if every else None
         self.observer = Observer(prepared, reporter, callbacks)
+        self.agreement = Agreement(self.pipeline.world)
 
     def train(self, start: Start | None = None, told: Told | None = None, deadline: Deadline | None = None) -> Result:
-        """Runs all epochs, drains the pipeline and saves the model after every validation.
+        """Runs all epochs, or as long as patience lasts, and saves the model after every validation.
 
         Args:
             start: what it goes on from; default: from nothing.
@@ -164,21 +169,22 @@ class Run:
         path = world.from_reporter(observer.directory.path if observer.directory else None)
         assert path is not None
         with held_by_this_run(path) if world.reports else nullcontext():
-            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(self.pipeline.world)
+            self.saver = Saver(self.prepared, observer, path)
             if world.reports:
                 remember_launch(path)
             with self.reporter, closing(observer):
                 at = self.begin_at(start)
                 self.world = self.agreement.world
                 self.prepared = self.saver.run = replace(self.prepared, world=self.world)
-                self.run_epochs(at)
+                ended = self.run_epochs(at)
+                observer.tell_why(ended)
         bad_images = sum(self.world.gather(len(self.prepared.data.bad_images)))
         scores = self.world.from_reporter(observer.best)
         assert scores is not None
         observer.end(scores)
         delay = self.pipeline.delay[0]
         skipped = max(self.world.gather(self.pipeline.skipped))
-        return Result(path, scores, observer.training_seconds, delay, bad_images=bad_images, skipped=skipped)
+        return Result(path, scores, observer.training_seconds, delay, False, bad_images, skipped, ended)
 
     def begin_at(self, start: Start) -> Place:
         """Says what is about to run; of a run that goes on, takes back all that was saved."""
@@ -186,40 +192,54 @@ class Run:
         if checkpoint := start.checkpoint:
             here = start.directory is not None
             at = together(self.world, lambda: self.saver.load(checkpoint, same_directory=here))
-            if at.epoch >= observer.epochs:
-                raise UserError(
-                    f"{checkpoint.path} has trained {at.epoch} epochs, which is all that there are to train"
-                )
+            finished = checkpoint.manifest.finished
+            if self.length.is_over(at.epoch, at.batch, finished=finished):
+                raise UserError(f"{checkpoint.path} has trained {at}, which is all that there are to train")
+            if over := self.world.from_reporter(observer.patience.over) if finished else None:
+                raise UserError(f"{checkpoint.path} has ended by {over}: there is nothing more to train with it")
             self.reporter.line(f"goes on from {checkpoint.path}: epoch {at.epoch + 1}, micro-batch {at.batch}")
         observer.start()
         return at
 
-    def run_epochs(self, at: Place) -> None:
-        """Runs what is left of all epochs."""
+    def run_epochs(self, at: Place) -> str:
+        """Runs what is left of all epochs; gives why it ended."""
         self.told.saves = True
+        ended = None
         try:
-            for epoch in range(at.epoch, self.observer.epochs):
-                self.run_epoch(Place(epoch, at.batch if epoch == at.epoch else 0))
+            while ended is None:
+                ended = self.run_epoch(at)
+                at = Place(at.epoch + 1)
         except NotFiniteError as error:
-            raise self.diverged(error) from error
+            raise self.not_finite(error) from error
+        return ended
 
-    def run_epoch(self, at: Place) -> None:
-        """Feeds what is left of an epoch, validates and saves; micro-batches in flight stay in flight."""
+    def run_epoch(self, at: Place) -> str | None:
+        """Feeds what is left of an epoch, validates and saves; micro-batches in flight stay in flight.
+
+        They do where patience ends here, too: what is saved is what was validated, and with more patience it goes on.
+
+        Returns:
+            Why the run ends here, if it does.
+        """
         observer, epoch = self.observer, at.epoch
         observer.begin_epoch(epoch, at.batch)
         if at.batch == 0:
             self.move_couplings(epoch)
         self.feed(at)
-        last, scores = epoch == observer.epochs - 1, None
+        last, scores = epoch == self.length.epochs - 1, None
+        ended = self.length.ended if last else None
         if last:
             for output in self.drain():
                 observer.count(output)
         if last or (epoch + 1) % self.recipe.val_interval == 0:
             scores = validate(self.prepared, observer)
-        if last:
-            observer.complete()  # before the checkpoint that says so
-        if self.saver.due_after_epoch(epoch) or (last and self.saver.every):
-            self.save(Place(epoch + 1), scores, finished=last)
+            if self.recipe.patience and not last:
+                ended = self.world.from_reporter(observer.patience.over)
+        if ended:
+            observer.complete(ended)  # before the checkpoint that says so
+        if self.saver.due_after_epoch(epoch) or (ended and self.saver.every):
+            self.save(Place(*self.length.place_after(epoch)), scores, finished=ended is not None)
+        return ended
 
     def feed(self, at: Place) -> None:
         """Feeds an epoch from a micro-batch on; saves where it is time to, and where it is time to stop."""
@@ -227,7 +247,7 @@ class Run:
         self.model.train()
         loader.set_epoch(at.epoch)
         with self.observer.training():
-            for images, labels in self.prepared.ticks(loader, batch):
+            for images, labels in islice(self.prepared.ticks(loader, batch), self.length.fed_in(at.epoch) - batch):
                 self.observer.saw(self.step(images, labels))
                 batch += 1
                 self.look_up(Place(at.epoch, batch))
@@ -240,7 +260,8 @@ class Run:
             RunStopped: it is saved.
         """
         told, late = self.told, self.world.reports and self.deadline.passed
-        own = Word(told.by is not None or late, self.saver.due_by_clock(), self.finite.told is not None, self.skips())
+        failed = self.finite.told is not None or self.observer.divergence.found is not None
+        own = Word(told.by is not None or late, self.saver.due_by_clock(), failed, self.skips())
         word = self.agreement.exchange(own)
         self.observer.left_out(word.skipped)
         if word.failed or word.stop or word.save or self.saver.due_after_tick():
@@ -261,17 +282,26 @@ class Run:
         """All processes behind the same tick: gives what was said and not heard yet.
 
         Raises:
-            Failure: something was not finite, in any of them; all of them raise it.
+            Failure: something was not finite, or the loss runs away, in any of them; all of them raise it.
         """
-        if self.world.alone:
-            return Word()
         word = self.agreement.settle()
-        self.finite.settle()
-        told = self.finite.told
-        found = [x for x in self.world.gather(told and (told.fed.start, str(self.diverged(told)))) if x]
+        if not self.world.alone:  # else it is raised where it is found
+            self.finite.settle()
+        found = [x for x in self.world.gather(self.failure()) if x]
         if found:
             raise SharedFailure(min(found)[1])
         return word
+
+    def failure(self) -> tuple[int, str] | None:
+        """Why training cannot go on, if this process knows it, and since which micro-batch."""
+        if told := self.finite.told:
+            return told.fed.start, str(self.not_finite(told))
+        if why := self.observer.diverged():
+            return (
+                self.pipeline.fed,
+                f"{self.stopped_where()}: {why}; {self.what_is_kept()}: {what_to_lower(self.recipe)}",
+            )
+        return None
 
     def save(self, at: Place, scores: Scores | None = None, *, finished: bool = False) -> None:
         """Saves, and does not count it as training."""
@@ -308,14 +338,20 @@ class Run:
         self.drain()  # nothing may be in flight
         schedule.apply(epoch, self.model, *([self.ema.module] if self.ema else []))
 
-    def diverged(self, error: NotFiniteError) -> Failure:
+    def not_finite(self, error: NotFiniteError) -> Failure:
         """What to tell when training cannot go on, where it is known: which tensor was hit, and what is on disk."""
         hit = first_not_finite(self.model)
         also = f", and so is {hit}" if hit else ""
-        where = f"in epoch {self.observer.epoch + 1}, tick {self.pipeline.tick}"
-        kept = f"{self.observer.what_is_kept()}, {self.saver.kept()}"
         found = f"{error}{self.place_of(error.fed)}{also}"
-        return Failure(f"training stopped {where}: {found}; no model is saved, {kept}: {ADVICE}")
+        return Failure(f"{self.stopped_where()}: {found}; {self.what_is_kept()}: {ADVICE}")
+
+    def stopped_where(self) -> str:
+        """The beginning of what is told of a run that cannot go on."""
+        return f"training stopped in epoch {self.observer.epoch + 1}, tick {self.pipeline.tick}"
+
+    def what_is_kept(self) -> str:
+        """For the same, behind its cause."""
+        return f"no model is saved, {self.observer.what_is_kept()}, {self.saver.kept()}"
 
     def place_of(self, fed: range) -> str:
         """Where micro-batches are in the data, in words."""

@@ -223,7 +223,14 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def record_run(
-    path: Path, recipe: Recipe, evaluation: Scores, processes: int, *, wall_seconds: float, training_seconds: float
+    path: Path,
+    recipe: Recipe,
+    evaluation: Scores,
+    processes: int,
+    *,
+    wall_seconds: float,
+    training_seconds: float,
+    ended: str,
 ) -> None:
     """Leaves both files in a run directory whose model has just been saved; memory is that of this process.
 
@@ -232,9 +239,9 @@ def record_run(
     Raises:
         UserError: they cannot be written.
     """
-    seconds = {"wall_seconds": wall_seconds, "training_seconds": training_seconds}
+    facts: JsonObject = {"wall_seconds": wall_seconds, "training_seconds": training_seconds, "ended": ended}
     try:
-        write_json(path / ENVIRONMENT, {**describe_environment(), "processes": processes, **seconds, **peak_memory()})
+        write_json(path / ENVIRONMENT, {**describe_environment(), "processes": processes, **facts, **peak_memory()})
         record = evaluation_record(recipe.dataset, evaluation, path / "model.safetensors")
         write_json(path / EVALUATION, {**record, "delay": recipe.delay[0]})
     except OSError as error:

@@ -129,7 +129,7 @@ def _facts_of(path: Path, folder: Path) -> RunFacts:
         data_dir=data_dir,
         method=method,
         stages=stages,
-        epochs=int(rows[-1]["epoch"]) + 1 if rows else 0,
+        epochs=int(rows[-1]["epoch"]) if rows else 0,
         of_epochs=of_epochs,
         best=max(top1, default=None),
         last=top1[-1] if top1 else None,

@@ -39,6 +39,10 @@ class Place:
     epoch: int = 0
     batch: int = 0
 
+    def __str__(self) -> str:
+        behind = f" and {self.batch} micro-batches" if self.batch else ""
+        return f"{self.epoch} epochs{behind}"
+
 
 class Saver:
     """Saves a run and takes it back. Every process has one and calls the same methods behind the same ticks.

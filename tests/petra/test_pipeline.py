@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.petra import METHODS, Costs, Layout, Method, Optimization, Output, Pipeline, World, find_method
+from petra_zoo.reversible import units_of
 from tests.models.networks import with_trained_statistics
 
 SIZE = (3, 8, 8)
@@ -49,7 +50,8 @@ def make_pipeline(
     ranks = kwargs["world"].size if kwargs.get("world") else 1
     chosen = find_method(method).with_last_stage(last_stage)
     optimization = {key: kwargs.pop(key) for key in OPTIMIZATION if key in kwargs}
-    costs = _costs(model, chosen)
+    counts = ranks > 1 or (isinstance(layout, int) and 1 < layout < len(units_of(model)))  # what decides, no more
+    costs = _costs(model, chosen) if counts else None
     return Pipeline(
         model,
         Layout.of(model, layout, method=chosen, ranks=ranks, costs=costs, input_size=SIZE),

@@ -86,6 +86,7 @@ CASES: dict[int, list[Case]] = {
         ("sgd", 3, {"method": "petra", "autocast": torch.bfloat16}, True, Wire(torch.bfloat16, torch.bfloat16)),
     ],
     3: [
+        ("sgd", 5, {"method": "petra", "autocast": torch.float16}, False),
         *(("sgd", 5, {"method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS),
         *(
             ("sgd", UNITS, {"method": m, "accumulation_steps": 2, "weight_prediction": "backward"}, False)

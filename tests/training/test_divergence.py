@@ -81,7 +81,7 @@ def test_skip_leaves_the_micro_batch_out_and_counts_it(tmp_path: Path, monkeypat
     assert saved["bn1.num_batches_tracked"] == 2 * BATCHES - 1
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     (line,) = [line for line in lines if line["event"] == "skipped"]
-    assert (line["epoch"], line["micro_batches"]) == (1, 1)
+    assert (line["epoch"], line["micro_batches"]) == (2, 1)
 
 
 def test_a_checkpoint_is_never_saved_over_a_good_one_with_statistics_that_are_not_finite(

@@ -29,12 +29,12 @@ def write_run(path: Path, *top1: float, finished: bool = True, settings: tuple[s
         load_recipe("digits/petra_revnet_tiny", [f"epochs={max(1, len(top1))}", *settings]), path / "recipe.yaml"
     )
     if top1:
-        rows = [f"{epoch},{2 / (epoch + 1)},{1 / (epoch + 1)},{value},99,0.1" for epoch, value in enumerate(top1)]
+        rows = [f"{epoch},{2 / epoch},{1 / epoch},{value},99,0.1" for epoch, value in enumerate(top1, 1)]
         (path / "summary.csv").write_text(
             "\n".join(["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr", *rows]) + "\n"
         )
     lines = [
-        {"event": "train", "epoch": (update - 1) // 10, "update": update, "loss": 1.0, "top1": 50.0, "lr": 0.1,
+        {"event": "train", "epoch": 1 + (update - 1) // 10, "update": update, "loss": 1.0, "top1": 50.0, "lr": 0.1,
          "images_per_second": 100.0}
         for update in range(5, 5 * log + 1, 5)
     ]  # fmt: skip

@@ -49,7 +49,7 @@ def test_a_run_directory_holds_recipe_summary_metrics_and_model(tmp_path: Path) 
     }
     with (result.path / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
     events = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert {event["event"] for event in events} == {"train", "validation"}
@@ -103,6 +103,7 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
         {"model_ema": True, "model_ema_decay": 0.5},
         {"mixup": 0.2, "smoothing": 0.1},
         {"amp": True, "channels_last": True},
+        {"amp": True, "amp_dtype": "float16"},
         {"opt": "adamw", "layer_decay": 0.8, "clip_grad": 1.0, "sched": "step", "decay_epochs": 1},
         {"split": [4, 4, 3, 3], "last_stage": "recompute"},
         {"sched": "none", "drop": 0.1, "model_kwargs": {"coupling": 0.5}},
@@ -202,6 +203,10 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
         ({"model": "resnet50"}, "model 'resnet50': ResNet has no units(): petra-zoo convert makes"),
         ({"model_kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"model_kwargs": {"coupling": 0.3}}, "multiple of 1/256"),
+        (
+            {"amp": True, "amp_dtype": "float16", "model_kwargs": {"streams": "fixed16"}},
+            "amp_dtype=float16 with streams=fixed16",
+        ),
         ({"stages": 15}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
         ({"split": [4, 4, 4, 4]}, "add up to the model's 14 units, not 16"),
         ({"num_classes": 3}, "num_classes=3, but data set synthetic:4x8x128 has labels 0 to 3"),
