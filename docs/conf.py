@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[1]
-YOUR_IMAGES = [f"docs/{page.stem}" for page in ROOT.glob("docs/your_images.md")]
 # In a docstring: what stands between backticks and bullets, which stay, or a sign that would be markup.
 MARKUP = re.compile(r"(?P<name>`+[^`]*`+|^\s*\* )|[*|]|(?<=\w)_(?!\w)")
 # The sidebar: what somebody new wants first, what somebody who measures wants last.
 SIDEBAR = {
-    "Daily use": ["docs/start", *YOUR_IMAGES, "docs/looking", "docs/recipes", "docs/hub"],
+    "Daily use": ["docs/start", "docs/your_images", "docs/looking", "docs/recipes", "docs/hub"],
     "The zoo": ["docs/models", "docs/families", "docs/converting"],
     "PETRA": ["docs/engine", "docs/processes", "docs/extending", "docs/reliability"],
     "What was measured": ["docs/evidence", "docs/gpu", "benchmarks/README", "benchmarks/*/README"],
