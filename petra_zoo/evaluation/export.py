@@ -160,7 +160,14 @@ def export_loaded(
             reason = str(problem).strip().splitlines()[0]
             raise UserError(f"{source} cannot be written as {format}: {reason}") from problem
         run = _run_onnx if format == "onnx" else _run_program
-        error = max(_difference(y, run(path, x)) for x, y in zip(trials, expected, strict=True))
+        try:
+            error = max(_difference(y, run(path, x)) for x, y in zip(trials, expected, strict=True))
+        except Exception as problem:  # an exporter's own check of sizes is an assertion, onnxruntime's its own error
+            reason = str(problem).strip().splitlines()[0]
+            raise UserError(
+                f"the {format} file of {source} does not take what it should ({reason[:160]}): it was not kept; with "
+                "--dynamic-size a larger --input-size may be one that it can be written by"
+            ) from problem
     if not error <= _ROUNDING:  # also where it is nan
         raise UserError(
             f"the {format} file of {source} differs from the model by {error:.1e} of the largest logit "

@@ -115,7 +115,7 @@ def test_comparing_needs_two_models_and_the_same_images(two: list[str]) -> None:
     assert "--compare takes two models" in done.stderr
     reports = [
         evaluate_checkpoint(two[0], data, options=EvaluationOptions(batch_size=512, fingerprints=True))
-        for data in (DATA, "synthetic:3x8", "synthetic:4x9")
+        for data in (DATA, "synthetic:3x8x128", "synthetic:4x9x128")
     ]
     with pytest.raises(UserError, match="on the same images, but with other labels"):
         compare(*reports[:2])

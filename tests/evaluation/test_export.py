@@ -12,7 +12,7 @@ import torch
 from petra_zoo.errors import UserError
 from petra_zoo.evaluation import export as export_module
 from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
-from petra_zoo.evaluation.export import Format, export_model
+from petra_zoo.evaluation.export import Dynamic, Format, export_model
 from petra_zoo.evaluation.quantization import Int8Images
 from tests.hub.saved_models import save
 
@@ -111,15 +111,26 @@ def test_8_bits_of_a_file_for_one_image(tmp_path: Path) -> None:
 def test_images_of_any_size_in_an_opset_that_was_chosen(tmp_path: Path, format: Format) -> None:
     model = save(tmp_path / "model", coupling=0.5)
     opset = 20 if format == "onnx" else None
-    done = export_model(str(tmp_path / "model"), tmp_path / "m", format=format, dynamic=["batch", "size"], opset=opset)
+    dynamic: list[Dynamic] = ["batch", "size"]
+    done = export_model(
+        str(tmp_path / "model"), tmp_path / "m", format=format, image_size=(16, 16), dynamic=dynamic, opset=opset
+    )
     assert done.shape == "Nx3xHxW"
-    images = torch.randn(5, 3, 24, 9)
+    images = torch.randn(5, 3, 24, 12)
     with torch.no_grad():
         torch.testing.assert_close(
             (run_onnx if format == "onnx" else run_program)(done.path, images), model(images), rtol=1e-4, atol=1e-4
         )
     if format == "onnx":
         assert pytest.importorskip("onnx").load(done.path).opset_import[0].version == 20
+
+
+@pytest.mark.slow
+def test_a_program_that_does_not_take_what_it_promises_is_not_kept(tmp_path: Path) -> None:
+    save(tmp_path / "model")  # whose last features are of one pixel: exporters take that for all there will be
+    with pytest.raises(UserError, match=r"does not take what it should .*a larger --input-size"):
+        export_model(str(tmp_path / "model"), tmp_path / "m", format="torch-export", dynamic=["size"])
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize(
