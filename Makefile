@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest lint browser clean
+.PHONY: demo test test-slow test-oldest lint docs browser clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,6 +35,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	ln -sfn ../converters petra_zoo/converters  # mypy looks for petra_zoo.converters where it is installed
 	$(BIN)/mypy
+
+# The site of README.md, docs/ and benchmarks/, with what makes it: see docs/conf.py.
+.venv/.docs-installed: $(STAMP) pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs-installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/docs
+	@echo "saved build/docs/index.html"
 
 # The browser for the tests marked browser (Debian and Ubuntu, as root); without it they are skipped.
 browser:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from petra_zoo.checkpoints.load import check_image_size, load_model
-from petra_zoo.converters.calibration import CalibrationImages, image_shape, noise, open_images
+from petra_zoo.converters.calibration import image_shape, noise
 from petra_zoo.converters.conversion import TOLERANCE, ConversionOptions, convert
 from petra_zoo.converters.families import family_of, name_of
 from petra_zoo.converters.fidelity import Fidelity, measure_fidelity
@@ -22,6 +22,7 @@ from petra_zoo.converters.reestimation import has_statistics
 from petra_zoo.converters.report import ConversionReport, check_report, write_report
 from petra_zoo.converters.save import check_output, save_converted, save_for_timm
 from petra_zoo.converters.source import load_source
+from petra_zoo.data.calibration_images import CalibrationImages, open_images
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, config_of
 from petra_zoo.models.resnet_weights import SHORT_RUN

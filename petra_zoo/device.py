@@ -16,7 +16,7 @@ def choose_device(name: str | None) -> torch.device:
     Raises:
         UserError: there is no such device, here or anywhere.
     """
-    if name is None:
+    if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = torch.accelerator.current_accelerator(check_available=True)
     known = ["cpu", *([found.type] if found else [])]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -22,6 +23,27 @@ def run_python(page: str, code: str) -> None:
 def test_the_examples_of_the_page_on_models_run() -> None:
     for code in blocks("models.md", "python"):
         run_python("models.md", code)
+
+
+def test_the_examples_of_the_page_on_converting_run() -> None:
+    for code in blocks("converting.md", "python"):
+        run_python("converting.md", code)
+
+
+def test_the_first_example_trains_in_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("start.md", "python")
+    run_python("start.md", code)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("None") for line in lines] == [True, True, True, False, False, False, False, False]
+
+
+def test_the_number_of_pretrained_tags_is_right() -> None:
+    tags = [
+        name for name in timm.list_models("petra_revnet*", pretrained=True) if not name.startswith("petra_revnet_tiny")
+    ]
+    twins = timm.list_models("petra_*", pretrained=True, exclude_filters=["petra_revnet*", "petra_revvit*"])
+    text = f"{len(tags)} tags of timm's ResNet weights, {len(twins)} of its transformers'"
+    assert text in (DOCS / "converting.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from petra_zoo.bench.pages import Page
+from tests import your_images
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_MEASURED = "<!-- not measured -->"  # of a table: its numbers are settings, shapes, formulas or versions
+MADE_BY_COMMANDS = {path.resolve() for path in your_images.PICTURES.values()}  # of a page whose commands a test runs
 IMAGE = re.compile(r"!\[[^\]]*\]\((?P<markdown>[^)\s]+)|<img[^>]*\bsrc=\"(?P<html>[^\"]+)")
 
 
@@ -32,7 +34,7 @@ def what_is_wrong(page: Page) -> list[str]:
         if not tied and above != NOT_MEASURED:
             line = page.text.count("\n", 0, start) + 1
             wrong.append(f"line {line}: a table with numbers, neither marked as of results nor as {NOT_MEASURED}")
-    pictures = {picture.path.resolve() for picture in page.pictures}
+    pictures = {picture.path.resolve() for picture in page.pictures} | MADE_BY_COMMANDS
     for image in IMAGE.finditer(page.text):
         if (page.path.parent / (image["markdown"] or image["html"])).resolve() not in pictures:
             wrong.append(f"{image[0]} is not marked as a plot of results")

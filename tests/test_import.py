@@ -54,7 +54,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     "code",
     [
         "import petra_zoo, timm; timm.create_model('petra_revnet_tiny')",
-        "import timm, petra_zoo; timm.create_model('petra_revnet_tiny')",
+        pytest.param("import timm, petra_zoo; timm.create_model('petra_revnet_tiny')", marks=pytest.mark.slow),
     ],
 )
 def test_models_are_registered_whichever_comes_first(code: str) -> None:

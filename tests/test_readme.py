@@ -3,33 +3,23 @@
 import re
 from pathlib import Path
 
-import pytest
-import timm
 from typer.main import get_command
 
 from petra_zoo.cli.main import app
+from petra_zoo.settings.recipe_files import load_recipe
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    for example in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL):
-        exec(compile(example, "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.endswith("None") for line in lines] == [True, True, True, False, False, False, False, False]
-
-
-def test_the_number_of_pretrained_tags_is_right() -> None:
-    tags = [
-        name for name in timm.list_models("petra_revnet*", pretrained=True) if not name.startswith("petra_revnet_tiny")
-    ]
-    twins = timm.list_models("petra_*", pretrained=True, exclude_filters=["petra_revnet*", "petra_revvit*"])
-    text = f"{len(tags)} tags of timm's ResNet weights, {len(twins)} of its transformers'"
-    assert text in README.read_text()
+def test_the_recipes_that_it_trains_are_there_and_take_its_settings() -> None:
+    trained = re.findall(r"^petra-zoo train (\S+) (.*)", README.read_text(), flags=re.MULTILINE)
+    assert trained
+    for recipe, settings in trained:
+        assert load_recipe(recipe, settings.split()).dataset == "folder"
 
 
 def test_every_command_is_in_the_table() -> None:
-    table = README.read_text().split("## Commands")[1].split("## Networks")[0]
+    table = README.read_text().split("## Commands")[1].split("## More")[0]
     for name in get_command(app).commands:  # type: ignore[attr-defined]
         assert f"petra-zoo {name}" in table
 

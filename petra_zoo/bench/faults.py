@@ -36,7 +36,7 @@ class Fault:
 
 
 FAULTS = {
-    "killed": Fault("`kill -9` of one of two processes, in a random tick", 8),
+    "killed": Fault("`kill -9` of one of two processes, in a random tick", 30),
     "launched": Fault("the same, started again by `--max-restarts`", 3),
     "stopped": Fault("SIGTERM in a random tick", 4),
     "frozen": Fault("one of two processes frozen (SIGSTOP), in a random tick", 2),

@@ -72,8 +72,8 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a trained network into a reversible one that predicts (almost) the same, and save it for timm."""
-    from petra_zoo.converters.calibration import CalibrationImages
     from petra_zoo.converters.checkpoint_conversion import convert_back, convert_checkpoint
+    from petra_zoo.data.calibration_images import CalibrationImages
 
     if to_resnet:
         name = convert_back(source, output)

@@ -124,14 +124,16 @@ def _show(report: EvaluationReport) -> None:
     flipped = ", each with its mirror image" if report.tta else ""
     typer.echo(f"{report.model} on {report.dataset}: {result.images}{of_all} images{flipped}")
     typer.echo(f"  top-1  {result.top1:.2f} %")
-    typer.echo(f"  top-5  {result.top5:.2f} %")
+    if len(report.class_names) > 5:  # else all are among the first five
+        typer.echo(f"  top-5  {result.top5:.2f} %")
     typer.echo(f"  loss   {result.loss:.4f}")
     typer.echo(f"  ECE    {report.calibration_error:.2f} %")
     typer.echo(f"  memory {report.peak_memory / 2**20:.1f} MiB with a batch size of {report.batch_size}")
     if report.bad_images:
         typer.echo(f"  {report.bad_images} unreadable images left out")
     for row in result.worst_classes(report.class_names):
-        taken = f", taken for {row['taken_for']} {row['times']} times"
+        times = "once" if row["times"] == 1 else f"{row['times']} times"
+        taken = f", taken for {row['taken_for']} {times}"
         typer.echo(f"  worst  {row['class']}: {row['accuracy']:.1f} % of {row['images']}{taken}")
 
 

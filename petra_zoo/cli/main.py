@@ -26,6 +26,7 @@ from petra_zoo.cli import (
     recipes_command,
     report_command,
     runs_command,
+    speed_command,
     train_command,
 )
 from petra_zoo.cli.usage import UsageError, asks_for_help, usage_line
@@ -48,6 +49,7 @@ app.command("lr")(lr_command.lr)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("predict")(predict_command.predict)
 app.command("export")(export_command.export)
+app.command("speed")(speed_command.time_model)
 app.command("convert")(convert_command.convert)
 app.command("push")(push_command.push)
 app.command("list")(list_command.list_models)

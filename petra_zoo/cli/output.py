@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 import typer
@@ -26,16 +27,25 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     from rich.table import Table
 
     rows, console = list(rows), Console()
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    if console.measure(table, options=console.options.update(width=10**4)).maximum <= console.width:
-        console.print(table)
-        return
+    for padding in (1, 0):  # between columns
+        table = Table(*columns, title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, padding))
+        for row in rows:
+            table.add_row(*row)
+        if console.measure(table, options=console.options.update(width=10**4)).maximum <= console.width:
+            console.print(table)
+            return
     # rich would cut names off, and a name that is cut off names nothing.
     for name, *values in rows:
         typer.echo(name)
-        typer.echo("  " + ", ".join(f"{column} {value}" for column, value in zip(columns[1:], values, strict=True)))
+        facts = [f"{column} {value}" for column, value in zip(columns[1:], values, strict=True) if value]
+        typer.echo(_indented(facts, console.width))
+
+
+def _indented(facts: Iterable[str], width: int) -> str:
+    """In lines of that width, as far as no fact has to be torn apart."""
+    text = ", ".join(fact.replace(" ", "\0") for fact in facts)
+    lines = textwrap.wrap(text, width - 2, break_long_words=False, break_on_hyphens=False)
+    return textwrap.indent("\n".join(lines), "  ").replace("\0", " ")
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -44,7 +44,14 @@ def _row(run: RunFacts) -> tuple[str, ...]:
     best, last = ("" if top1 is None else f"{top1:.2f}" for top1 in (run.best, run.last))
     epochs = f"{run.epochs}/{run.of_epochs or '?'}"
     time = "" if run.seconds is None else _duration(run.seconds)
-    return run.run, run.model or "", run.dataset or "", method, epochs, best, last, time, run.state
+    return run.run, run.model or "", _data(run), method, epochs, best, last, time, run.state
+
+
+def _data(run: RunFacts) -> str:
+    """Its name; that of a folder of images is the folder's own."""
+    if run.dataset == "folder" and run.data_dir:
+        return f"{Path(run.data_dir).name}/"
+    return run.dataset or ""
 
 
 def _duration(seconds: float) -> str:

@@ -41,7 +41,7 @@ def train(
         str | None, typer.Option(metavar="1h30m", help="Save and stop after this time; exit code 75.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be trained, and all settings; start nothing.")
+        bool, typer.Option("--dry-run", help="Print all settings, and what would be trained; start nothing.")
     ] = False,
     on_bad_image: Annotated[
         Literal["fail", "skip"] | None,
@@ -74,9 +74,8 @@ def train(
         from petra_zoo.settings.recipe_files import recipe_yaml
         from petra_zoo.training.dry_run import outlook
 
-        for line in outlook(resolved, recipe).lines():
-            typer.echo(line)
-        typer.echo(f"\n{recipe_yaml(resolved)}", nl=False)
+        lines = outlook(resolved, recipe).lines()
+        typer.echo("\n".join([recipe_yaml(resolved), *lines]))  # what is looked for is where the eye is: at the end
         return
     if nproc and nproc > 1:
         check_ranks(nproc // resolved.data_parallel, resolved.stages)  # the processes would find it out in 20 seconds

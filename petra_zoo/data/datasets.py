@@ -78,9 +78,9 @@ def open_dataset(
     """Opens one split of a data set.
 
     Args:
-        name: A registered name; `synthetic:CLASSESxSIZE` (`synthetic:1000x224`) for other numbers than 10x32, or
-            `shapes:TRAINxVAL` for other numbers of images than 4000x1000; or a name with a `/` that
-            `timm.data.create_dataset` knows (`torch/mnist`, `hfds/user/name`).
+        name: A registered name; `synthetic:CLASSESxSIZE` (`synthetic:1000x224`) for other numbers than 10x32, with
+            `xIMAGES` for other than 1,024 images per split, or `shapes:TRAINxVAL` for other numbers of images than
+            4000x1000; or a name with a `/` that `timm.data.create_dataset` knows (`torch/mnist`, `hfds/user/name`).
         split: Which part; `val` is the part models are compared on.
         data_dir: Where the files are. `digits`, `shapes` and `synthetic` need none.
         seed: What `shapes` and `synthetic` are drawn from, and a folder without splits is split by. It belongs to the
@@ -98,6 +98,8 @@ def open_dataset(
         DataError: The name is unknown, or the data is missing or not as expected.
     """
     if "/" in name:
+        if data_dir is None and Path(name).is_dir():
+            raise _unknown(name)
         return _open_timms(name, split_name or {"train": "train", "val": "validation"}[split], data_dir, download)
     kind, colon, variant = name.partition(":")
     known = DATASETS.get(kind)
@@ -117,7 +119,8 @@ def open_dataset(
 
 
 def _unknown(name: str) -> DataError:
-    return DataError(f"unknown data set '{name}'; {DATASETS.hint(name)}")
+    images = f"for the images in that folder say folder, with data_dir={name}" if Path(name).is_dir() else None
+    return DataError(f"unknown data set '{name}'; {images or DATASETS.hint(name)}")
 
 
 def _open_timms(name: str, split_name: str, data_dir: Path | None, download: bool) -> ImageDataset:
@@ -134,20 +137,22 @@ def _open_digits(split: Split, data_dir: Path | None) -> ImageDataset:
 
 @register_dataset("shapes")
 def _open_shapes(split: Split, data_dir: Path | None, seed: int, variant: str) -> ImageDataset:
-    return ShapesDataset(split, seed, lengths=_two_numbers("shapes", variant or "4000x1000"))
+    train, val = _numbers("shapes", variant or "4000x1000", 2)
+    return ShapesDataset(split, seed, lengths=(train, val))
 
 
 @register_dataset("synthetic")
 def _open_synthetic(split: Split, data_dir: Path | None, seed: int, variant: str) -> ImageDataset:
-    classes, size = _two_numbers("synthetic", variant or "10x32")
-    return SyntheticDataset(split, seed, num_classes=classes, image_size=size)
+    classes, size, *length = _numbers("synthetic", variant or "10x32", 2, 3)
+    return SyntheticDataset(split, seed, num_classes=classes, image_size=size, length=length[0] if length else 1024)
 
 
-def _two_numbers(name: str, variant: str) -> tuple[int, int]:
-    first, _, second = variant.partition("x")
-    if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+def _numbers(name: str, variant: str, *counts: int) -> list[int]:
+    """The numbers of `4000x1000`, as many as one of `counts`."""
+    numbers = variant.split("x")
+    if len(numbers) not in counts or not all(number.isdecimal() and int(number) for number in numbers):
         raise _unknown(f"{name}:{variant}")
-    return int(first), int(second)
+    return [int(number) for number in numbers]
 
 
 @register_dataset("cifar10", needs_dir=True)

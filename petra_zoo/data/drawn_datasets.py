@@ -168,12 +168,14 @@ def _any_colour(rng: np.random.Generator) -> tuple[int, ...]:
 
 
 class SyntheticDataset(_DrawnDataset):
-    """1,024 images of noise, for benchmarks."""
+    """Images of noise, for benchmarks."""
 
-    def __init__(self, split: Split, seed: int = 0, *, num_classes: int = 10, image_size: int = 32) -> None:
+    def __init__(
+        self, split: Split, seed: int = 0, *, num_classes: int = 10, image_size: int = 32, length: int = 1024
+    ) -> None:
         names, kind = [f"class {label}" for label in range(num_classes)], f"noise of {image_size}"
         std = (0.29, 0.29, 0.29)
-        super().__init__(names, kind, split, seed, 1024, image_size=image_size, std=std, named=False)
+        super().__init__(names, kind, split, seed, length, image_size=image_size, std=std, named=False)
         self._shape = (image_size, image_size, 3)
 
     def _draw(self, rng: np.random.Generator, label: int) -> Pixels:

@@ -1,5 +1,6 @@
 """Batches of augmented images, every one of them a function of (seed, epoch, index) alone."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -21,6 +22,9 @@ from petra_zoo.data.transforms import Transform, evaluation_transform, seeded_ge
 from petra_zoo.errors import UserError
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.types import BadImagePolicy
+
+# Recipes say how many processes a training machine wants, and those that wait for a disk may outnumber the cores.
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
 
 # The label of an image that could not be read in an evaluation: torch's losses pass over it, and so does `score`.
 LEFT_OUT = -100

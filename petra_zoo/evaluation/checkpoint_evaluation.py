@@ -16,21 +16,18 @@ from torch import Tensor
 from petra_zoo.checkpoints.load import check_image_size, load_model, resolve_source, run_path
 from petra_zoo.checkpoints.provenance import sha256
 from petra_zoo.data.batch_transform import BatchTransform
-from petra_zoo.data.datasets import ImageDataset, open_dataset
-from petra_zoo.data.folder_split import VAL_FRACTION
-from petra_zoo.data.labels import all_named, classes_of, names_of, shown_names
+from petra_zoo.data.image_dataset import ImageDataset
 from petra_zoo.data.loader import Reading, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.calibration import calibration_error
+from petra_zoo.evaluation.evaluation_data import DataPlace, number_as_the_model, run_of
 from petra_zoo.evaluation.scores import Scores, evaluate
 from petra_zoo.evaluation.watch import Watched, is_out_of_memory
 from petra_zoo.machine import now
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.progress import tracked
-from petra_zoo.settings.recipe import Recipe
-from petra_zoo.settings.recipe_files import make_recipe, recipe_settings
 from petra_zoo.settings.types import BadImagePolicy
 from petra_zoo.strict_json import JsonObject
 
@@ -179,30 +176,22 @@ def evaluate_checkpoint(
     """
     options = options or EvaluationOptions()
     resolve_source(source)
-    run = _run_of(source) if dataset in (None, "folder") else None
-    if dataset is not None:
-        split_name = None
-    elif run is not None:
-        dataset, data_dir, split_name = run.dataset, data_dir or run.data_dir, run.val_split
-    else:
-        raise UserError(f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ...")
-    # A folder without splits is split as the run has split it: of any share, what it has not trained on.
-    fraction = run.val_fraction if run else VAL_FRACTION
-    data = open_dataset(dataset, "val", data_dir=data_dir, split_name=split_name, val_fraction=fraction)
+    place = DataPlace.of(source, dataset, data_dir)
+    data = place.open("val")
     model = load_model(source, choose_device(options.device), cache_dir)
-    class_names = _number_as_the_model(data, model, source, f"data set {dataset}")
+    class_names = number_as_the_model(data, model, source, f"data set {place.name}")
     preprocessing = Preprocessing.of(model, use_test_size=not options.use_train_size)
     check_image_size(model, source, preprocessing.input_size[-1])
     measured = _measure(model, source, data, preprocessing, options)
     if not math.isfinite(measured.scores.loss):  # its best classes would be those of argmax over numbers that are none
-        raise Failure(f"{source} gives logits on {dataset} that are not finite: its training has diverged")
+        raise Failure(f"{source} gives logits on {place.name} that are not finite: its training has diverged")
     weights = run_path(source) / "model.safetensors"
     labels = torch.cat(measured.watched.labels)
     counted = labels >= 0
     decoded = zip(measured.fingerprints, counted.tolist(), strict=True) if options.fingerprints else ()
     return EvaluationReport(
         model=source,
-        dataset=dataset,
+        dataset=place.name,
         evaluation=measured.scores,
         parameters=sum(p.numel() for p in model.parameters()),
         preprocessing=preprocessing,
@@ -269,7 +258,7 @@ def _places(
 
 def _check_same_data(sources: Sequence[str]) -> None:
     """Refuses to compare, image by image, what was trained on different data sets, before an hour is spent on it."""
-    names = {source: run.dataset for source in sources if (run := _run_of(source)) is not None}
+    names = {source: run.dataset for source in sources if (run := run_of(source)) is not None}
     if len(set(names.values())) > 1:
         trained = " and ".join(f"{source} on {name}" for source, name in names.items())
         raise UserError(f"{trained}: models are compared on the same images, name one --dataset")
@@ -324,30 +313,3 @@ def _measure(
             batch_size //= 2
             del watched, loader, batches  # what they hold is what is missing
         torch.cuda.empty_cache()  # outside the handler, which keeps the failed step's tensors alive
-
-
-def _run_of(source: str) -> Recipe | None:
-    """What a run says of its data; None where the source is no run."""
-    recipe_file = run_path(source) / "recipe.yaml"
-    if not recipe_file.is_file():
-        return None
-    # Of the data alone: the run's method or loss may be of a module that is not at hand.
-    settings = recipe_settings(str(recipe_file))
-    of_data = ("model", "dataset", "data_dir", "val_split", "val_fraction")
-    return make_recipe({key: settings[key] for key in of_data if key in settings})
-
-
-def _number_as_the_model(data: ImageDataset, model: Classifier, source: str, name: str) -> list[str]:
-    """Numbers the data's classes as the model does, by their names; gives the names of the model's classes."""
-    shown = shown_names(model)
-    classes = classes_of(model, source, data.class_names, data.named, name)
-    if classes is not None:
-        data.number_as(classes, shown)
-    elif model.num_classes < data.num_classes:
-        raise UserError(
-            f"{source} tells {model.num_classes} classes apart, {name} has {data.num_classes}: "
-            "fine-tune the model on it first"
-        )
-    elif names_of(model) is None:
-        return all_named(data.class_names, model.num_classes)
-    return shown

@@ -66,7 +66,7 @@ def write_class_scores(path: Path, reports: Sequence[EvaluationReport]) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [key for key in rows[0] if key != "name"], extrasaction="ignore")
             writer.writeheader()
-            writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
+            writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -107,6 +107,13 @@ def _draw(axes: Axes, report: EvaluationReport, classes: Sequence[int]) -> None:
 def _seen_classes(scores: Scores) -> list[int]:
     seen: list[int] = (scores.confusion.sum(0) + scores.confusion.sum(1)).nonzero().flatten().tolist()
     return seen
+
+
+def _cell(value: str | float) -> str | float:
+    """A number to the digits that a few hundred images can tell."""
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else round(value, 4)
 
 
 def _share(part: int, whole: int) -> float:

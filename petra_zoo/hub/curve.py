@@ -13,7 +13,7 @@ def training_curve(summary: Path) -> bytes:
 
     with summary.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    epochs = [int(row["epoch"]) + 1 for row in rows]
+    epochs = [int(row["epoch"]) for row in rows]
     figure = Figure(figsize=(8, 3), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     marker = "." if len(rows) < 50 else ""

@@ -18,7 +18,7 @@ from petra_zoo.petra.optimization import State
 from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.stage import Stage, leaves
 from petra_zoo.petra.stage_state import copies
-from petra_zoo.reversible import Streams
+from petra_zoo.reversible import Gradients, Streams
 
 
 class BufferedStage(Stage):
@@ -46,15 +46,15 @@ class BufferedStage(Stage):
         with torch.no_grad(), self.predicted_weights():
             return Up(up.micro_batch, self.run_units(up.streams, up.micro_batch), up.labels)
 
-    def backward(self, down: Down) -> Down:
+    def _reverse(self, micro_batch: int, streams: Streams, gradients: Gradients) -> Down:
         kept = self.inputs.popleft()  # exact, where PETRA would reconstruct
         inputs = leaves(kept, needs_gradient=self.sends_gradients)
         with torch.enable_grad(), ExitStack() as stack:
             for unit in self.units:
                 stack.enter_context(unit.untouched())
-            outputs = self.run_units(inputs, down.micro_batch)
-        gradients, found = self._vector_jacobian(outputs, down.gradients, inputs)
-        return self._finish_backward(down.micro_batch, kept, gradients, found)
+            outputs = self.run_units(inputs, micro_batch)
+        gradients, found = self._vector_jacobian(outputs, gradients, inputs)
+        return self._finish_backward(micro_batch, kept, gradients, found)
 
     def in_flight_state(self) -> State:
         return {"inputs": list(self.inputs)}
@@ -105,11 +105,11 @@ class GraphStage(Stage):
             self.graphs.append(graph)
         return Up(up.micro_batch, tuple(x.detach() for x in graph.outputs), up.labels)
 
-    def backward(self, down: Down) -> Down:
+    def _reverse(self, micro_batch: int, streams: Streams, gradients: Gradients) -> Down:
         graph = self.graphs.popleft()
         parameters = graph.parameters if self.stash else None
-        gradients, found = self._vector_jacobian(graph.outputs, down.gradients, graph.inputs, parameters)
-        return self._finish_backward(down.micro_batch, (), gradients, found)
+        gradients, found = self._vector_jacobian(graph.outputs, gradients, graph.inputs, parameters)
+        return self._finish_backward(micro_batch, (), gradients, found)
 
     def update(self, partial: bool = False) -> bool:
         updated = super().update(partial)

@@ -89,8 +89,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
     optimizer.load_state_dict({**state, "param_groups": groups})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in state["param_groups"] for n in group["params"]]
+    holder = getattr(optimizer, "_base_optimizer", optimizer)  # timm's Lookahead has none of its own
     for p, n in zip(parameters, numbers, strict=True):
         for key, x in state["state"].get(n, {}).items():
-            found = optimizer.state[p][key]
+            found = holder.state[p][key]
             if isinstance(x, Tensor) and isinstance(found, Tensor) and found.dtype != x.dtype:
-                optimizer.state[p][key] = x.to(found.device, copy=True)
+                holder.state[p][key] = x.to(found.device, copy=True)

@@ -63,7 +63,8 @@ class Pipeline:
             controls ``'backprop'`` and ``'reversible'``, which have no delay; or a `Method`.
         optimization: optimizer, schedule, accumulation and clipping; default: gradients are found, nothing is updated.
         loss: (logits, labels) -> 0-d mean loss; labels may be soft.
-        autocast: run units under autocast to this type, for example torch.bfloat16.
+        autocast: run units under autocast to this type, for example torch.bfloat16. With torch.float16 every stage
+            scales its gradients (see `petra_zoo.petra.loss_scale`), and leaves out micro-batches that overflow.
         seed: random numbers inside the model come from (seed, unit, micro-batch).
         prepare: what is done to images in front of the first unit: a function of what is fed, without parameters, that
             draws nothing and leaves its arguments as they are. What waits for the backward is what is fed: bytes, where
@@ -110,6 +111,7 @@ class Pipeline:
         require_one_stage_each(model, units, self.layout)
         if self.world.size > 1:
             keep_only(units, self.layout.units_of_rank(self.world.rank), self.world.device)
+        skips = on_nonfinite == "skip" or autocast == torch.float16  # where an overflow is nothing unusual
         make_graph = graphs_for(graphs, self.world, delayed=self.method.delayed, stages=len(self.layout.stages))
         self.settings = StageSettings(
             loss,
@@ -121,7 +123,7 @@ class Pipeline:
             across=self.world.across,
             timeout=self.world.wire.timeout,
             static=make_graph is not None,
-            finite=FiniteCheck(make_graph is not None, skips=on_nonfinite == "skip", replicas=self.world.replicas),
+            finite=FiniteCheck(make_graph is not None, skips=skips, replicas=self.world.replicas),
         )
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)

@@ -23,6 +23,7 @@ from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.finite import StreamRanges
 from petra_zoo.petra.gate import gate_for, holding_back
 from petra_zoo.petra.generator import seed_generators
+from petra_zoo.petra.loss_scale import scale_for
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.optimization import CountSchedule, LearningRateSchedule, State, load_optimizer, optimizer_state
 from petra_zoo.petra.part import Part, StageSettings
@@ -56,9 +57,8 @@ class Stage:
     capturable: ClassVar[bool] = True
 
     def __init__(self, part: Part, settings: StageSettings) -> None:
-        self.units = list(part.units)
+        self.units, self.settings = list(part.units), settings
         self.index, self.first_unit, self.last = part.index, part.first_unit, part.last
-        self.settings = settings
         self.goes_backward = self.first_unit + len(self.units) > settings.first_trainable
         self.sends_gradients = self.first_unit > settings.first_trainable
         self.sends_streams = part.sends_streams and self.sends_gradients
@@ -77,7 +77,7 @@ class Stage:
         self.watcher: Watcher | None = None
         self.finite = settings.finite
         self.ranges = StreamRanges(self.units, self.finite)
-        self.gate = gate_for(self.units, settings)
+        self.gate, self.scale = gate_for(self.units, settings), scale_for(settings.autocast)
         self._last_backward = 0  # its micro-batch
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
@@ -105,8 +105,11 @@ class Stage:
         F_j, not the one that made x_j. This is PETRA's approximation, and why no older parameters are kept. The
         update of this tick must not come first: forward and backward of a tick share theta_j.
         """
-        streams, gradients, device = down.streams, down.gradients, _device(down.gradients)  # x~_j and delta_{j+1}
-        found: dict[int, Tensor] = {}
+        return self._reverse(down.micro_batch, down.streams, self.scale.enlarged(down.gradients))
+
+    def _reverse(self, micro_batch: int, streams: Streams, gradients: Gradients) -> Down:
+        """The same from x~_j and delta_{j+1} on."""
+        device, found = _device(gradients), dict[int, Tensor]()
         lent = Lent([*streams, *gradients])  # in one process a message is the sender's too
         with self.precision(device):
             for i in reversed(range(self._lowest(), len(self.units))):
@@ -114,14 +117,14 @@ class Stage:
                 kept = self.fifos[i].popleft() if self._keeps_input(i) else None
                 owned = lent.none_of([*streams, *gradients])
                 lent.lend(kept or ())
-                residue = self.residues[i].pop(down.micro_batch, ())
-                with self.surroundings(i, down.micro_batch, device):
+                residue = self.residues[i].pop(micro_batch, ())
+                with self.surroundings(i, micro_batch, device):
                     reversal = self._backward_unit(i, kept, streams, gradients, residue, owned)
                 # What was kept is exact: it re-anchors the reconstruction of everything below.
                 streams, gradients = kept or reversal.inputs, reversal.input_gradients
                 _collect(found, self._wanted_of(i)[0], reversal.parameter_gradients)
         inputs = streams if self._lowest() == 0 else ()
-        return self._finish_backward(down.micro_batch, inputs, gradients, found)
+        return self._finish_backward(micro_batch, inputs, gradients, found)
 
     def forward_backward(self, up: Up) -> tuple[Down, Tensor, Tensor]:
         """The last stage, which has no delay: forward, loss and backward of one micro-batch in one tick.
@@ -132,7 +135,7 @@ class Stage:
         if not self.settings.last_keeps_graph:  # cost 4: as every other stage, without a tick in between
             logits = self.forward(up).streams[0]
             loss, d_logits = self._loss(logits, up)
-            return self.backward(Down(up.micro_batch, (logits,), (d_logits,))), loss, logits
+            return self._reverse(up.micro_batch, (logits,), (d_logits,)), loss, logits
         if self.watcher:
             self.watcher.saw_forward(self, up)
         inputs = leaves(up.streams, needs_gradient=self.sends_gradients)
@@ -315,7 +318,7 @@ class Stage:
         with torch.enable_grad():
             loss = self.settings.loss(logits if logits.dtype == torch.float64 else logits.float(), up.labels)
         self.gate.saw_loss(loss, f"the loss of stage {self.index}", up.micro_batch)
-        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+        return loss.detach(), torch.autograd.grad(self.scale.of_loss(loss), logits)[0]
 
     def _finish_backward(
         self, micro_batch: int, inputs: Streams, gradients: Gradients, found: dict[int, Tensor]
@@ -324,6 +327,7 @@ class Stage:
 
         Line 24 of Alg. 1 prints x_j; what the stage below reconstructs from is its own output, x~_{j-1}.
         """
+        found, gradients = self.scale.restored(found, gradients)
         if self.watcher:
             self.watcher.saw_backward(self, micro_batch, inputs, found)
         found, gradients = self.gate.let_in(found, gradients)
@@ -345,6 +349,7 @@ class Stage:
             "updates": self.updates,
             "prediction": self.prediction.coasting.state_dict() if self.prediction else None,
             "gate": self.gate.state_dict(),
+            "scale": self.scale.state_dict(),
         }
 
     def load_state_dict(self, state: StageState) -> None:
@@ -360,6 +365,7 @@ class Stage:
         if self.prediction:
             self.prediction.coasting.load_state_dict(state.get("prediction"))
         self.gate.load_state_dict(state.get("gate"), self.gradients_in_window)
+        self.scale.load_state_dict(state.get("scale"))
         self.load_in_flight_state(state["in_flight"])
 
     def in_flight_state(self) -> State:

@@ -22,6 +22,7 @@ class StageState(TypedDict):
     prediction: NotRequired[State | None]
     auxiliary: NotRequired[dict[str, Tensor] | None]
     gate: NotRequired[dict[str, int] | None]
+    scale: NotRequired[dict[str, int] | None]
 
 
 def copies(tensors: Streams) -> Streams:

@@ -21,6 +21,7 @@ from petra_zoo.settings.types import (
     SaveInterval,
     Source,
     Stages,
+    Threads,
     WeightPrediction,
     WireType,
 )
@@ -28,6 +29,7 @@ from petra_zoo.settings.update import check_max_delay, choose_accumulation_steps
 from petra_zoo.strict_json import Json
 
 _TIMM_LR_BASE = 0.1
+_FOR_ANY_DEVICE = ("backprop", "reversible")  # methods that need nothing of a device but what torch does anyway
 
 
 class Recipe(Augmentation):
@@ -112,8 +114,10 @@ class Recipe(Augmentation):
         on_divergence: Whether a run ends whose loss rises far above what it began with and what guessing gives
             (`stop`), or goes on (`ignore`); seen where the log reads it.
         warmup_epochs: In which the learning rate grows, within `epochs`, or ahead of them with `warmup_prefix`.
-        device: `cpu`, `cuda` or `cuda:N`; null for the GPU where there is one.
-        amp, amp_dtype: Autocast, and its type.
+        device: `cpu`, `cuda`, `cuda:N`, or `mps` (untested here, and for the exact methods alone); null or `auto`
+            for the GPU where there is one.
+        threads: Of each process, on the CPU; null: one where a micro-batch's forward takes less than 1e9 operations.
+        amp, amp_dtype: Autocast, and its type; with `float16` micro-batches that overflow are left out, and counted.
         channels_last: The order in which images and weights lie in memory.
         deterministic: On a GPU, algorithms of cuDNN that give the same bits in every run, in one process as in many;
             else those that are the fastest for each shape.
@@ -229,8 +233,9 @@ class Recipe(Augmentation):
     cooldown_epochs: Count = 0
 
     device: str | None = None
+    threads: Threads | None = None
     amp: bool = False
-    amp_dtype: Literal["bfloat16"] = "bfloat16"
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     streams: Literal["auto", "float32", "bfloat16", "fixed16"] = "auto"
     channels_last: bool = False
     deterministic: bool = False
@@ -299,9 +304,9 @@ class Recipe(Augmentation):
     @field_validator("device")
     @classmethod
     def _device_is_known(cls, device: str | None) -> str | None:
-        if device is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", device):
-            raise ValueError("expected cpu, cuda or cuda:N")
-        return device
+        if device is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", device):
+            raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+        return None if device == "auto" else device
 
     @field_validator("method")
     @classmethod
@@ -333,6 +338,8 @@ class Recipe(Augmentation):
             raise ValueError("lr and lr_base are both set; set one of them to null")
         if self.layer_decay is not None and self.sched == "none":
             raise ValueError("layer_decay has no effect with sched=none; use sched=constant")
+        if self.device == "mps" and self.method not in _FOR_ANY_DEVICE:
+            raise ValueError(f"device=mps is for the exact methods alone: set method={' or '.join(_FOR_ANY_DEVICE)}")
         if self.sampler and self.class_weights:
             raise ValueError(
                 "sampler and class_weights are both balanced, which favours the small classes; set one of them to null"

@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(gt=0)]
 LARGEST = 10**9  # of anything that is counted: what is derived from a stranger's number ends, too
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 AtLeastOne = Annotated[int, Field(ge=1, le=LARGEST)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 Stages = Annotated[int, Field(ge=1, le=10_000)]
 Place = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 Source = Annotated[str, AfterValidator(expand_home)]

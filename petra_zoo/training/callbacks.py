@@ -37,7 +37,7 @@ class LogEvent:
     """`log_interval` updates later: what metrics.jsonl says too.
 
     Attributes:
-        epoch: from 0.
+        epoch: from 1.
         update, tick: how many there have been.
         loss, top1: over the last micro-batches that came out; top1 in percent.
         lr: the schedule's learning rate.
@@ -58,7 +58,7 @@ class ValidationEvent:
     """The model (its moving average, where there is one) was validated and saved: what summary.csv says too.
 
     Attributes:
-        epoch: from 0.
+        epoch: from 1.
         train_loss: over the epoch; None where nothing has come out of the pipeline yet.
         loss, top1, top5: on the validation split; accuracies in percent.
         lr: the schedule's learning rate.

@@ -184,7 +184,7 @@ class Observer:
         self.reporter.batch(self.epoch, self.batches_done, self.length.total, images_fed, loss, top1, speed, fill)
         if loss is not None and logged:
             updates = pipeline.fed // recipe.accumulation_steps
-            event = LogEvent(self.epoch, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
+            event = LogEvent(self.epoch + 1, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
             self._look_for_divergence(loss)
             self._log(event="train", **asdict(event))
             for callback in self.callbacks:
@@ -199,7 +199,7 @@ class Observer:
     def left_out(self, micro_batches: int) -> None:
         """So many micro-batches have been left out so far, for they were not finite."""
         if micro_batches > self.skipped and self.directory:
-            self._log(event="skipped", epoch=self.epoch, tick=self.run.pipeline.tick, micro_batches=micro_batches)
+            self._log(event="skipped", epoch=self.epoch + 1, tick=self.run.pipeline.tick, micro_batches=micro_batches)
             self.reporter.line(f"left out so far, for they were not finite: {micro_batches} micro-batches")
         self.skipped = max(self.skipped, micro_batches)
 
@@ -226,11 +226,11 @@ class Observer:
         assert self.directory is not None
         train_loss, lr = self.meter.mean_loss(), self.learning_rate()
         event = ValidationEvent(
-            self.epoch, train_loss, scores.loss, scores.top1, scores.top5, lr, self.training_seconds
+            self.epoch + 1, train_loss, scores.loss, scores.top1, scores.top5, lr, self.training_seconds
         )
         self._log(
             event="validation",
-            epoch=self.epoch,
+            epoch=self.epoch + 1,
             top1=scores.top1,
             top5=scores.top5,
             loss=scores.loss,
@@ -243,7 +243,7 @@ class Observer:
         self._save_model(scores, whole)
         self.directory.summarize(
             {
-                "epoch": self.epoch,
+                "epoch": self.epoch + 1,
                 "train_loss": train_loss,
                 "eval_loss": scores.loss,
                 "eval_top1": scores.top1,
@@ -283,7 +283,7 @@ class Observer:
     def tell_why(self, ended: str) -> None:
         """Says and logs why the run ends, where it is not for its epochs."""
         if self.directory and (self.run.recipe.epochs is None or ended != self.length.ended):
-            self._log(event="end", epoch=self.epoch, tick=self.run.pipeline.tick, why=ended)
+            self._log(event="end", epoch=self.epoch + 1, tick=self.run.pipeline.tick, why=ended)
             self.reporter.line(f"ended: {ended}")
 
     def end(self, scores: Scores) -> None:
@@ -302,7 +302,7 @@ class Observer:
         """What is wrong with the loss, in words; None where nothing is. Logs it."""
         found = self.divergence.found
         if found and self.directory:
-            self._log(event="diverged", epoch=self.epoch, tick=self.run.pipeline.tick, why=found)
+            self._log(event="diverged", epoch=self.epoch + 1, tick=self.run.pipeline.tick, why=found)
         return found
 
     def what_is_kept(self) -> str:

@@ -40,6 +40,7 @@ from petra_zoo.training.length import Length, check_run_length
 from petra_zoo.training.losses import build_loss
 from petra_zoo.training.ranks import together
 from petra_zoo.training.synchronized_norms import synchronize_statistics
+from petra_zoo.training.threads import threads_for
 
 LoadTeacher = Callable[[Recipe, torch.device], Classifier | None]
 Splits = tuple[ImageDataset, ImageDataset]  # to train on, to validate on
@@ -124,7 +125,7 @@ def prepare(
     """
     world = world or World(device=choose_device(recipe.device))
     cut = recipe if partition is None else recipe.model_copy(update={"split": list(partition)})
-    parts = together(world, lambda: _build_parts(cut, data, world))
+    parts = together(world, lambda: _build_parts(cut, data, world, goes_on=partition is not None))
     profile = share_profile(parts.profile, world)
     prepared = together(world, lambda: _assemble(cut, name, world, parts, profile, teacher_from))
     return replace(prepared, recipe=recipe)
@@ -139,13 +140,16 @@ class _Parts:
     profile: Profile | None  # on the rank that measures
 
 
-def _build_parts(recipe: Recipe, data: Splits | None, world: World) -> _Parts:
+def _build_parts(recipe: Recipe, data: Splits | None, world: World, goes_on: bool) -> _Parts:
     """What depends on no other process."""
     train, val = data or open_data(recipe)
     # A rank of several builds the whole model on the CPU and keeps its own stages.
     model = build_model(recipe, train, world.device if world.size == 1 else torch.device("cpu"))
     preprocessing = preprocessing_for(recipe, train, model)
     check_units(recipe, model, preprocessing)
+    threads = None if goes_on else threads_for(recipe, model, preprocessing.input_size, world.device)
+    if threads:  # a run that goes on has taken those that it had
+        torch.set_num_threads(threads)
     loaders = build_loaders(recipe, train, val, preprocessing, world)
     if data is None:  # what is handed in stands for more, and for larger micro-batches
         check_batches(recipe, loaders[0])

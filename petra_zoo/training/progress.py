@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -52,7 +53,10 @@ class Reporter:
             how = f"{recipe.method} (exact, no delay)"
         else:
             how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
-        self.line(f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches")
+        self.line(
+            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches, "
+            f"{_where(pipeline.world.device)}"
+        )
         if pipeline.world.size > 1:
             for rank, (stages, share) in enumerate(zip(layout.ranks, layout.loads(), strict=True)):
                 owned = [str(sizes[j]) for j in stages]
@@ -98,7 +102,7 @@ class Reporter:
         """An epoch ended and was validated; no loss: its micro-batches have not reached the head yet."""
         shown = "pipeline filling" if event.train_loss is None else f"train loss {event.train_loss:.4f}"
         validation = f"val loss {event.loss:.4f}  val top-1 {event.top1:.2f} %"
-        self.line(f"epoch {event.epoch + 1:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
+        self.line(f"epoch {event.epoch:>3}  {shown}  {validation}  {event.training_seconds:.1f} s")
 
     def line(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -118,3 +122,11 @@ class Reporter:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _where(device: torch.device) -> str:
+    """On what a process computes."""
+    if device.type != "cpu":
+        return str(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''}"

@@ -130,6 +130,7 @@ def _shrunk(recipe: Recipe, data_dir: Path | None) -> Recipe:
             "batch_size": _IMAGES,
             "update_size": None,
             "max_delay": None,
+            "accumulation_steps": min(recipe.accumulation_steps, 2),  # more of them are more of the same
             "validation_batch_size": _IMAGES,
             "workers": 0,
             "lr": recipe.learning_rate,

@@ -30,6 +30,7 @@ from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
 from petra_zoo.training.saving import Place, Saver
 from petra_zoo.training.stopping import Agreement, Deadline, RunStopped, Told, Word, listening
+from petra_zoo.training.threads import threads_restored
 from petra_zoo.training.validation import validate
 
 SHOWN_IMAGES = 8  # of a micro-batch, in an error
@@ -105,7 +106,7 @@ def train(
     else:
         settings, name = load_recipe(str(recipe), overrides), name or str(recipe)
     deadline = Deadline(max_seconds)
-    with listening() as told:
+    with threads_restored(), listening() as told:
         world = enter(settings)
         try:
             settings = world.from_reporter(fixed(settings))
@@ -149,6 +150,7 @@ class Run:
         every, limit = self.recipe.drift_every, self.recipe.drift_limit
         self.guard = DriftGuard(self.pipeline.stages, every, limit) if every else None
         self.observer = Observer(prepared, reporter, callbacks)
+        self.agreement = Agreement(self.pipeline.world)
 
     def train(self, start: Start | None = None, told: Told | None = None, deadline: Deadline | None = None) -> Result:
         """Runs all epochs, or as long as patience lasts, and saves the model after every validation.
@@ -167,7 +169,7 @@ class Run:
         path = world.from_reporter(observer.directory.path if observer.directory else None)
         assert path is not None
         with held_by_this_run(path) if world.reports else nullcontext():
-            self.saver, self.agreement = Saver(self.prepared, observer, path), Agreement(self.pipeline.world)
+            self.saver = Saver(self.prepared, observer, path)
             if world.reports:
                 remember_launch(path)
             with self.reporter, closing(observer):

@@ -45,7 +45,7 @@ class Curves:
         logged, rows = [line for line in read_log(run) if line.get("event") == "train"], read_summary(run)
         if not (logged or rows):
             raise UserError(f"{run} has logged nothing yet: expected a run's directory, with metrics.jsonl in it")
-        ends = [int(row["epoch"]) + 1 for row in rows]
+        ends = [int(row["epoch"]) for row in rows]
         by_epoch = {key: _line(ends, [row.get(key) for row in rows]) for key in rows[0]} if rows else {}
         places = _epochs_done(logged)
         keys = ("loss", "top1", "lr", "images_per_second")
@@ -109,7 +109,7 @@ def _epochs_done(logged: Sequence[Mapping[str, Json]]) -> list[float]:
     belong to another epoch than its own.
     """
     pairs = [(_number(line, "epoch"), _number(line, "update")) for line in logged]
-    per_epoch = max((math.ceil(update / (epoch + 1)) for epoch, update in pairs), default=1)
+    per_epoch = max((math.ceil(update / epoch) for epoch, update in pairs), default=1)
     return [update / per_epoch for _, update in pairs]
 
 

@@ -43,6 +43,7 @@ class RunFacts:
     run: str
     model: str | None
     dataset: str | None
+    data_dir: str | None
     method: str | None
     stages: int | None
     epochs: int
@@ -116,7 +117,7 @@ def _facts_of(path: Path, folder: Path) -> RunFacts:
         settings = recipe_settings(str(recipe))
     except UserError:  # it has just been claimed, or is damaged
         settings = {}
-    model, dataset, method = (_text(settings.get(key)) for key in ("model", "dataset", "method"))
+    model, dataset, data_dir, method = (_text(settings.get(key)) for key in ("model", "dataset", "data_dir", "method"))
     stages, of_epochs = (value if isinstance(value := settings.get(key), int) else None for key in ("stages", "epochs"))
     rows = read_summary(path)
     top1 = [float(row["eval_top1"]) for row in rows if row.get("eval_top1")]
@@ -125,9 +126,10 @@ def _facts_of(path: Path, folder: Path) -> RunFacts:
         run=path.name if path == folder else str(path.relative_to(folder)),
         model=model,
         dataset=dataset,
+        data_dir=data_dir,
         method=method,
         stages=stages,
-        epochs=int(rows[-1]["epoch"]) + 1 if rows else 0,
+        epochs=int(rows[-1]["epoch"]) if rows else 0,
         of_epochs=of_epochs,
         best=max(top1, default=None),
         last=top1[-1] if top1 else None,

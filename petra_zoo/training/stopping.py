@@ -130,14 +130,14 @@ class Agreement:
         # As late as a message from the farthest rank may be anyway: nobody waits for it in a steady pipeline.
         self.late = world.size
         self._said: deque[tuple[Tensor, Work]] = deque()
+        self._exchanges = 0
         self._group: ProcessGroup | None = None
+        self._steady: ProcessGroup | None = None
         if not world.alone:
-            group = dist.new_group(backend="gloo")
-            assert isinstance(group, ProcessGroup)
-            self._group = group
-            meeting = dist.new_group(backend="gloo", timeout=self._timeout)
-            assert isinstance(meeting, ProcessGroup)
-            self.world = replace(world, meeting=meeting)
+            self._group = _new_group(max(self._timeout, START_TIMEOUT))
+            # A process that leaves waits for what it has begun in a group, for as long as the group allows.
+            self._steady = _new_group(self._timeout)
+            self.world = replace(world, meeting=_new_group(self._timeout))
 
     def exchange(self, word: Word) -> Word:
         """Says something after a tick and gives what was said by anybody some ticks ago.
@@ -147,8 +147,9 @@ class Agreement:
         """
         if self._group is None:
             return word
-        flags = torch.tensor(word, dtype=torch.int32)
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        flags, self._exchanges = torch.tensor(word, dtype=torch.int32), self._exchanges + 1
+        begun = self._exchanges > self.late + 1  # whoever says this has heard from all
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._steady if begun else self._group, async_op=True)
         assert work is not None
         self._said.append((flags, work))
         return self._hear() if len(self._said) > self.late else Word()
@@ -167,6 +168,13 @@ class Agreement:
         self._heard = True
         stop, save, failed, skipped = flags.tolist()
         return Word(bool(stop), bool(save), bool(failed), skipped)
+
+
+def _new_group(timeout: timedelta) -> ProcessGroup:
+    """Of all processes, on the CPU."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 class Deadline:

@@ -200,7 +200,7 @@ def test_offline_everything_comes_from_the_cache(
 
 def test_another_cache_is_used(hub: LoopbackHub, saved: Path, tmp_path: Path) -> None:
     hub.add(REPO, files(saved))
-    done = petra_zoo("evaluate", f"hf-hub:{REPO}", "--dataset", "synthetic:4x8", "--cache-dir", tmp_path / "cache")
+    done = petra_zoo("evaluate", f"hf-hub:{REPO}", "--dataset", "synthetic:4x8x128", "--cache-dir", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "cache").glob("models--owner--tiny/snapshots/*/model.safetensors"))
 

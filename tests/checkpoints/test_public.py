@@ -103,7 +103,7 @@ def test_a_source_keeps_its_name_and_loses_its_place(source: str, public: str) -
     ("dataset", "public"),
     [
         ("digits", "digits"),
-        ("synthetic:4x8", "synthetic:4x8"),
+        ("synthetic:4x8x128", "synthetic:4x8x128"),
         ("torch/mnist", "torch/mnist"),
         ("hfds/owner/images", "hfds/owner/images"),
         ("hfds//home/ada/images", "hfds/images"),

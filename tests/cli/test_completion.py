@@ -65,7 +65,7 @@ def test_names_are_the_registered_ones() -> None:
 def test_settings() -> None:
     assert bash("train", DIGITS, "lr_b") == ["lr_base=", "lr_base_size="]
     assert bash("train", DIGITS, "warmup_e") == ["warmup_epochs=", "warmup_epochs=5"]
-    assert bash("demo", "amp_d") == ["amp_dtype=", "amp_dtype=bfloat16"]
+    assert bash("demo", "amp_d") == ["amp_dtype=", "amp_dtype=bfloat16", "amp_dtype=float16"]
     assert len(bash("train", DIGITS, "epochs", "=", "5", "")) == len(Recipe.model_fields)
 
 

@@ -13,7 +13,7 @@ from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evalua
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import untrained
 
-DATA = ("--dataset", "synthetic:4x8", "--device", "cpu")
+DATA = ("--dataset", "synthetic:4x8x128", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_pictures_and_tables_are_written_and_the_calibration_is_told(model: Path
     assert done.returncode == 0, done.stderr
     assert "  ECE    " in done.stdout
     with table.open() as file:
-        assert sum(int(row["support"]) for row in csv.DictReader(file)) == 1024
+        assert sum(int(row["support"]) for row in csv.DictReader(file)) == 128
     for path in (plot, mistakes):
         with Image.open(path) as picture:
             assert min(picture.size) > 100
@@ -55,7 +55,7 @@ def test_folders_are_one_for_all_data_sets_or_one_for_each(model: Path, tmp_path
 
 def test_flips_average_an_images_probabilities_with_its_mirror_images(model: Path) -> None:
     plain, flipped = (
-        evaluate_checkpoint(str(model), "synthetic:4x8", options=EvaluationOptions(device="cpu", tta=tta))
+        evaluate_checkpoint(str(model), "synthetic:4x8x128", options=EvaluationOptions(device="cpu", tta=tta))
         for tta in (False, True)
     )
     assert plain.evaluation.loss != flipped.evaluation.loss

@@ -87,7 +87,7 @@ def test_every_epoch_has_another_order() -> None:
 
 
 def test_data_sets_know_their_labels_without_reading_images() -> None:
-    for name in ("digits", "shapes:20x10", "synthetic:4x8"):
+    for name in ("digits", "shapes:20x10", "synthetic:4x8x128"):
         data = open_dataset(name, "val")
         assert data.stored_labels() is not None
         assert data.labels()[:10].tolist() == [data[i][1] for i in range(10)]

@@ -2,6 +2,7 @@
 
 import builtins
 import pickle
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ def test_shapes_are_balanced_and_fast_to_draw() -> None:
     assert np.bincount(labels).tolist() == [100] * 10
 
 
-def test_synthetic_takes_classes_and_size_from_its_name() -> None:
+def test_synthetic_takes_classes_size_and_length_from_its_name() -> None:
+    assert [len(open_dataset(f"synthetic:4x8{length}", "val")) for length in ("", "x48")] == [1024, 48]
     noise = open_dataset("synthetic:1000x24", "train")
     assert (noise.num_classes, noise.image_size, noise[0][0].size) == (1000, 24, (24, 24))
     assert open_dataset("synthetic", "train").image_size == 32
@@ -109,6 +111,17 @@ def test_synthetic_takes_classes_and_size_from_its_name() -> None:
 def test_unknown_name_gives_the_nearest() -> None:
     with pytest.raises(DataError, match="unknown data set 'cifar11'; did you mean cifar10"):
         open_dataset("cifar11", "train")
+
+
+@pytest.mark.parametrize("name", ["photos", "./photos", "photos/"])
+def test_a_folder_in_the_place_of_a_name_is_told_what_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    message = f"unknown data set '{name}'; for the images in that folder say folder, with data_dir={name}"
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_dataset(name, "train")
 
 
 def test_a_stream_is_refused() -> None:
@@ -297,7 +310,9 @@ def test_a_registered_data_set_that_needs_a_folder_says_so() -> None:
             open_dataset("squares", "train")
 
 
-@pytest.mark.parametrize("name", ["synthetic:", "synthetic:3", "synthetic:3xa", "digits:3"])
+@pytest.mark.parametrize(
+    "name", ["synthetic:", "synthetic:3", "synthetic:3xa", "synthetic:3x8x9x9", "shapes:40x10x3", "digits:3"]
+)
 def test_a_variant_that_does_not_exist_is_unknown(name: str) -> None:
     with pytest.raises(DataError, match=f"unknown data set '{name}'"):
         open_dataset(name, "train")

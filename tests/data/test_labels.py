@@ -147,14 +147,14 @@ def test_without_names_on_one_side_numbers_count_and_a_line_says_so(
         f"{nameless} does not name its classes: {nameless} and data set folder are matched by number"
     ]
     caplog.clear()
-    evaluate_checkpoint(str(checkpoint), "synthetic:4x8", options=CPU)
+    evaluate_checkpoint(str(checkpoint), "synthetic:4x8x128", options=CPU)
     assert [record.message.split(":")[0] for record in caplog.records] == ["data set synthetic"]
 
 
 def test_without_names_on_both_sides_there_is_nothing_to_say(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    evaluate_checkpoint(str(reordered(checkpoint, tmp_path / "nameless", None)), "synthetic:4x8", options=CPU)
+    evaluate_checkpoint(str(reordered(checkpoint, tmp_path / "nameless", None)), "synthetic:4x8x128", options=CPU)
     assert not caplog.records
 
 

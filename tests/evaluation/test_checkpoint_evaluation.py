@@ -28,7 +28,7 @@ from petra_zoo.training.run_directory import RunDirectory
 from tests.cli.test_main import petra_zoo
 from tests.hub.checkpoints import untrained
 
-DATA = "synthetic:4x8"
+DATA = "synthetic:4x8x128"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_model_whose_logits_are_not_finite_has_no_accuracy(tmp_path: Path) -> 
     weights = load_file(path / "model.safetensors")
     weights["fc.bias"][2] = torch.nan
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(Failure, match="logits on synthetic:4x8 that are not finite"):
+    with pytest.raises(Failure, match="logits on synthetic:4x8x128 that are not finite"):
         evaluate_checkpoint(str(path), DATA)
 
 
@@ -67,7 +67,7 @@ def test_a_model_of_timm_is_evaluated(tmp_path: Path) -> None:
     )
     assert (
         evaluate_checkpoint(str(tmp_path / "m"), DATA, options=EvaluationOptions(batch_size=512)).evaluation.images
-        == 1024
+        == 128
     )
 
 
@@ -88,7 +88,7 @@ def test_runs_of_different_data_are_not_compared_before_either_is_evaluated(two:
     runs = [shutil.copytree(path, tmp_path / Path(path).name) for path in two]
     for run, data in zip(runs, (DATA, "digits"), strict=True):
         save_recipe(make_recipe({"model": "petra_revnet_tiny", "dataset": data}), run / "recipe.yaml")
-    with pytest.raises(UserError, match=r"seed0 on synthetic:4x8 and .*seed1 on digits: .*name one --dataset"):
+    with pytest.raises(UserError, match=r"seed0 on synthetic:4x8x128 and .*seed1 on digits: .*name one --dataset"):
         next(evaluate_checkpoints([str(run) for run in runs], options=EvaluationOptions(fingerprints=True)))
 
 
@@ -115,7 +115,7 @@ def test_comparing_needs_two_models_and_the_same_images(two: list[str]) -> None:
     assert "--compare takes two models" in done.stderr
     reports = [
         evaluate_checkpoint(two[0], data, options=EvaluationOptions(batch_size=512, fingerprints=True))
-        for data in (DATA, "synthetic:3x8", "synthetic:4x9")
+        for data in (DATA, "synthetic:3x8x128", "synthetic:4x9x128")
     ]
     with pytest.raises(UserError, match="on the same images, but with other labels"):
         compare(*reports[:2])

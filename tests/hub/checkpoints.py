@@ -11,7 +11,7 @@ from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.run import Result, train
 from petra_zoo.training.run_directory import evaluation_record
 
-QUICK = ["dataset=synthetic:4x8", "batch_size=256", "epochs=1", "workers=0", "img_size=8", "warmup_epochs=0"]
+QUICK = ["dataset=synthetic:4x8x128", "batch_size=32", "epochs=1", "workers=0", "img_size=8", "warmup_epochs=0"]
 
 
 def trained(path: Path) -> Result:

@@ -109,7 +109,7 @@ def test_results_on_a_data_set_of_the_hub_go_into_eval_results(hub: LoopbackHub,
 
 
 def test_the_data_set_on_the_hub_can_be_named(hub: LoopbackHub, plain: Path) -> None:
-    measure(plain, dataset="synthetic:4x8")
+    measure(plain, dataset="synthetic:4x8x128")
     assert ".eval_results/noise.yaml" in push(plain, REPO, dataset_id="owner/noise").files
 
 

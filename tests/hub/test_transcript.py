@@ -7,7 +7,8 @@ import pytest
 from typer.main import get_command
 
 from petra_zoo.cli.main import app
-from tests.hub.write_transcript import PAGE, SOURCE, masked, write
+from tests.hub.write_transcript import PAGE, SOURCE, write
+from tests.transcript import masked
 
 
 def test_every_command_of_the_page_exists() -> None:

@@ -5,19 +5,15 @@ python -m tests.hub.write_transcript
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from tests.loopback_hub import LoopbackHub
+from tests.transcript import write_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "hub.md"
 REPO = "you/petra_revnet_tiny.digits"
 
-# Prose, and commands to run: those indented by four spaces, a line that goes on indented by eight.
 SOURCE = f"""\
 # The Hub
 
@@ -93,48 +89,8 @@ def write(folder: Path) -> str:
     with LoopbackHub(folder / "server") as hub:
         work = folder / "work"
         work.mkdir()
-        bin_folder = str(Path(sys.executable).parent)
-        environment = os.environ | hub.environment(folder / "home") | {"OMP_NUM_THREADS": "1"}
-        environment["PATH"] = f"{bin_folder}{os.pathsep}{environment['PATH']}"
-        lines: list[str] = []
-        for block in re.split(r"(?m)((?:^    .*\n)+)", SOURCE):
-            if not block.startswith("    "):
-                lines += block.splitlines()
-                continue
-            lines.append("```console")
-            for command in _commands(block):
-                done = subprocess.run(
-                    ["bash", "-c", command], cwd=work, env=environment, capture_output=True, text=True, timeout=600
-                )
-                errors = [line for line in done.stderr.splitlines() if line.startswith("petra-zoo: ")]
-                if done.returncode not in (0, 2) or (done.returncode == 2 and not errors):
-                    raise RuntimeError(f"{command}\n{done.stdout}\n{done.stderr}")
-                said = "\n".join([f"$ {command}", *done.stdout.splitlines(), *errors])
-                lines += _told(said.replace(hub.url, "$HF_ENDPOINT").replace(str(folder / "home"), "$HF_HOME"))
-            lines.append("```")
-    return "\n".join(lines) + "\n"
-
-
-def masked(page: str) -> list[str]:
-    """A page without what differs from run to run: numbers, hashes, and which classes are hardest."""
-    kept = [line for line in page.splitlines() if not line.startswith("  worst")]
-    return [re.sub(r"\s*\d+(?:[.,]\d+)*", " #", re.sub(r"\b[0-9a-f]{40}\b", "HASH", line)) for line in kept]
-
-
-def _told(output: str) -> list[str]:
-    """Lines without times: this is no place for speed."""
-    return [re.sub(r"\s+[\d.]+ s$", "", line) for line in output.splitlines() if " img/s " not in line]
-
-
-def _commands(block: str) -> list[str]:
-    lines = [line[4:] for line in block.splitlines()]
-    commands: list[str] = []
-    for line in lines:
-        if line.startswith("    "):
-            commands[-1] += "\n" + line[4:]
-        else:
-            commands.append(line)
-    return commands
+        replaced = {hub.url: "$HF_ENDPOINT", str(folder / "home"): "$HF_HOME"}
+        return write_page(SOURCE, work, hub.environment(folder / "home"), replaced=replaced)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,13 @@ OUTER_SECONDS = FETCH_SECONDS + RUN_SECONDS + 30
 
 SMALL = (
     "petra_revnet_tiny",
-    "petra_revnet18_paper_cifar",
-    "petra_test_vit2",
     "petra_revvit_micro",
 )
 LARGE = (
     "petra_revnet18",
     "petra_revnet18_cifar",
     "petra_revnet18_paper",
+    "petra_revnet18_paper_cifar",
     "petra_revnet34",
     "petra_revnet34_cifar",
     "petra_revnet34_paper",
@@ -57,6 +56,7 @@ LARGE = (
 # Of each kind of transformer that the hundreds of names have; timm's own tests of the others are about their sizes.
 TRANSFORMERS = (
     "petra_test_vit",
+    "petra_test_vit2",
     "petra_test_vit3",
     "petra_test_vit4",
     "petra_vit_tiny_patch16_224",

@@ -80,14 +80,13 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 # Launching processes takes longer than training: each number of ranks runs all its cases in one launch.
 CASES: dict[int, list[Case]] = {
     2: [
-        *(("sgd", 2, {"method": method}, False) for method in METHODS),
+        ("sgd", 2, {"method": "petra"}, False),
+        ("sgd", 2, {"method": "local"}, False),
         ("adamw", UNITS, {"method": "petra", "last_stage": "recompute"}, False),
-        ("sgd", 3, {"method": "petra"}, False, Wire(torch.bfloat16, torch.bfloat16)),
-        ("sgd", 3, {"method": "petra", "autocast": torch.bfloat16}, False),
-        ("sgd", 4, {"method": "petra"}, True),
-        ("adamw", 4, {"method": "petra", "weight_prediction": "head"}, True),
+        ("sgd", 3, {"method": "petra", "autocast": torch.bfloat16}, True, Wire(torch.bfloat16, torch.bfloat16)),
     ],
     3: [
+        ("sgd", 5, {"method": "petra", "autocast": torch.float16}, False),
         *(("sgd", 5, {"method": m, "accumulation_steps": 2, "clip_grad": 1.0}, False) for m in METHODS),
         *(
             ("sgd", UNITS, {"method": m, "accumulation_steps": 2, "weight_prediction": "backward"}, False)
@@ -95,6 +94,11 @@ CASES: dict[int, list[Case]] = {
         ),
     ],
     4: [
+        *(("sgd", 4, {"method": method}, False) for method in METHODS),
+        ("sgd", 5, {"method": "petra"}, False, Wire(torch.bfloat16, torch.bfloat16)),
+        ("sgd", 5, {"method": "petra", "autocast": torch.bfloat16}, False),
+        ("sgd", 4, {"method": "petra"}, True),
+        ("adamw", 4, {"method": "petra", "weight_prediction": "head"}, True),
         ("adamw", 4, {"method": "petra", "accumulation_steps": 3}, False),
         ("sgd", [2, 3, 4, 5], {"method": "delayed"}, False),
         ("sgd", UNITS, {"method": "dsp"}, True),

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor
 
 from petra_zoo.checkpoints.packing import from_safetensors, to_safetensors
 from petra_zoo.checkpoints.pipeline_files import from_files, to_files
 from petra_zoo.checkpoints.store import Store
 from petra_zoo.petra import METHODS, Pipeline, Wire, World
+from petra_zoo.petra.optimization import load_optimizer, optimizer_state
 from petra_zoo.petra.pipeline_state import stages_to_read
 from tests.checkpoints.test_store import manifest
 from tests.petra.processes import own_world, run_processes
@@ -146,3 +148,20 @@ def test_an_optimizers_state_keeps_its_type(tmp_path: Path) -> None:
     state["stages"][0]["optimizer"] = from_safetensors(tmp_path / "x")["x"]
     pipeline.load_state_dict(state)
     assert {kept["momentum_buffer"].dtype for kept in optimizer.state.values()} == {torch.bfloat16}
+
+
+def test_the_state_of_an_optimizer_around_another_is_restored() -> None:
+    def made() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        return p, create_optimizer_v2([p], "lookahead_sgd", lr=0.1, momentum=0.9)
+
+    (p, first), (q, second) = made(), made()
+    first.step()
+    load_optimizer(second, copy.deepcopy(optimizer_state(first)))
+    with torch.no_grad():
+        q.copy_(p)
+    for _ in range(7):  # beyond a step of the slow weights
+        first.step()
+        second.step()
+    assert torch.equal(p, q)

@@ -227,7 +227,8 @@ def test_blocks_of_a_transformer_share_the_graphs_of_their_branches(kind: str) -
         found.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         assert len(GRAPHS) <= (4 if compiled else 0)
     for other in found[1:]:
-        assert torch.equal(other[0], found[0][0])
+        # Not to the bit: the compiler takes attention with a bias apart into products of its own.
+        torch.testing.assert_close(other[0], found[0][0], rtol=1e-12, atol=1e-12)
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 

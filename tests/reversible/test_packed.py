@@ -97,8 +97,10 @@ def test_compiled_functions_have_the_bits_of_the_written_ones(layout: torch.memo
     calls = [
         (packed._pack, (f,), {"grid": GRID}),
         (packed._pack_sum, (f.float(), g), {"grid": GRID}),
-        (packed._add, (f, a), {"grid": GRID}),
+        (packed._add, (f, a), {"grid": GRID, "dropped": 0}),
+        (packed._add, (f, a), {"grid": GRID, "dropped": 3}),
         (packed._subtract, (b, a), {}),
+        (packed._restore, (b, a, (b.view(torch.int16) & 7).to(torch.uint8)), {"dropped": 3}),
         (packed._unpack, (b,), {"grid": GRID, "dtype": torch.float32}),
         (packed._rectify, (b,), {"grid": GRID, "dtype": torch.bfloat16}),
         (packed._mean_rectified, (b, a), {"grid": GRID, "dtype": torch.bfloat16}),

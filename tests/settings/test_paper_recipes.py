@@ -163,9 +163,10 @@ def test_the_header_says_how_to_launch(name: str) -> None:
 
 
 def test_the_manual_says_how_to_launch_on_several_devices_and_with_the_exact_controls() -> None:
-    manual = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    pages = [(Path(__file__).parents[2] / "docs" / name).read_text() for name in ("recipes.md", "processes.md")]
+    manual = "\n".join(pages)
     torchrun = "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HEAD:29500"
-    for words in ("petra-zoo train NAME ", "petra-zoo train NAME --nproc 4", f"{torchrun} -m petra_zoo train NAME"):
+    for words in ("petra-zoo train NAME ", "petra-zoo train NAME --nproc 4", f"{torchrun} -m petra_zoo train RECIPE"):
         assert words in manual
     for method in ("backprop", "reversible"):
         assert f"`method={method}`" in manual

@@ -165,7 +165,7 @@ def test_a_run_saves_the_same_network_with_weights_of_low_rank_added(
             assert torch.linalg.matrix_rank(after[name] - value, rtol=1e-3) == 2, name
         else:
             assert torch.equal(value, after[name]), name
-    again = evaluate_checkpoint(str(result.path), "synthetic:4x8")
+    again = evaluate_checkpoint(str(result.path), "synthetic:4x8x128")
     assert again.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-4)
 
 

@@ -39,7 +39,7 @@ class Heard(Callback):
 
 def heard(tmp_path: Path, **settings: Any) -> tuple[Heard, Result]:
     listener = Heard()
-    recipe = Recipe(**{**QUICK, "batch_size": 128, "log_interval": 2, "output": tmp_path / "run", **settings})
+    recipe = Recipe(**{**QUICK, "batch_size": 16, "log_interval": 2, "output": tmp_path / "run", **settings})
     return listener, train(recipe, callbacks=[listener], reporter=QUIET)
 
 
@@ -57,7 +57,7 @@ def test_a_callback_is_told_what_the_run_directory_says(tmp_path: Path) -> None:
         {key: value for key, value in line.items() if key != "event"} for line in lines if line["event"] == "train"
     ]
     validations = listener.of(training.ValidationEvent)
-    assert [event.epoch for event in validations] == [0, 1]
+    assert [event.epoch for event in validations] == [1, 2]
     assert [(event.loss, event.top1) for event in validations] == [
         (line["loss"], line["top1"]) for line in lines if line["event"] == "validation"
     ]

@@ -81,7 +81,7 @@ def test_skip_leaves_the_micro_batch_out_and_counts_it(tmp_path: Path, monkeypat
     assert saved["bn1.num_batches_tracked"] == 2 * BATCHES - 1
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     (line,) = [line for line in lines if line["event"] == "skipped"]
-    assert (line["epoch"], line["micro_batches"]) == (1, 1)
+    assert (line["epoch"], line["micro_batches"]) == (2, 1)
 
 
 def test_a_checkpoint_is_never_saved_over_a_good_one_with_statistics_that_are_not_finite(
@@ -180,7 +180,7 @@ def test_evaluate_prints_no_json_but_one_line_for_a_model_whose_loss_is_not_a_nu
     directory.save_model(model, Preprocessing((3, 8, 8), (0.5,) * 3, (0.5,) * 3), [])
     model.fc.weight.data.fill_(float("nan"))
     timm.models.save_for_hf(model, str(directory.path), safe_serialization=True)
-    done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8", "--json")
+    done = petra_zoo("evaluate", directory.path, "--dataset", "synthetic:4x8x128", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("\n") == 1
     assert "not finite" in done.stderr

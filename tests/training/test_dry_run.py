@@ -8,14 +8,14 @@ from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.dry_run import outlook
 from tests.cli.test_main import petra_zoo
 
-QUICK = ["dataset=synthetic:4x8", "img_size=8", "update_size=64", "workers=0"]
+QUICK = ["dataset=synthetic:4x8x128", "img_size=8", "update_size=64", "workers=0"]
 
 
 def test_it_says_what_an_update_takes_and_every_class() -> None:
     found = outlook(load_recipe("digits/petra_revnet_tiny", QUICK))
-    assert found.updates_per_epoch == 16  # of 1,024 images
+    assert found.updates_per_epoch == 2  # of 128 images
     assert found.recipe.delay == (3.0, 2.0, 1.0, 0.0)
-    assert sum(found.train_images.values()) == 1024
+    assert sum(found.train_images.values()) == 128
     assert sorted(found.train_images) == [f"class {i}" for i in range(4)]
     assert sum(found.split) == 14
 
@@ -37,7 +37,7 @@ def test_the_command_starts_nothing_and_writes_nothing(tmp_path: Path, monkeypat
     done = petra_zoo("train", "digits/petra_revnet_tiny", *QUICK, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "D_0 = 3 updates" in done.stdout
-    assert "\nmodel: petra_revnet_tiny\n" in done.stdout
+    assert done.stdout.startswith("model: petra_revnet_tiny\n")
     assert list(tmp_path.iterdir()) == []
 
 

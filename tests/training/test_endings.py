@@ -48,7 +48,7 @@ def log(run: Path, event: str) -> list[dict[str, Any]]:
 
 def test_a_run_ends_when_patience_does_and_says_why(tmp_path: Path) -> None:
     result = go(tmp_path, **STILL, patience=2)
-    assert [line["epoch"] for line in log(result.path, "validation")] == [0, 1, 2]
+    assert [line["epoch"] for line in log(result.path, "validation")] == [1, 2, 3]
     top1 = f"{result.evaluation.top1:.5g}"
     assert result.ended == f"patience=2: 2 validations without a better top1 than {top1}"
     assert [line["why"] for line in log(result.path, "end")] == [result.ended]
@@ -60,7 +60,7 @@ def test_a_run_ends_when_patience_does_and_says_why(tmp_path: Path) -> None:
 def test_with_more_patience_a_run_goes_on_as_if_it_had_never_ended(tmp_path: Path) -> None:
     go(tmp_path, **STILL, patience=1)
     more = go(tmp_path, **STILL, patience=3, allow_change=["patience"])
-    assert [line["epoch"] for line in log(more.path, "validation")] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in log(more.path, "validation")] == [1, 2, 3, 4]
     undisturbed = go(tmp_path, **STILL, patience=3, name="undisturbed")
     assert differing(more.path, undisturbed.path) == []
 
@@ -89,7 +89,7 @@ def test_a_run_ends_at_so_many_updates_in_the_middle_of_an_epoch(
     result = go(tmp_path, **settings)
     assert [stage.updates for stage in stages] == [2, 2, 2, 2]
     assert result.ended == "max_updates=2"
-    assert [line["epoch"] for line in log(result.path, "validation")] == [0, 1]
+    assert [line["epoch"] for line in log(result.path, "validation")] == [1, 2]
     saved = Store(result.path / "checkpoints").newest_good()
     assert saved
     assert (saved.manifest.finished, saved.manifest.epoch, saved.manifest.batch) == (True, 1, 1)
@@ -146,7 +146,7 @@ def test_what_does_not_go_together_is_one_line(settings: Sequence[str], message:
 
 def test_patience_that_the_updates_leave_nothing_to_count_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"patience=1 counts validations.*the run has 1 epoch in all"):
-        go(tmp_path, epochs=None, max_updates=2, patience=1)
+        go(tmp_path, epochs=None, max_updates=BATCHES, patience=1)
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------

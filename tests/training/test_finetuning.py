@@ -229,7 +229,7 @@ def test_the_recipe_takes_a_checkpoint_from_the_hub_and_says_what_became_of_its_
     settings = [
         "pretrained=hf-hub:zoo/tiny",
         "epochs=1",
-        "batch_size=256",
+        "batch_size=32",
         "freeze=backbone",
         f"output={tmp_path / 'a'}",
     ]

@@ -122,6 +122,7 @@ def test_ranks_that_disagree_are_refused_naming_the_difference(tmp_path: Path) -
     assert done[1].stderr == ""
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -198,3 +199,45 @@ def test_a_stage_that_hangs_is_named_with_the_message_that_is_missing(tmp_path: 
         said
     )
     assert gone(workers.values())
+
+
+FROZEN = """
+import os, signal, sys
+from petra_zoo.petra import LinkError
+from petra_zoo.training import Callback, Reporter, train
+
+class Freeze(Callback):  # on the last rank, which sees the losses
+    def on_log(self, event):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+try:
+    train("digits/petra_revnet_tiny", sys.argv[1:], callbacks=[Freeze()], reporter=Reporter(quiet=True))
+except LinkError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_train_gives_the_error_of_a_frozen_peer_within_the_time_of_its_links(tmp_path: Path) -> None:
+    """From Python nobody ends the process: what is on its way must not hold it up for the minutes of a start."""
+    settings = [*SETTINGS, "link_timeout=3", "log_interval=4", f"output={tmp_path / 'run'}"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command, pipe = [sys.executable, "-c", FROZEN, *settings], subprocess.PIPE
+    first, last = (
+        subprocess.Popen(
+            command,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            env={**ENVIRONMENT, **shared, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    )
+    try:
+        said, err = first.communicate(timeout=200)  # a start's own timeout is ten minutes
+    finally:
+        last.kill()
+        last.communicate()
+        first.kill()
+    assert "nothing within 3 s" in said, err
+    assert first.returncode == 0

@@ -89,7 +89,7 @@ def test_a_run_that_goes_on_has_neither_gaps_nor_doubles(
     with pytest.raises(RunStopped):
         go(tmp_path / "run", settings, max_seconds=0.0)
     # What a process that dies has written since its last checkpoint.
-    extra = {"event": "train", "epoch": 0, "update": 1, "tick": 2, "loss": 9.0, "top1": 0.0, "lr": 0.1}
+    extra = {"event": "train", "epoch": 1, "update": 1, "tick": 2, "loss": 9.0, "top1": 0.0, "lr": 0.1}
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(extra) + "\n")
     late = log_writers.TensorBoardWriter(tmp_path / "run")
@@ -98,7 +98,7 @@ def test_a_run_that_goes_on_has_neither_gaps_nor_doubles(
     go(tmp_path / "run", settings)
     expected = numbers_in_the_log(tmp_path / "run")
     assert [(name, number) for name, number, _ in events(tmp_path / "run")] == expected
-    assert {step for name, _, step in events(tmp_path / "run") if name == "val/top1"} == {0}
+    assert {step for name, _, step in events(tmp_path / "run") if name == "val/top1"} == {1}
     (history,) = server.values()
     assert sorted(history) == list(range(len(history)))
     handed_over = [pair for step in sorted(history) for pair in history[step].items() if "/" in pair[0]]

@@ -71,7 +71,7 @@ def test_two_updates_are_made_at_the_recipes_learning_rate(monkeypatch: pytest.M
     recipe = load_recipe(DIGITS, [f"method={method}", "batch_size=32", "accumulation_steps=3", "opt=adamw"])
     try_recipe(recipe)
     ((tried, pipeline),) = pipelines
-    assert (pipeline.fed, pipeline.in_flight) == (6, 0)
+    assert (pipeline.fed, pipeline.in_flight) == (4, 0)  # of two micro-batches each, which is enough to try
     steps = {int(s["step"]) for stage in pipeline.stages for s in stage.optimizer.state_dict()["state"].values()}
     assert steps == {2}
     assert (tried.batch_size, tried.learning_rate) == (2, recipe.learning_rate)
@@ -238,9 +238,9 @@ def test_trying_changes_nothing_in_the_working_directory(tmp_path: Path, monkeyp
     ("name", "method"),
     [
         *((name, "petra") for name in list_recipes()),
-        *((name, method) for name in list_recipes() if "18" in name for method in ("backprop", "reversible", "local")),
+        *(("cifar10/petra_revnet18_cifar", method) for method in ("backprop", "reversible", "local")),
     ],
 )
-def test_all_recipes_are_valid_and_the_smallest_networks_under_every_control(name: str, method: str) -> None:
+def test_all_recipes_are_valid_and_one_under_every_control(name: str, method: str) -> None:
     (verdict,) = validate_recipes(name, [f"method={method}", "device=cpu"])
     assert verdict.ok, verdict.reason

@@ -27,7 +27,7 @@ from petra_zoo.training.run_lock import held_by_this_run
 from petra_zoo.training.stopping import RunStopped, parse_duration
 
 # Five micro-batches per epoch, the last one smaller; windows of two close across the end of an epoch.
-BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8", "batch_size": 230, "workers": 0, "epochs": 2}
+BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8x128", "batch_size": 29, "workers": 0, "epochs": 2}
 SMALL = {**BASE, "lr": 0.05, "warmup_epochs": 1, "stages": 4, "accumulation_steps": 2, "train_crop_mode": "pad"}
 
 
@@ -238,10 +238,10 @@ def test_the_best_model_is_the_runs_and_the_last_one_is_beside_it(
     with (result.path / "summary.csv").open() as file:
         losses = [float(row["eval_loss"]) for row in csv.DictReader(file)]
     assert result.evaluation.loss == min(losses)
-    assert evaluate_checkpoint(str(result.path), "synthetic:4x8").evaluation.loss == pytest.approx(
+    assert evaluate_checkpoint(str(result.path), "synthetic:4x8x128").evaluation.loss == pytest.approx(
         min(losses), rel=1e-4
     )
-    last = evaluate_checkpoint(f"{result.path}@last", "synthetic:4x8").evaluation
+    last = evaluate_checkpoint(f"{result.path}@last", "synthetic:4x8x128").evaluation
     assert last.loss == pytest.approx(losses[-1], rel=1e-4)
     store = Store(result.path / "checkpoints")
     kept = {(store.open(name).manifest.metrics or {})["loss"] for name in store.names()}

@@ -29,12 +29,12 @@ def write_run(path: Path, *top1: float, finished: bool = True, settings: tuple[s
         load_recipe("digits/petra_revnet_tiny", [f"epochs={max(1, len(top1))}", *settings]), path / "recipe.yaml"
     )
     if top1:
-        rows = [f"{epoch},{2 / (epoch + 1)},{1 / (epoch + 1)},{value},99,0.1" for epoch, value in enumerate(top1)]
+        rows = [f"{epoch},{2 / epoch},{1 / epoch},{value},99,0.1" for epoch, value in enumerate(top1, 1)]
         (path / "summary.csv").write_text(
             "\n".join(["epoch,train_loss,eval_loss,eval_top1,eval_top5,lr", *rows]) + "\n"
         )
     lines = [
-        {"event": "train", "epoch": (update - 1) // 10, "update": update, "loss": 1.0, "top1": 50.0, "lr": 0.1,
+        {"event": "train", "epoch": 1 + (update - 1) // 10, "update": update, "loss": 1.0, "top1": 50.0, "lr": 0.1,
          "images_per_second": 100.0}
         for update in range(5, 5 * log + 1, 5)
     ]  # fmt: skip
@@ -143,5 +143,10 @@ def test_a_real_run_is_listed_and_drawn(tmp_path: Path) -> None:
     settings = [*QUICK, "epochs=2", "log_interval=1", f"output={tmp_path / 'run'}"]
     train(load_recipe("digits/petra_revnet_tiny", settings), reporter=Reporter(quiet=True))
     (found,) = list_runs(tmp_path)
-    assert (found.state, found.epochs, found.dataset) == ("finished", 2, "synthetic:4x8")
+    assert (found.state, found.epochs, found.dataset) == ("finished", 2, "synthetic:4x8x128")
     assert petra_zoo("plot", tmp_path / "run", "--output", tmp_path / "p.png").returncode == 0
+
+
+def test_a_folder_of_images_goes_by_its_own_name(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 80.0, settings=("dataset=folder", "data_dir=pictures/birds"))
+    assert "\tbirds/\t" in petra_zoo("runs", tmp_path).stdout

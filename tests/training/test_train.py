@@ -22,7 +22,7 @@ from petra_zoo.training.engine import build_pipeline
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Result, train
 
-BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8", "batch_size": 256, "workers": 0, "epochs": 1}
+BASE = {"model": "petra_revnet_tiny", "dataset": "synthetic:4x8x128", "batch_size": 32, "workers": 0, "epochs": 1}
 QUICK = {**BASE, "lr": 0.05, "warmup_epochs": 0, "stages": 4, "hflip": 0.0, "train_crop_mode": "pad"}
 
 
@@ -49,7 +49,7 @@ def test_a_run_directory_holds_recipe_summary_metrics_and_model(tmp_path: Path) 
     }
     with (result.path / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
     events = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert {event["event"] for event in events} == {"train", "validation"}
@@ -65,7 +65,7 @@ def test_timm_loads_the_run_with_the_same_logits(tmp_path: Path) -> None:
     assert config["pretrained_cfg"]["input_size"] == [3, 8, 8]
     assert config["pretrained_cfg"]["tag"] is None, "not the tag of the weights that the architecture comes with"
     assert len(config["label_names"]) == 4
-    again = evaluate_checkpoint(str(result.path), "synthetic:4x8")
+    again = evaluate_checkpoint(str(result.path), "synthetic:4x8x128")
     assert again.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
     assert again.evaluation.top1 == result.evaluation.top1
     assert model.layer1.g() == 1.0
@@ -75,7 +75,7 @@ def test_a_recipes_normalisation_replaces_the_datas_and_travels_with_the_model(t
     result = quick(tmp_path, mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
     config = json.loads((result.path / "config.json").read_text())["pretrained_cfg"]
     assert (config["mean"], config["std"]) == ([0.1, 0.2, 0.3], [1, 2, 3])
-    again = evaluate_checkpoint(str(result.path), "synthetic:4x8")
+    again = evaluate_checkpoint(str(result.path), "synthetic:4x8x128")
     assert again.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
 
 
@@ -103,6 +103,7 @@ def test_every_method_trains(tmp_path: Path, method: str) -> None:
         {"model_ema": True, "model_ema_decay": 0.5},
         {"mixup": 0.2, "smoothing": 0.1},
         {"amp": True, "channels_last": True},
+        {"amp": True, "amp_dtype": "float16"},
         {"opt": "adamw", "layer_decay": 0.8, "clip_grad": 1.0, "sched": "step", "decay_epochs": 1},
         {"split": [4, 4, 3, 3], "last_stage": "recompute"},
         {"sched": "none", "drop": 0.1, "model_kwargs": {"coupling": 0.5}},
@@ -154,17 +155,17 @@ def test_plain_lines_tell_loss_accuracy_speed_and_time_left(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "said", "warned"),
     [
-        ({"accumulation_steps": 4}, "256 images x 4 per update: D_0 = 1.5 updates", None),
-        ({"method": "backprop"}, "256 images per update: no delay", None),
+        ({"accumulation_steps": 4}, "32 images x 4 per update: D_0 = 1.5 updates", None),
+        ({"method": "backprop"}, "32 images per update: no delay", None),
         ({"batch_size": None, "update_size": 64, "max_delay": 2}, "16 images x 4 per update: D_0 = 1.5 updates", None),
-        ({"data_parallel": 2, "stages": 7}, "256 images x 2 replicas per update: D_0 = 12 updates",
+        ({"batch_size": 256, "data_parallel": 2, "stages": 7}, "256 images x 2 replicas per update: D_0 = 12 updates",
          "warning: D_0 = 12 updates, and above 2 with opt=sgd training is expected to lose accuracy: larger "
          "accumulation_steps at the same images per update (update_size=512 max_delay=2), fewer stages, opt=muon (up "
          "to 3)"),
-        ({"opt": "muon", "stages": 4}, "256 images per update: D_0 = 6 updates",
+        ({"opt": "muon", "stages": 4}, "32 images per update: D_0 = 6 updates",
          "warning: D_0 = 6 updates, and above 3 with opt=muon training is expected to lose accuracy: larger "
-         "accumulation_steps at the same images per update (update_size=256 max_delay=3), fewer stages"),
-        ({"opt": "muon", "accumulation_steps": 2}, "256 images x 2 per update: D_0 = 3 updates", None),
+         "accumulation_steps at the same images per update (update_size=32 max_delay=3), fewer stages"),
+        ({"opt": "muon", "accumulation_steps": 2}, "32 images x 2 per update: D_0 = 3 updates", None),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -202,9 +203,13 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
         ({"model": "resnet50"}, "model 'resnet50': ResNet has no units(): petra-zoo convert makes"),
         ({"model_kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"model_kwargs": {"coupling": 0.3}}, "multiple of 1/256"),
+        (
+            {"amp": True, "amp_dtype": "float16", "model_kwargs": {"streams": "fixed16"}},
+            "amp_dtype=float16 with streams=fixed16",
+        ),
         ({"stages": 15}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
         ({"split": [4, 4, 4, 4]}, "add up to the model's 14 units, not 16"),
-        ({"num_classes": 3}, "num_classes=3, but data set synthetic:4x8 has labels 0 to 3"),
+        ({"num_classes": 3}, "num_classes=3, but data set synthetic:4x8x128 has labels 0 to 3"),
         ({"dataset": "folder"}, "data set 'folder' needs data_dir"),
         ({"dataset": "folder", "data_dir": "/nowhere"}, "/nowhere"),
         ({"dataset": "digitz"}, "did you mean digits"),
@@ -311,5 +316,5 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
     path = result.path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="the weights are damaged") as caught:
-        evaluate_checkpoint(str(result.path), "synthetic:4x8")
+        evaluate_checkpoint(str(result.path), "synthetic:4x8x128")
     assert "\n" not in str(caught.value)

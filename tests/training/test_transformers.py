@@ -24,8 +24,8 @@ from tests.models.transformers import source, transformer
 SMALL = {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
 QUICK = {
     "model": "petra_vit_tiny_patch16_224",
-    "dataset": "synthetic:4x8",
-    "batch_size": 256,
+    "dataset": "synthetic:4x8x128",
+    "batch_size": 32,
     "workers": 0,
     "epochs": 1,
     "lr": 0.05,
@@ -48,7 +48,7 @@ def test_a_transformer_trained_in_stages_is_what_timm_loads(tmp_path: Path) -> N
     assert config["pretrained_cfg"]["input_size"] == [3, 8, 8]
     model = timm.create_model(f"local-dir:{result.path}", pretrained=True)
     assert (model.blocks.g(), len(model.blocks), model.patch_embed.grid_size) == (1.0, 4, (2, 2))
-    again = evaluate_checkpoint(str(result.path), "synthetic:4x8")
+    again = evaluate_checkpoint(str(result.path), "synthetic:4x8x128")
     assert again.evaluation.loss == pytest.approx(result.evaluation.loss, rel=1e-5)
 
 
