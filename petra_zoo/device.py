@@ -33,6 +33,26 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def require_compiler(device: torch.device) -> None:
+    """Refuses torch.compile on a CPU where nothing can build its code: it would say so in the first step, at length.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # there is no public way to ask; takes seconds to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "torch.compile needs a C++ compiler on a CPU, and found none; install g++, set CXX to another one, or do "
+            "without compiling"
+        ) from error
+
+
 @contextmanager
 def computing(device: torch.device, *, deterministic: bool = False, tf32: bool = True) -> Iterator[None]:
     """Inside, a GPU computes as fast as it may; outside, torch's settings are as they were. A CPU is left alone.

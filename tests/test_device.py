@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from petra_zoo.device import computing
+from petra_zoo.device import computing, require_compiler
+from petra_zoo.errors import UserError
 
 
 def settings() -> tuple[bool, bool, bool, str]:
@@ -32,3 +33,10 @@ def test_a_cpu_is_left_alone() -> None:
     before = settings()
     with computing(torch.device("cpu"), deterministic=True, tf32=False):
         assert settings() == before
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on a CPU, and found none; install g\+\+"):
+        require_compiler(torch.device("cpu"))
+    require_compiler(torch.device("cuda"))

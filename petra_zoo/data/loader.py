@@ -23,9 +23,6 @@ from petra_zoo.errors import UserError
 from petra_zoo.settings.augmentation import Augmentation
 from petra_zoo.settings.types import BadImagePolicy
 
-# Recipes say how many processes a training machine wants, and those that wait for a disk may outnumber the cores.
-warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-
 # The label of an image that could not be read in an evaluation: torch's losses pass over it, and so does `score`.
 LEFT_OUT = -100
 
@@ -216,15 +213,17 @@ class ImageLoader:
         self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixer = mixer
-        self._loader: DataLoader[_Sample | DataError] = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=reading.workers,
-            collate_fn=_collate,
-            pin_memory=reading.pin_memory,
-            persistent_workers=reading.workers > 0,
-            generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
-        )
+        with warnings.catch_warnings():  # readers that wait for a disk may outnumber the cores
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            self._loader: DataLoader[_Sample | DataError] = DataLoader(
+                samples,
+                batch_sampler=batches,
+                num_workers=reading.workers,
+                collate_fn=_collate,
+                pin_memory=reading.pin_memory,
+                persistent_workers=reading.workers > 0,
+                generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
+            )
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -27,6 +27,7 @@ from petra_zoo.strict_json import JsonObject, to_json
 
 Format = Literal["onnx", "torch-export"]
 Dynamic = Literal["batch", "size"]
+_AXES: dict[Dynamic, tuple[int, ...]] = {"batch": (0,), "size": (2, 3)}  # of [B, C, H, W]
 _ROUNDING = 1e-4  # of the largest logit: float32 in another order of operations stays well below
 
 
@@ -213,11 +214,7 @@ class FileDescription:
     @property
     def dimensions(self) -> dict[int, torch.export.Dim]:
         """Those of the input that may be of any size."""
-        anything = torch.export.Dim.DYNAMIC
-        return {
-            i: anything
-            for i in (*([0] if "batch" in self.dynamic else ()), *((2, 3) if "size" in self.dynamic else ()))
-        }
+        return {i: torch.export.Dim.DYNAMIC for kind in self.dynamic for i in _AXES[kind]}
 
     def trials(self) -> list[Tensor]:
         """Normalised images to write the file by, and to compare by: of every size that it promises."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from petra_zoo.checkpoints.load import FROM_A_CONFIG, create_any_model, load_model, run_path, set_image_size
 from petra_zoo.data.preprocessing import Preprocessing
-from petra_zoo.device import choose_device, computing
+from petra_zoo.device import choose_device, computing, require_compiler
 from petra_zoo.errors import UserError
 from petra_zoo.evaluation.export import export_loaded
 from petra_zoo.evaluation.onnx_files import OnnxModel, check_packages
+from petra_zoo.evaluation.watch import is_out_of_memory
 from petra_zoo.models.classifier import Classifier
 from petra_zoo.progress import tracked
 from petra_zoo.strict_json import JsonObject
@@ -89,6 +90,8 @@ def time_inference(source: str, options: TimingOptions | None = None) -> list[In
         if device.type != "cpu" or options.amp:
             raise UserError("--way onnx is measured on the CPU in float32: add --device cpu, or leave it out")
     trained = run_path(source).is_dir() or source.startswith(FROM_A_CONFIG)
+    if "compiled" in options.ways:
+        require_compiler(device)
     model = (load_model(source, device) if trained else create_any_model(source).to(device)).eval()
     if options.image_size:
         set_image_size(model, source, *options.image_size)
@@ -127,8 +130,15 @@ def _times(
         for way, n in times:
             _wait(device)
             start = time.perf_counter()
-            calls[way](sizes[n])
-            _wait(device)
+            try:
+                calls[way](sizes[n])
+                _wait(device)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"out of memory with a batch size of {n} ({way}): use a smaller --batch-size"
+                ) from error
             if repeat >= _WARM_UP:
                 times[way, n].append(time.perf_counter() - start)
     return times

@@ -128,6 +128,9 @@ class Pipeline:
         lowest = self.layout.stage_of(self.settings.first_trainable)
         self.clock = Clock(len(self.layout.stages), self.method.delayed, self.method.gradients_travel, lowest)
         self.streams = StreamWatch([units[i] for i in self.layout.units_of_rank(self.world.rank)])
+        if autocast == torch.float16:
+            with precision(self.world.device, autocast):  # which decides what `auto` stands for
+                self.streams.require_float32()
         parts = prepared_units(units, prepare)
         self.stages = make_stages(model, parts, self.layout, self.world.rank, self.method, self.settings, self.clock)
         self.links = make_links(self.world, self.layout.ranks[self.world.rank])

@@ -52,6 +52,19 @@ class StreamWatch:
                     )
         self._seen = now
 
+    def require_float32(self) -> None:
+        """Refuses 16 bits, where gradients of float16 are to be scaled in the streams.
+
+        Raises:
+            UserError: names the first unit that has them.
+        """
+        for read, name in self._readers.items():
+            if isinstance(x := read(), StreamType) and x.kind != "float32":
+                raise UserError(
+                    f"{name} has {_words(x)}: with autocast to float16 gradients are scaled in float32 streams; set "
+                    "streams=float32, or autocast to bfloat16"
+                )
+
     def kinds(self) -> list[str]:
         """What carries the streams now, in words: for a state to know what its messages are."""
         return [_words(x) for read in self._readers if isinstance(x := read(), StreamType)]

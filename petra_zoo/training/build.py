@@ -163,20 +163,12 @@ def check_batches(recipe: Recipe, loader: ImageLoader) -> None:
         )
 
 
-_WIDE = ("auto", "float32")  # types of streams
-
-
 def check_units(recipe: Recipe, model: UnitClassifier, preprocessing: Preprocessing) -> None:
     """Refuses a network whose units compute something else than it does: what is trained would not be what is saved.
 
     Raises:
         UserError: says which unit, or that it is all of them together.
     """
-    if recipe.amp and recipe.amp_dtype == "float16" and recipe.model_kwargs.get("streams", "auto") not in _WIDE:
-        raise UserError(
-            f"amp_dtype=float16 with streams={recipe.model_kwargs['streams']}: float16 gradients are scaled in float32 "
-            "streams; take streams out of model_kwargs"
-        )
     device = next(model.parameters()).device
     image = torch.randn(1, *preprocessing.input_size, generator=torch.Generator().manual_seed(0)).to(device)
     was_training = model.training

@@ -19,6 +19,7 @@ from petra_zoo.training.engine import autocast_type
 from petra_zoo.training.length import say_length, updates_per_epoch
 from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.preparation import Prepared, prepare
+from petra_zoo.training.threads import threads_restored
 
 _FEW = 10  # classes that are named one by one
 
@@ -66,6 +67,7 @@ class Outlook:
         ]
 
 
+@threads_restored()
 def outlook(recipe: Recipe, name: str = "run") -> Outlook:
     """Builds what a recipe asks for, in this process alone, and says what would be trained.
 

@@ -17,7 +17,7 @@ from petra_zoo.data.feed import Batch, on_device
 from petra_zoo.data.image_dataset import ImageDataset
 from petra_zoo.data.loader import ImageLoader
 from petra_zoo.data.preprocessing import Preprocessing
-from petra_zoo.device import choose_device
+from petra_zoo.device import choose_device, require_compiler
 from petra_zoo.models.classifier import Classifier, UnitClassifier
 from petra_zoo.petra import Pipeline, Profile, World
 from petra_zoo.petra.gather import keep_only
@@ -166,6 +166,7 @@ def _assemble(
     if recipe.sync_bn and world.replicas > 1:  # not before: a profile is measured by one process alone
         synchronize_statistics(model, world)
     if recipe.compile:  # nor this: what is measured must not be the compiler's time
+        require_compiler(world.device)
         compile_branches(model, CompileOptions())
     schedule = start_schedule(recipe, model)
     teacher = teacher_from(recipe, world.device) if world.first else None

@@ -30,6 +30,7 @@ from petra_zoo.training.endings import Divergence
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Run
+from petra_zoo.training.threads import threads_restored
 
 RULE = "where the smoothed loss falls fastest (the rule `steep` of fastai's lr_find, for the test of arXiv 1506.01186)"
 UPDATES = 8  # of each rate, where the pipeline does not ask for more
@@ -172,6 +173,7 @@ def exponential(lowest: float, highest: float, count: int) -> list[float]:
     return [lowest * (highest / lowest) ** (i / (count - 1)) for i in range(count)]
 
 
+@threads_restored()
 def try_rates(recipe: Recipe, rates: Sequence[float], updates: int = UPDATES) -> RateRange:
     """Trains in this process, at one rate after the other, and writes nothing.
 

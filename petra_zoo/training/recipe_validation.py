@@ -29,6 +29,7 @@ from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Run
 from petra_zoo.training.synchronized_norms import require_cuda
 from petra_zoo.training.teachers import untrained_teacher
+from petra_zoo.training.threads import threads_restored
 
 UPDATES = 2
 _IMAGES = 2  # per micro-batch
@@ -83,6 +84,7 @@ def _verdict(name: str, overrides: Sequence[str], processes: int | None) -> Verd
     return Verdict(name, reason, time.perf_counter() - started)
 
 
+@threads_restored()
 def try_recipe(recipe: Recipe, processes: int | None = None) -> None:
     """Prepares a run as `train` does, makes two updates, moves the couplings in between, and evaluates a batch.
 

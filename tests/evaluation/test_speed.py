@@ -64,3 +64,14 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], said: str) ->
 def test_a_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(UserError, match="petra_revnet_tini"):
         time_inference("petra_revnet_tini")
+
+
+def test_a_batch_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(speed_module, "_call", lambda *_: full)
+    with pytest.raises(
+        UserError, match=r"^out of memory with a batch size of 4 \(eager\): use a smaller --batch-size$"
+    ):
+        time_inference("petra_revnet_tiny", TimingOptions(batch_sizes=(4,), image_size=(8, 8), device="cpu"))

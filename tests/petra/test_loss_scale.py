@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from petra_zoo.errors import UserError
 from petra_zoo.petra import METHODS, Pipeline
 from petra_zoo.petra import loss_scale as module
 from petra_zoo.petra.loss_scale import NoScale
@@ -123,3 +124,9 @@ def test_captured_ticks_follow_the_factor(monkeypatch: pytest.MonkeyPatch) -> No
     assert scales(one) == scales(other) != [module.INITIAL] * 2
     for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(p, q)  # a prepared optimizer rounds otherwise
+
+
+@pytest.mark.parametrize("streams", ["fixed16", "bfloat16"])
+def test_streams_of_16_bits_are_refused(streams: str) -> None:
+    with pytest.raises(UserError, match=f"has {streams} streams.*set streams=float32, or autocast to bfloat16"):
+        make_pipeline(make_model(torch.float32, streams=streams), 4, autocast=torch.float16)

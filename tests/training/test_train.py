@@ -204,8 +204,8 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
         ({"model_kwargs": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"model_kwargs": {"coupling": 0.3}}, "multiple of 1/256"),
         (
-            {"amp": True, "amp_dtype": "float16", "model_kwargs": {"streams": "fixed16"}},
-            "amp_dtype=float16 with streams=fixed16",
+            {"amp": True, "amp_dtype": "float16", "streams": "fixed16"},
+            "scaled in float32 streams; set streams=float32",
         ),
         ({"stages": 15}, "stages=15 does not fit a model of 14 units: choose 1 to 14"),
         ({"split": [4, 4, 4, 4]}, "add up to the model's 14 units, not 16"),
