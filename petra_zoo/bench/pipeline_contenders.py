@@ -25,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from petra_zoo.bench.pipeline_jobs import PipelineTask
 from petra_zoo.models import PetraPaperRevNet
 from petra_zoo.petra import Layout, Optimization, Pipeline, Wire, World
+from petra_zoo.petra.channels import open_channels
 from petra_zoo.petra.messages import Down, Up
+from petra_zoo.petra.world import START_TIMEOUT
 
 
 def build_network(task: PipelineTask) -> PetraPaperRevNet:
@@ -165,7 +167,7 @@ class _TorchSchedule(PipelineContender):
             torch.device("cpu"),
             input_args=(torch.empty(n, 3, size, size),) if world.first else boundary,
             output_args=(torch.empty(n, task.classes, requires_grad=True),) if world.last else boundary,
-            group=world.up,
+            group=world.pipe,
         )
         self.schedule = schedule(stage, m, loss_fn=F.cross_entropy)
         self.data = task_data(task, m)
@@ -239,10 +241,10 @@ class _WithoutLinks(PipelineContender):
 def make_contender(name: str, task: PipelineTask, model: PetraPaperRevNet, world: World, m: int) -> PipelineContender:
     """A contender of `petra_zoo.bench.pipeline`, in every process of a world; m: micro-batches of an update."""
     # Groups of its own: a pipeline that rests has receives posted.
-    up, down = dist.new_group(), dist.new_group()
-    assert isinstance(up, dist.ProcessGroup)
-    assert isinstance(down, dist.ProcessGroup)
-    world = replace(world, up=up, down=down)
+    pipe = dist.new_group()
+    assert isinstance(pipe, dist.ProcessGroup)
+    channels = open_channels([world.peers], world.device, world.nccl, START_TIMEOUT)
+    world = replace(world, channels=channels, pipe=pipe)
     place = (task, model, world, m)
     match name:
         case "backprop, 1 thread":

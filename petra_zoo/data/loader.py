@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple
@@ -213,8 +214,7 @@ class ImageLoader:
         self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixer = mixer
-        with warnings.catch_warnings():  # readers that wait for a disk may outnumber the cores
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        with _as_many_readers_as_asked_for():
             self._loader: DataLoader[_Sample | DataError] = DataLoader(
                 samples,
                 batch_sampler=batches,
@@ -273,7 +273,9 @@ class ImageLoader:
         self._batches.start = batch_index
         self.fingerprints = []
         epoch = self._batches.epoch
-        for at, batch in enumerate(self._loader, start=batch_index):
+        with _as_many_readers_as_asked_for():
+            batches = iter(self._loader)
+        for at, batch in enumerate(batches, start=batch_index):
             if isinstance(batch, DataError):
                 # A new one: raising a local variable ties error and frame into a cycle, and workers that only the
                 # garbage collector reaches take 5 seconds each to stop.
@@ -294,6 +296,14 @@ class ImageLoader:
         with seeded_generators(_MIX, self._batches.seed, epoch, place):
             numbers, soft = self._mixer.draw(labels, *images.shape[2:])
         return (images, numbers), soft
+
+
+@contextmanager
+def _as_many_readers_as_asked_for() -> Iterator[None]:
+    """Without torch's warning of more readers than cores: those that wait for a disk may outnumber them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
 
 
 def check_channels(input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:

@@ -71,11 +71,11 @@ def whole_model(model: Model, layout: Layout, world: World) -> Model | None:
         if rank == world.size - 1:
             continue
         if rank == world.rank:
-            work = dist.isend(found[name], world.peers[-1], world.up, TAG)
+            work = dist.isend(found[name], world.peers[-1], world.pipe, TAG)
             wait_for(work, limit, f"rank {world.peers[-1]} did not take {name} from rank {world.peers[rank]}")
         elif world.last:
             found[name] = torch.empty(x.shape, dtype=x.dtype)
-            work = dist.irecv(found[name], world.peers[rank], world.up, TAG)
+            work = dist.irecv(found[name], world.peers[rank], world.pipe, TAG)
             wait_for(work, limit, f"rank {world.peers[-1]} waits for {name} from rank {world.peers[rank]}")
     if not world.last:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, TypedDict
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from petra_zoo.petra.links import Wire
 from petra_zoo.petra.messages import Down, Up
+
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ class Form:
         dense = x.permute(order).is_contiguous() and order[0] == 0
         return cls((max(images, len(x)), *x.shape[1:]), order if dense else tuple(range(x.ndim)), x.dtype, dtype)
 
-    def buffer(self, device: torch.device, pin: bool = False) -> Tensor:
-        """An empty tensor of a full micro-batch in this layout, as a contiguous view."""
-        return torch.empty([self.shape[i] for i in self.order], dtype=self.wire, device=device, pin_memory=pin)
+    @property
+    def nbytes(self) -> int:
+        """Of a full micro-batch on its way."""
+        return math.prod(self.shape) * self.wire.itemsize
 
-    def view(self, buffer: Tensor, size: int) -> Tensor:
-        """The first `size` images of a buffer, in the tensor's own order of dimensions."""
-        return buffer[:size].permute([self.order.index(i) for i in range(len(self.order))])
+    def view(self, memory: Tensor, size: int) -> Tensor:
+        """The first `size` images in a piece of memory, in the tensor's own order of dimensions."""
+        dense = memory.view(self.wire).view([self.shape[i] for i in self.order])
+        return dense[:size].permute([self.order.index(i) for i in range(len(self.order))])
 
     def as_json(self) -> _FormJson:
         """For the other end."""
@@ -65,6 +70,59 @@ class _FormJson(TypedDict):
     order: Sequence[int]
     wire: str
     dtype: str
+
+
+@dataclass(frozen=True)
+class Body:
+    """How the tensors of a message lie in one piece of memory, which travels as one.
+
+    Attributes:
+        forms: of the tensors; None where the message has none.
+        streams: how many of them are streams.
+    """
+
+    forms: Sequence[Form | None]
+    streams: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of a full micro-batch."""
+        return sum(_aligned(form.nbytes) for form in self.forms if form)
+
+    @property
+    def images(self) -> int:
+        """Of a full micro-batch."""
+        return next(form.shape[0] for form in self.forms if form)
+
+    def views(self, memory: Tensor, size: int) -> list[Tensor | None]:
+        """Its tensors, of `size` images, in a piece of memory [nbytes]."""
+        found, start = list[Tensor | None](), 0
+        for form in self.forms:
+            if form is None:
+                found.append(None)
+                continue
+            found.append(form.view(memory[start : start + form.nbytes], size))
+            start += _aligned(form.nbytes)
+        return found
+
+    def as_json(self) -> _BodyJson:
+        """For the other end."""
+        return {"forms": [None if form is None else form.as_json() for form in self.forms], "streams": self.streams}
+
+    @classmethod
+    def from_json(cls, values: _BodyJson) -> Self:
+        """What the other end has said."""
+        return cls([None if row is None else Form.from_json(row) for row in values["forms"]], values["streams"])
+
+
+class _BodyJson(TypedDict):
+    forms: Sequence[_FormJson | None]
+    streams: int
+
+
+def _aligned(nbytes: int) -> int:
+    """As many bytes or more, so that any type may begin behind them."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -91,9 +149,10 @@ class Parcel:
         packed = [None if x is None else wire.pack(x, "down") for x in whole]
         return cls(packed, [None if x is None else x.dtype for x in whole], len(message.streams))
 
-    def layouts(self, images: int) -> list[Form | None]:
-        """Of its tensors, for so many images at least."""
-        return [
+    def body(self, images: int) -> Body:
+        """How it travels, with so many images at least."""
+        forms = [
             None if x is None or dtype is None else Form.of(x, dtype, images)
             for x, dtype in zip(self.tensors, self.types, strict=True)
         ]
+        return Body(forms, self.streams)

@@ -14,7 +14,7 @@ from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.links import Wire
 from petra_zoo.petra.messages import Up
 from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
-from petra_zoo.petra.process_links import EVALUATION_TAG, make_links
+from petra_zoo.petra.process_links import make_links
 from petra_zoo.petra.stage import precision
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
@@ -54,7 +54,7 @@ def predict_batches(
     own = [units[i] for i in layout.units_of_rank(world.rank)]
     # Of their own, so that the training's messages stay where they are. Nothing is rounded on the way: the model is
     # evaluated, not the wire.
-    links = make_links(world, stages, Wire(timeout=world.wire.timeout), EVALUATION_TAG, running)
+    links = make_links(world, stages, Wire(timeout=world.wire.timeout), evaluation=True, running=running)
     links.expect(0, stages[:1], ())
     for number in itertools.count() if count is None else range(count):
         if count is None or number + 1 < count:  # posted a batch ahead: a receive must be there before its message

@@ -1,60 +1,63 @@
 """Links between processes, over torch.distributed's point-to-point.
 
-Receives are posted a tick before their message is used, into buffers that are allocated once: gloo is a rendezvous,
-its sends end only when the other side has posted the receive. Sends run on while the rank computes. A header in front
-of every message carries its number and its size, so that a smaller last batch needs no buffers of its own.
+Receives are posted a tick before their message is used, into memory that is allocated once: gloo is a rendezvous, its
+sends end only when the other side has posted the receive. A message is sent from memory of its own, and that it was
+taken is waited for two ticks later. A header, which the CPU reads, carries its number and its size: a smaller last
+batch needs no memory of its own, and a rank that is gone is noticed there.
 """
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from petra_zoo.petra.channels import BODY, HEADER, LAYOUT, Channel
 from petra_zoo.petra.links import Direction, LinkError, Links, Wire
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.parcels import Form, Parcel
+from petra_zoo.petra.parcels import Body, Form, Parcel
+from petra_zoo.petra.slots import Slots
 from petra_zoo.petra.world import START_TIMEOUT, World
 
 LAYOUT_BYTES = 2048
-EVALUATION_TAG = 64  # of an evaluation's links, apart from the training's
-_TAGS = {"up": 0, "down": 16}
+_SLOTS = 2  # one to send from while the other one is under way; one to receive into while the other one is used
 
 
-def make_links(world: World, owned: range, wire: Wire | None = None, tag: int = 0, running: bool = False) -> Links:
+def make_links(
+    world: World, owned: range, wire: Wire | None = None, evaluation: bool = False, running: bool = False
+) -> Links:
     """A rank's links: queues where it is alone; the arguments are those of `ProcessLinks`."""
-    return Links(wire or world.wire) if world.size == 1 else ProcessLinks(world, owned, wire, tag, running)
+    return Links(wire or world.wire) if world.size == 1 else ProcessLinks(world, owned, wire, evaluation, running)
 
 
 class ProcessLinks(Links):
-    """Links of a rank's stages: queues inside it, torch.distributed to the ranks beside it.
+    """Links of a rank's stages: queues inside it, channels to the ranks beside it.
 
     Args:
         world: this rank's place; its wire's timeout holds once the first tick is over.
         owned: its stages.
         wire: types of messages; default: the world's.
-        tag: keeps these messages apart from those of other `ProcessLinks` (of an evaluation).
+        evaluation: whether they take the evaluation's channels, where nothing of the training is under way.
         running: whether the first tick is over: the timeout holds from the first message on.
     """
 
     def __init__(
-        self, world: World, owned: range, wire: Wire | None = None, tag: int = 0, running: bool = False
+        self, world: World, owned: range, wire: Wire | None = None, evaluation: bool = False, running: bool = False
     ) -> None:
         super().__init__(wire or world.wire)
         self.world, self.owned = world, owned
-        below, above = world.rank - 1, world.rank + 1
-        self._from_below = _Inlet(world, below, "up", owned[0], tag) if not world.first else None
-        self._from_above = _Inlet(world, above, "down", owned[-1], tag) if not world.last else None
-        self._to_above = _Outlet(world, above, "up", owned[-1] + 1, tag) if not world.last else None
-        self._to_below = _Outlet(world, below, "down", owned[0] - 1, tag) if not world.first else None
+        ways = world.evaluation_channels if evaluation else world.channels
+        self._from_below = _Inlet(world, ways.from_below, "up", owned[0]) if ways.from_below else None
+        self._from_above = _Inlet(world, ways.from_above, "down", owned[-1]) if ways.from_above else None
+        self._to_above = _Outlet(world, ways.to_above, "up", owned[-1] + 1) if ways.to_above else None
+        self._to_below = _Outlet(world, ways.to_below, "down", owned[0] - 1) if ways.to_below else None
         ends = (self._from_below, self._from_above, self._to_above, self._to_below)
         self._ends = [end for end in ends if end]
         for end in self._ends:
@@ -63,7 +66,6 @@ class ProcessLinks(Links):
         self._gone_down: Down | None = None
 
     def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
-        self.finish()  # before the buffers that were sent from are received into
         self._gone_up = self._gone_down = None
         if any(end.running for end in self._ends):  # the other ranks have begun as well
             for end in self._ends:
@@ -140,73 +142,74 @@ def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return found
 
 
-class _Begin(Protocol):
-    """torch.distributed's isend or irecv."""
-
-    def __call__(self, tensor: Tensor, peer: int, group: ProcessGroup | None, tag: int, /) -> Work | None: ...
-
-
 class _End:
     """One end of a link in one direction."""
 
-    def __init__(self, world: World, peer: int, direction: Direction, stage: int, tag: int) -> None:
-        self.world, self.peer, self.direction, self.stage = world, peer, direction, stage
-        self.group = world.up if direction == "up" else world.down
-        self.address = world.peers[peer]
-        self.tag = tag + _TAGS[direction]
+    def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
+        self.channel, self.direction, self.stage = channel, direction, stage
+        self.here, self.device = world.peers[world.rank], world.device
         self.timeout = timedelta(seconds=world.wire.timeout)
         # Where messages lie while they travel: gloo reads and writes the CPU's memory only.
         self.staged = world.device.type == "cuda" and not world.nccl
-        self.place = torch.device("cpu") if self.staged else world.device
-        self.streams = 0
-        self.layouts: list[Form | None] | None = None
+        self.laid_out: tuple[Body, Slots] | None = None  # when the first message is known
         self.tick = 0
         self.running = False  # whether a message has passed
         self.images = 0  # of a full micro-batch, where the first to travel may be smaller
 
-    def present(self) -> list[Form]:
-        """Layouts of the tensors that a message has."""
-        return [layout for layout in self.layouts or [] if layout]
-
     def adopt(self, parcel: Parcel) -> None:
-        """Takes the layouts of a message that was saved, at both ends: neither waits for the other to say them.
+        """Takes the layout of a message that was saved, at both ends: neither waits for the other to say it.
 
         Else, with first messages on their way up and down in one tick, each rank would wait for its own to be taken.
         """
-        self.layouts, self.streams = parcel.layouts(self.images), parcel.streams
+        self.lay_out(parcel.body(self.images))
 
-    def begin(self, operation: _Begin, x: Tensor, part: int) -> Work | None:
+    def lay_out(self, body: Body) -> tuple[Body, Slots]:
+        """Takes the layout of all messages, and memory for those under way."""
+        self.laid_out = body, Slots(body.nbytes, _SLOTS, self.device, self.staged)
+        return self.laid_out
+
+    def begin(self, operation: Callable[[Tensor, int], Work | None], x: Tensor, part: int) -> Work | None:
         """Begins a send or a receive.
 
         Raises:
             LinkError: the other rank has gone.
         """
         try:
-            return operation(x, self.address, self.group, self.tag + part)
+            return operation(x, part)
         except RuntimeError as error:
             raise LinkError(f"{self}: that rank has gone ({str(error).strip().splitlines()[0][:160]})") from error
 
-    def wait(self, work: Work | None) -> None:
+    def wait(self, work: Work | None, part: int) -> None:
         """Waits for a send or a receive.
 
         Raises:
             LinkError: it did not end in time, or the other rank has gone.
         """
-        wait_for(work, self.timeout if self.running else max(self.timeout, START_TIMEOUT), str(self))
+        limit = self.timeout if self.running else max(self.timeout, START_TIMEOUT)
+        wait_for(work, limit if part != BODY or self.channel.timed else None, str(self))
 
 
-def wait_for(work: Work | None, timeout: timedelta, what: str) -> None:
+def wait_for(work: Work | None, timeout: timedelta | None, what: str) -> None:
     """Waits for a send or a receive.
+
+    Args:
+        work: that.
+        timeout: None: lets the device's work wait, and not the host (NCCL).
+        what: it was, in words.
 
     Raises:
         LinkError: it did not end in time, or the other rank has gone; says what it was.
     """
     assert work is not None, "only members of a group send and receive in it"
     try:
-        work.wait(timeout)
+        work.wait(timeout) if timeout else work.wait()
     except RuntimeError as error:
         reason = str(error)
-        how = f"nothing within {timeout.total_seconds():g} s" if "imed out" in reason else "that rank has gone"
+        how = (
+            f"nothing within {timeout.total_seconds():g} s"
+            if timeout and "imed out" in reason
+            else "that rank has gone"
+        )
         raise LinkError(f"{what}: {how} ({reason.strip().splitlines()[0][:160]})") from error
 
 
@@ -222,137 +225,153 @@ def reduce_within(
     Raises:
         LinkError: a process has gone, or is silent for longer than the timeout (where NCCL does not watch over it).
     """
-    if x.is_cuda:
-        dist.all_reduce(x, operation, group=group)
-    else:
-        wait_for(dist.all_reduce(x, operation, group=group, async_op=True), timeout, what)
+    wait_for(dist.all_reduce(x, operation, group=group, async_op=True), None if x.is_cuda else timeout, what)
+
+
+@dataclass
+class _Message:
+    """A message under way, and the memory that it is read from or written to.
+
+    Attributes:
+        tick: in which it will be used; of one that is sent, how many came before it.
+        works: by part.
+        layout, header, slot: the parts.
+    """
+
+    tick: int
+    works: list[tuple[int, Work | None]] = field(default_factory=list)
+    header: Tensor = field(default_factory=lambda: torch.empty(2, dtype=torch.int64))
+    layout: Tensor | None = None
+    slot: Tensor | None = None
 
 
 class _Outlet(_End):
-    """The sending end."""
+    """The sending end. What it sends is copied: the stage may write over its tensors."""
 
-    def __init__(self, world: World, peer: int, direction: Direction, stage: int, tag: int) -> None:
-        super().__init__(world, peer, direction, stage, tag)
-        self._flying: list[tuple[Work | None, Tensor]] = []  # sends and the memory they read from
+    def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
+        super().__init__(world, channel, direction, stage)
+        self._flying: deque[_Message] = deque()
+        self._sent = 0
 
     def __str__(self) -> str:
         return (
-            f"stage {self.stage} (rank {self.address}) did not take the {self.direction} message of tick {self.tick} "
-            f"from rank {self.world.peers[self.world.rank]}"
+            f"stage {self.stage} (rank {self.channel.peer}) did not take the {self.direction} message of tick "
+            f"{self.tick} from rank {self.here}"
         )
 
     def send(self, number: int, parcel: Parcel) -> None:
         """Begins to send a message."""
-        tensors = parcel.tensors
-        size = next(len(x) for x in tensors if x is not None)
-        if self.layouts is None:
-            self.layouts = parcel.layouts(self.images)
-            rows = [layout and layout.as_json() for layout in self.layouts]
-            text = json.dumps([parcel.streams, rows]).encode().ljust(LAYOUT_BYTES)
+        message = _Message(self._sent)
+        if self.laid_out is None:
+            body, _ = self.lay_out(parcel.body(self.images))
+            text = json.dumps(body.as_json()).encode().ljust(LAYOUT_BYTES)
             assert len(text) == LAYOUT_BYTES
-            self._isend(torch.frombuffer(bytearray(text), dtype=torch.uint8), 0)
-        assert [x is None for x in tensors] == [layout is None for layout in self.layouts], "a message changed its form"
-        capacity = self.present()[0].shape[0]
-        if size > capacity:
-            raise ValueError(f"a micro-batch of {size} images follows a first one of {capacity}: feed full ones first")
-        self._isend(torch.tensor([number, size]), 1)
-        for i, (x, layout) in enumerate((x, y) for x, y in zip(tensors, self.layouts, strict=True) if x is not None):
-            assert layout is not None
-            dense = x.permute(layout.order)
-            if size < capacity or self.staged:
-                padded = layout.buffer(self.place, pin=self.staged)
-                padded[:size].copy_(dense)
-                dense = padded
-            self._isend(dense.contiguous(), 2 + i)
-        self.tick += 1
+            message.layout = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            self._isend(message, message.layout, LAYOUT)
+        assert self.laid_out is not None
+        body, slots = self.laid_out
+        size = next(len(x) for x in parcel.tensors if x is not None)
+        if size > body.images:
+            raise ValueError(
+                f"a micro-batch of {size} images follows a first one of {body.images}: feed full ones first"
+            )
+        message.header = torch.tensor([number, size])
+        self._isend(message, message.header, HEADER)
+        if len(self._flying) == _SLOTS:
+            self._land()
+        message.slot = slots.take()
+        places = body.views(message.slot, size)
+        assert [x is None for x in parcel.tensors] == [x is None for x in places], "a message changed its form"
+        for place, x in zip(places, parcel.tensors, strict=True):
+            if place is not None and x is not None:
+                place.copy_(x)
+        self._isend(message, message.slot, BODY)
+        self._flying.append(message)
+        self._sent += 1
 
     def finish(self) -> None:
         """Waits until all messages have been taken."""
-        for work, _ in self._flying:
-            self.wait(work)
-        self.running |= bool(self._flying)
-        self._flying.clear()
+        while self._flying:
+            self._land()
 
-    def _isend(self, x: Tensor, part: int) -> None:
-        self._flying.append((self.begin(dist.isend, x, part), x))
+    def _land(self) -> None:
+        """Waits until the oldest message has been taken."""
+        message = self._flying.popleft()
+        self.tick = message.tick
+        for part, work in message.works:
+            self.wait(work, part)
+        self.running = True
 
-
-@dataclass
-class _Posted:
-    """A message whose receive has been posted."""
-
-    tick: int
-    header: Tensor
-    works: list[Work | None]
-    slot: list[Tensor] = field(default_factory=list)
+    def _isend(self, message: _Message, x: Tensor, part: int) -> None:
+        message.works.append((part, self.begin(self.channel.isend, x, part)))
 
 
 class _Inlet(_End):
-    """The receiving end, with two sets of buffers: one is received into while the other one is used."""
+    """The receiving end."""
 
-    def __init__(self, world: World, peer: int, direction: Direction, stage: int, tag: int) -> None:
-        super().__init__(world, peer, direction, stage, tag)
-        self._slots: list[list[Tensor]] = []
-        self._posted: deque[_Posted] = deque()
+    def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
+        super().__init__(world, channel, direction, stage)
+        self._posted: deque[_Message] = deque()
+        self._used: Tensor | None = None  # the slot of the last message
         self._layout = torch.empty(LAYOUT_BYTES, dtype=torch.uint8)
         # Its receive; never posted where nothing comes, or it would take another link's.
         self._first: Work | None = None
 
     def __str__(self) -> str:
         return (
-            f"stage {self.stage} (rank {self.world.peers[self.world.rank]}) waits for the {self.direction} message of "
-            f"tick {self.tick} from rank {self.address}"
+            f"stage {self.stage} (rank {self.here}) waits for the {self.direction} message of tick {self.tick} from "
+            f"rank {self.channel.peer}"
         )
 
     def post(self, tick: int) -> None:
         """Posts the receive of the message that will be used in a tick."""
-        if self._first is None and self.layouts is None:
-            self._first = self._irecv(self._layout, 0)
-        header = torch.empty(2, dtype=torch.int64)
-        message = _Posted(tick, header, [self._irecv(header, 1)])
+        if self._first is None and self.laid_out is None:
+            self._first = self.begin(self.channel.irecv, self._layout, LAYOUT)
+        message = _Message(tick)
+        self._irecv(message, message.header, HEADER)
         self._posted.append(message)
-        if self.layouts is not None:
-            self._post_tensors(message)
+        if self.laid_out is not None:
+            self._post_body(message, self.laid_out[1])
 
     def receive(self, keep: bool) -> tuple[int, list[Tensor | None], int]:
         """Number, tensors and how many of them are streams.
 
-        The tensors are valid for this tick, then their buffer is received into again; `keep` copies them. A rank of
+        The tensors are valid for this tick, then their slot is received into again; `keep` copies them. A rank of
         several stages keeps them all: a block hands one of its streams on as it is, to a stage that looks at it later.
         """
         self.tick = self._posted[0].tick
-        if self.layouts is None:  # the first message: only now the buffers' sizes are known
-            self.wait(self._first)
-            self.streams, rows = json.loads(bytes(self._layout.numpy()).decode())
-            self.layouts = [row and Form.from_json(row) for row in rows]
-            self._make_slots()
+        if self.laid_out is None:  # the first message: only now it is known how large they are
+            self.wait(self._first, LAYOUT)
+            _, slots = self.lay_out(Body.from_json(json.loads(bytes(self._layout.numpy()).decode())))
             for message in self._posted:
-                self._post_tensors(message)
+                self._post_body(message, slots)
+        assert self.laid_out is not None
+        body, slots = self.laid_out
+        if self._used is not None and not self.staged:
+            slots.has_been_read(self._used)
         message = self._posted.popleft()
-        for work in message.works:
-            self.wait(work)
+        for part, work in message.works:
+            self.wait(work, part)
         self.running = True
-        number, size = (int(x) for x in message.header)
-        filled = iter([x.clone() for x in message.slot] if keep else message.slot)
-        return number, [None if y is None else self._unpack(y, next(filled), size) for y in self.layouts], self.streams
-
-    def adopt(self, parcel: Parcel) -> None:
-        super().adopt(parcel)
-        self._make_slots()
-
-    def _make_slots(self) -> None:
-        self._slots = [[layout.buffer(self.place, pin=self.staged) for layout in self.present()] for _ in range(2)]
-
-    def _post_tensors(self, message: _Posted) -> None:
-        self._slots.reverse()
-        message.slot = self._slots[0]
-        message.works += [self._irecv(x, 2 + i) for i, x in enumerate(message.slot)]
-
-    def _unpack(self, layout: Form, buffer: Tensor, size: int) -> Tensor:
-        x = layout.view(buffer, size)
+        number, size = message.header.tolist()
+        self._used = message.slot
+        assert message.slot is not None
+        tensors = [
+            None if form is None or x is None else self._arrived(x, form, slots, keep)
+            for form, x in zip(body.forms, body.views(message.slot, size), strict=True)
+        ]
         if self.staged:
-            x = x.to(self.world.device, non_blocking=True)
-        return x.to(layout.dtype)
+            slots.has_been_read(message.slot)
+        return number, tensors, body.streams
 
-    def _irecv(self, x: Tensor, part: int) -> Work | None:
-        return self.begin(dist.irecv, x, part)
+    def _arrived(self, x: Tensor, form: Form, slots: Slots, keep: bool) -> Tensor:
+        x = slots.on_device(x.data)  # with a version counter of its own: writing over one does not change the others
+        return (x.clone() if keep and not self.staged else x).to(form.dtype)
+
+    def _post_body(self, message: _Message, slots: Slots) -> None:
+        message.slot = slots.take()
+        with slots.receiving(message.slot):
+            self._irecv(message, message.slot, BODY)
+
+    def _irecv(self, message: _Message, x: Tensor, part: int) -> None:
+        message.works.append((part, self.begin(self.channel.irecv, x, part)))

@@ -69,15 +69,18 @@ class Window:
         return home
 
 
-def average(gradients: Sequence[Tensor], group: ProcessGroup, timeout: timedelta = START_TIMEOUT) -> None:
-    """Averages gradients over the replicas of a stage, in one message.
+@torch.no_grad()
+def average(
+    tensors: Sequence[Tensor], group: ProcessGroup, timeout: timedelta = START_TIMEOUT, what: str = "gradients"
+) -> None:
+    """Averages gradients over the replicas of a stage, in one message; or other tensors of one type.
 
     Raises:
         LinkError: a replica is silent for longer than the timeout.
     """
-    if gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        reduce_within(timeout, flat, group, "this rank waits for the gradients of other replicas")
+    if tensors:
+        flat = torch.cat([x.flatten() for x in tensors])
+        reduce_within(timeout, flat, group, f"rank {dist.get_rank()} waits for the {what} of other replicas")
         flat /= dist.get_world_size(group)
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view_as(x))

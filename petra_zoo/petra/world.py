@@ -16,7 +16,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from petra_zoo.errors import UserError
+from petra_zoo.petra.channels import Channels, open_channels
 from petra_zoo.petra.links import LinkError, Wire
+from petra_zoo.petra.placement import Place, Placement, exchange_places
 
 T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and the first tick is over
@@ -33,10 +35,13 @@ class World:
         replicas: D; replicas see different micro-batches and average their gradients.
         device: where this rank computes.
         peers: global rank of each rank of this pipeline.
-        up: process group for messages up; `down` likewise. Two, because NCCL runs what one group does in order.
+        channels: to the ranks beside it, of the training.
+        evaluation_channels: likewise, of an evaluation, beside which messages of the training are under way.
+        pipe: process group of this pipeline's ranks.
         across: process group of the same rank in every replica; None where there is one replica.
         meeting: process group of all processes, which may have a timeout of its own; None: torch's, with a long one.
         nccl: whether CUDA tensors travel by NCCL.
+        transport: how messages travel and why, in words.
         wire: the types in which messages travel, and how long one may take.
     """
 
@@ -46,11 +51,13 @@ class World:
     replicas: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     peers: tuple[int, ...] = (0,)
-    up: ProcessGroup | None = None
-    down: ProcessGroup | None = None
+    channels: Channels = field(default_factory=Channels)
+    evaluation_channels: Channels = field(default_factory=Channels)
+    pipe: ProcessGroup | None = None
     across: ProcessGroup | None = None
     meeting: ProcessGroup | None = None
     nccl: bool = False
+    transport: str = ""
     wire: Wire = field(default_factory=Wire)
 
     @property
@@ -115,50 +122,37 @@ def _from_env() -> tuple[int, int, int]:
 def join(device: torch.device, replicas: int = 1) -> World:
     """Joins the processes that were launched with this one.
 
-    CPU tensors travel by gloo. CUDA tensors travel by NCCL where every local process has a GPU of its own, else
-    through pinned memory by gloo.
+    CPU tensors travel by gloo. CUDA tensors travel by NCCL where every process has a GPU of its own, else through
+    pinned memory by gloo.
 
     Args:
-        device: of this process; ``cuda`` without an index becomes the local rank's GPU.
+        device: of this process; ``cuda`` without an index becomes one after the other on each machine.
         replicas: D.
 
     Raises:
-        UserError: the processes do not divide into D replicas, or the port is taken; says what would do.
+        UserError: the processes do not divide into D replicas, do not compute alike, or the port is taken; says what
+            would do.
     """
-    local, rank, size = _from_env()
+    _, rank, size = _from_env()
     if size % replicas:
         raise UserError(
             f"data_parallel={replicas} does not divide {size} processes: launch a multiple of {replicas}, or set "
             f"data_parallel to a divisor of {size}"
         )
-    if device.type == "cuda":
-        device = torch.device("cuda", local % torch.cuda.device_count() if device.index is None else device.index)
-        torch.cuda.set_device(device)
     if size == 1:
-        return World(device=device)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))  # SLURM and MPI say it otherwise
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    nccl = device.type == "cuda" and local_size <= torch.cuda.device_count()
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        # A launcher that starts its workers again keeps its store, and in it where those before them were to be found.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
-    except dist.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        taken = "EADDRINUSE" in str(error) or "in use" in str(error)
-        what = "is in use: set MASTER_PORT to a free port on every rank" if taken else f"cannot be reached: {error}"
-        raise UserError(f"the rendezvous at {address} {what}") from error
-    except (KeyError, ValueError) as error:
-        raise UserError(f"processes cannot find each other: {error} (set MASTER_ADDR and MASTER_PORT)") from error
-    mesh = init_device_mesh(
-        "cpu" if not nccl else "cuda", (replicas, size // replicas), mesh_dim_names=("data", "pipe")
-    )
+        return World(device=_take(device, device.index or 0) if device.type == "cuda" else device)
+    placement = _meet(device, rank, size)
+    index = placement.indices[rank]
+    device = device if index is None else _take(device, index)
+    shape = (replicas, size // replicas)
+    mesh = init_device_mesh("cuda" if placement.nccl else "cpu", shape, mesh_dim_names=("data", "pipe"))
     place = mesh.get_coordinate()
     assert place is not None
     pipelines = mesh.mesh.tolist()
-    groups = [[_new_group(pipeline) for pipeline in pipelines] for _ in ("up", "down")]
+
+    def channels() -> Channels:
+        return open_channels(pipelines, device, placement.nccl, START_TIMEOUT)
+
     return World(
         rank=place[1],
         size=size // replicas,
@@ -166,17 +160,43 @@ def join(device: torch.device, replicas: int = 1) -> World:
         replicas=replicas,
         device=device,
         peers=tuple(pipelines[place[0]]),
-        up=groups[0][place[0]],
-        down=groups[1][place[0]],
+        channels=channels(),
+        evaluation_channels=channels(),
+        pipe=mesh.get_group("pipe"),
         across=mesh.get_group("data") if replicas > 1 else None,
-        nccl=nccl,
+        nccl=placement.nccl,
+        transport=placement.transport,
     )
 
 
-def _new_group(ranks: list[int]) -> ProcessGroup | None:
-    """A group, which every process makes; None in those that are no members."""
-    group = dist.new_group(ranks)
-    return group if isinstance(group, ProcessGroup) else None
+def _meet(device: torch.device, rank: int, size: int) -> Placement:
+    """Finds the other processes and decides with them; then there is torch's process group of all."""
+    local, *_ = _from_env()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))  # SLURM and MPI say it otherwise
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        # A launcher that starts its workers again keeps its store, and in it where those before them were to be found.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        placement = Placement.of(exchange_places(store, rank, size, Place.here(device), START_TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if placement.nccl else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        taken = "EADDRINUSE" in str(error) or "in use" in str(error)
+        what = "is in use: set MASTER_PORT to a free port on every rank" if taken else f"cannot be reached: {error}"
+        raise UserError(f"the rendezvous at {address} {what}") from error
+    except UserError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise UserError(f"processes cannot find each other: {error} (set MASTER_ADDR and MASTER_PORT)") from error
+    return placement
+
+
+def _take(device: torch.device, index: int) -> torch.device:
+    """A GPU, which becomes this process's own."""
+    device = torch.device(device.type, index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def leave() -> None:

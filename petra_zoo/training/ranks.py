@@ -14,7 +14,9 @@ from torch import nn
 from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import World, join
-from petra_zoo.petra.process_links import reduce_within, wait_for
+from petra_zoo.petra.placement import PlacementError
+from petra_zoo.petra.process_links import wait_for
+from petra_zoo.petra.window import average
 from petra_zoo.settings.recipe import Recipe
 
 T = TypeVar("T")
@@ -36,8 +38,13 @@ def enter(recipe: Recipe) -> World:
         UserError: they cannot find each other, do not fit the recipe, or have different recipes.
     """
     device = choose_device(recipe.device)
-    world = join(device, recipe.data_parallel)
-    settings = world.gather((torch.get_num_threads(), recipe.model_dump(mode="json")))
+    try:
+        world = join(device, recipe.data_parallel)
+    except PlacementError as error:
+        raise SharedError(str(error)) from error
+    # Bits do not depend on the threads of a process that computes on a GPU, and machines may differ in their cores.
+    threads_here = torch.get_num_threads() if world.device.type == "cpu" else None
+    settings = world.gather((threads_here, recipe.model_dump(mode="json")))
     threads, first = settings[0]
     for rank, (its_threads, other) in enumerate(settings):
         for key, value in first.items():
@@ -80,11 +87,9 @@ def average_statistics(model: nn.Module, world: World) -> None:
     if world.across is None:
         return
     world.gather(None)
-    timeout = timedelta(seconds=world.wire.timeout)
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")) and not buffer.is_meta:
-            reduce_within(timeout, buffer, world.across, f"rank {dist.get_rank()} waits for {name} of other replicas")
-            buffer /= world.replicas
+    running = ("running_mean", "running_var")
+    statistics = [x for name, x in model.named_buffers() if name.endswith(running) and not x.is_meta]
+    average(statistics, world.across, timedelta(seconds=world.wire.timeout), "statistics")
 
 
 @contextmanager

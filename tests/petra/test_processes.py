@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petra_zoo.petra import METHODS, Wire, World
 from tests.petra.processes import own_world, run_processes
+from tests.petra.strict_channels import ERRORS, strict_channels
 from tests.petra.test_pipeline import UNITS, batches, make_model, make_pipeline, sgd
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(180)]
@@ -60,9 +61,13 @@ def train(
     }
 
 
-def train_in_a_rank(cases: list[Case]) -> list[dict[str, Any]]:
+def train_in_a_rank(cases: list[Case], strict: bool = False) -> list[dict[str, Any]]:
     world = own_world()
-    return [train(world, *case) for case in cases]
+    if strict:
+        world = replace(world, channels=strict_channels(world), evaluation_channels=strict_channels(world))
+    results = [train(world, *case) for case in cases]
+    assert ERRORS == []
+    return results
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -106,10 +111,11 @@ CASES: dict[int, list[Case]] = {
 }
 
 
+@pytest.mark.parametrize("strict", [pytest.param(False, id="gloo"), pytest.param(True, id="by NCCL's rules")])
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
-def test_processes_compute_the_bits_of_one_process(ranks: int, tmp_path: Path) -> None:
-    cases = CASES[ranks]
-    found = run_processes(ranks, tmp_path, train_in_a_rank, cases)
+def test_processes_compute_the_bits_of_one_process(ranks: int, strict: bool, tmp_path: Path) -> None:
+    cases = CASES[ranks] if ranks > 2 or not strict else CASES[ranks][:1]
+    found = run_processes(ranks, tmp_path, train_in_a_rank, cases, strict)
     for case, by_head in zip(cases, found[-1], strict=True):
         assert differences(by_head, train(None, *case)) == [], case
     everything = {name for name, _ in make_model().named_parameters()}
