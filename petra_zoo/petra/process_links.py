@@ -1,9 +1,9 @@
 """Links between processes, over torch.distributed's point-to-point.
 
 Receives are posted a tick before their message is used, into memory that is allocated once: gloo is a rendezvous, its
-sends end only when the other side has posted the receive. A message is sent from memory of its own, and that it was
-taken is waited for two ticks later. A header, which the CPU reads, carries its number and its size: a smaller last
-batch needs no memory of its own, and a rank that is gone is noticed there.
+sends end only when the other side has posted the receive. A message is sent from memory of its own, and nobody waits
+for it to be taken until the next one goes the same way: it has a whole tick. A header, which the CPU reads, carries its
+number and its size: a smaller last batch needs no memory of its own, and a rank that is gone is noticed there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from petra_zoo.petra.slots import Slots
 from petra_zoo.petra.world import START_TIMEOUT, World
 
 LAYOUT_BYTES = 2048
-_SLOTS = 2  # one to send from while the other one is under way; one to receive into while the other one is used
+# To receive into one while the other one is used. To send from one: what was sent there before has had a tick to go.
+_RECEIVED, _SENT = 2, 1
 
 
 def make_links(
@@ -143,7 +144,13 @@ def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 class _End:
-    """One end of a link in one direction."""
+    """One end of a link in one direction.
+
+    Attributes:
+        count: slots for its messages.
+    """
+
+    count: int
 
     def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
         self.channel, self.direction, self.stage = channel, direction, stage
@@ -165,7 +172,7 @@ class _End:
 
     def lay_out(self, body: Body) -> tuple[Body, Slots]:
         """Takes the layout of all messages, and memory for those under way."""
-        self.laid_out = body, Slots(body.nbytes, _SLOTS, self.device, self.staged)
+        self.laid_out = body, Slots(body.nbytes, self.count, self.device, self.staged)
         return self.laid_out
 
     def begin(self, operation: Callable[[Tensor, int], Work | None], x: Tensor, part: int) -> Work | None:
@@ -248,6 +255,8 @@ class _Message:
 class _Outlet(_End):
     """The sending end. What it sends is copied: the stage may write over its tensors."""
 
+    count = _SENT
+
     def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
         super().__init__(world, channel, direction, stage)
         self._flying: deque[_Message] = deque()
@@ -277,8 +286,7 @@ class _Outlet(_End):
             )
         message.header = torch.tensor([number, size])
         self._isend(message, message.header, HEADER)
-        if len(self._flying) == _SLOTS:
-            self._land()
+        self.finish()
         message.slot = slots.take()
         places = body.views(message.slot, size)
         assert [x is None for x in parcel.tensors] == [x is None for x in places], "a message changed its form"
@@ -292,15 +300,11 @@ class _Outlet(_End):
     def finish(self) -> None:
         """Waits until all messages have been taken."""
         while self._flying:
-            self._land()
-
-    def _land(self) -> None:
-        """Waits until the oldest message has been taken."""
-        message = self._flying.popleft()
-        self.tick = message.tick
-        for part, work in message.works:
-            self.wait(work, part)
-        self.running = True
+            message = self._flying.popleft()
+            self.tick = message.tick
+            for part, work in message.works:
+                self.wait(work, part)
+            self.running = True
 
     def _isend(self, message: _Message, x: Tensor, part: int) -> None:
         message.works.append((part, self.begin(self.channel.isend, x, part)))
@@ -308,6 +312,8 @@ class _Outlet(_End):
 
 class _Inlet(_End):
     """The receiving end."""
+
+    count = _RECEIVED
 
     def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
         super().__init__(world, channel, direction, stage)

@@ -199,6 +199,15 @@ def _take(device: torch.device, index: int) -> torch.device:
     return device
 
 
+def abort() -> None:
+    """Gives up all that is under way: for when another process has gone or is silent.
+
+    Gloo's operations end with the process. NCCL's lie in the device's queue, and whoever leaves would wait for them.
+    """
+    if dist.is_initialized() and dist.is_nccl_available() and "nccl" in dist.get_backend_config():
+        dist.distributed_c10d._abort_process_group()
+
+
 def leave() -> None:
     """Leaves the others, at the end of a run; without others, does nothing."""
     if dist.is_initialized():

@@ -110,8 +110,8 @@ class Continuous(Schedule):
         return keeps(stage.units, ticks + 1, -(-ticks // replica.micro_batches) + 1)
 
     def messages(self, replica: Replica, stage: PlannedStage) -> int:
-        # Links receive into two sets of buffers in turn; what is sent lives until it has been taken.
-        held = 2 * (stage.received + stage.sent) + stage.sent
+        # Links receive into two pieces of memory in turn, and send out of one.
+        held = 3 * (stage.received + stage.sent) + self.method.streams_travel * stage.received
         if not self.method.streams_travel or stage.last:
             return held
         # Streams come down beside the gradients; both walk through the stage in tensors of its own.

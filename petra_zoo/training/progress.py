@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from petra_zoo.petra import Pipeline
+from petra_zoo.petra import Pipeline, World
 from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
@@ -54,8 +54,7 @@ class Reporter:
         else:
             how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
         self.line(
-            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches, "
-            f"{_where(pipeline.world.device)}"
+            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches, {_where(pipeline.world)}"
         )
         if pipeline.world.size > 1:
             for rank, (stages, share) in enumerate(zip(layout.ranks, layout.loads(), strict=True)):
@@ -124,9 +123,8 @@ class Reporter:
             self._bar.stop()
 
 
-def _where(device: torch.device) -> str:
-    """On what a process computes."""
-    if device.type != "cpu":
-        return str(device)
+def _where(world: World) -> str:
+    """On what a process computes, and how it hears of the others."""
     threads = torch.get_num_threads()
-    return f"{threads} thread{'s' if threads > 1 else ''}"
+    device = f"{threads} thread{'s' if threads > 1 else ''}" if world.device.type == "cpu" else str(world.device)
+    return device if world.alone else f"{device} each, {world.transport}"

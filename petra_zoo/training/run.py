@@ -13,9 +13,10 @@ from torch import Tensor
 from petra_zoo.device import computing
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.evaluation.scores import Scores
-from petra_zoo.petra import NotFiniteError, Output, first_not_finite, leave
+from petra_zoo.petra import LinkError, NotFiniteError, Output, first_not_finite, leave
 from petra_zoo.petra.drift import DriftGuard
 from petra_zoo.petra.preparing import Images, fed_streams
+from petra_zoo.petra.world import abort
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, override_recipe
 from petra_zoo.training.callbacks import Callback
@@ -123,6 +124,9 @@ def train(
                 prepared = prepare(settings, name=name, world=world, partition=partition)
                 run = Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks)
                 return run.train(start, told, deadline)
+        except LinkError:
+            abort()  # leaving would wait for what will never come
+            raise
         finally:
             leave()
 

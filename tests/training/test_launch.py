@@ -62,6 +62,7 @@ def test_a_launched_run_saves_the_bits_of_a_run_in_one_process(tmp_path: Path) -
     one = run(f"output={tmp_path / 'one'}")
     two = run(f"output={tmp_path / 'two'}", "--nproc", "2")
     assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert "1 thread each, 2 processes on 1 machine, messages by gloo" in two.stdout
     assert "predicted efficiency" in two.stdout
     a, b = state(tmp_path / "one"), state(tmp_path / "two")
     assert a.keys() == b.keys()
