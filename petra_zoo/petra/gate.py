@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.petra.finite import pooled
 from petra_zoo.petra.part import StageSettings
-from petra_zoo.petra.process_links import reduce_within
+from petra_zoo.petra.waiting import reduce_within
 from petra_zoo.petra.window import average
 from petra_zoo.petra.world import START_TIMEOUT
 from petra_zoo.reversible import Gradients, Unit

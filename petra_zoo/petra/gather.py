@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from petra_zoo.petra.layout import Layout
-from petra_zoo.petra.process_links import wait_for
+from petra_zoo.petra.waiting import wait_for
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import Unit, UnitModel, units_of
 

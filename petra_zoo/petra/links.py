@@ -18,6 +18,7 @@ from petra_zoo.petra.messages import Down, Up
 Direction = Literal["up", "down"]
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 Message = TypeVar("Message", Up, Down)
+Item = TypeVar("Item")
 
 
 class LinkError(RuntimeError):
@@ -102,6 +103,10 @@ class Links:
     def resend_down(self, to: int, down: Down) -> None:
         """See `resend_up`."""
         self.downs[to].append(down)
+
+    def awaited(self, items: Iterable[Item]) -> Iterable[Item]:
+        """What will be fed, which may be long in coming: ranks that wait for it meanwhile are told that it will."""
+        return items
 
     def begin_with(self, images: int) -> None:
         """Before the first tick: a full micro-batch has so many images, though the first to travel may be smaller."""

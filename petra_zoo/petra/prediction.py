@@ -50,11 +50,12 @@ def predict_batches(
     """
     if count is None and world.size > 1:
         raise UserError("predict() through several processes needs count=, the number of batches, on every rank")
-    units, stages, feed = prepared_units(units_of(model), prepare), layout.ranks[world.rank], iter(batches)
+    units, stages = prepared_units(units_of(model), prepare), layout.ranks[world.rank]
     own = [units[i] for i in layout.units_of_rank(world.rank)]
     # Of their own, so that the training's messages stay where they are. Nothing is rounded on the way: the model is
     # evaluated, not the wire.
     links = make_links(world, stages, Wire(timeout=world.wire.timeout), evaluation=True, running=running)
+    feed = iter(links.awaited(batches))
     links.expect(0, stages[:1], ())
     for number in itertools.count() if count is None else range(count):
         if count is None or number + 1 < count:  # posted a batch ahead: a receive must be there before its message

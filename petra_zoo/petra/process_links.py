@@ -1,34 +1,17 @@
-"""Links between processes, over torch.distributed's point-to-point.
-
-Receives are posted a tick before their message is used, into memory that is allocated once: gloo is a rendezvous, its
-sends end only when the other side has posted the receive. A message is sent from memory of its own, and nobody waits
-for it to be taken until the next one goes the same way: it has a whole tick. A header, which the CPU reads, carries its
-number and its size: a smaller last batch needs no memory of its own, and a rank that is gone is noticed there.
-"""
+"""Links between processes: queues inside a rank, and channels to the ranks beside it."""
 
 from __future__ import annotations
 
-import json
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Iterable, Sequence
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work
 
-from petra_zoo.petra.channels import BODY, HEADER, LAYOUT, Channel
-from petra_zoo.petra.links import Direction, LinkError, Links, Wire
+from petra_zoo.petra.link_ends import Inlet, Outlet
+from petra_zoo.petra.links import Item, Links, Wire
 from petra_zoo.petra.messages import Down, Up
-from petra_zoo.petra.parcels import Body, Form, Parcel
-from petra_zoo.petra.slots import Slots
-from petra_zoo.petra.world import START_TIMEOUT, World
-
-LAYOUT_BYTES = 2048
-# To receive into one while the other one is used. To send from one: what was sent there before has had a tick to go.
-_RECEIVED, _SENT = 2, 1
+from petra_zoo.petra.parcels import Parcel
+from petra_zoo.petra.signs_of_life import awaited
+from petra_zoo.petra.world import World
 
 
 def make_links(
@@ -55,10 +38,11 @@ class ProcessLinks(Links):
         super().__init__(wire or world.wire)
         self.world, self.owned = world, owned
         ways = world.evaluation_channels if evaluation else world.channels
-        self._from_below = _Inlet(world, ways.from_below, "up", owned[0]) if ways.from_below else None
-        self._from_above = _Inlet(world, ways.from_above, "down", owned[-1]) if ways.from_above else None
-        self._to_above = _Outlet(world, ways.to_above, "up", owned[-1] + 1) if ways.to_above else None
-        self._to_below = _Outlet(world, ways.to_below, "down", owned[0] - 1) if ways.to_below else None
+        self._to_above = Outlet(world, ways.to_above, "up", owned[-1] + 1) if ways.to_above else None
+        pass_on = self._to_above.say_alive if self._to_above else None
+        self._from_below = Inlet(world, ways.from_below, "up", owned[0], pass_on) if ways.from_below else None
+        self._from_above = Inlet(world, ways.from_above, "down", owned[-1]) if ways.from_above else None
+        self._to_below = Outlet(world, ways.to_below, "down", owned[0] - 1) if ways.to_below else None
         ends = (self._from_below, self._from_above, self._to_above, self._to_below)
         self._ends = [end for end in ends if end]
         for end in self._ends:
@@ -127,6 +111,11 @@ class ProcessLinks(Links):
             self._gone_down = down
             self._to_below.adopt(Parcel.of(down, self.wire))
 
+    def awaited(self, items: Iterable[Item]) -> Iterable[Item]:
+        if not self.world.first or not self._to_above:
+            return items
+        return awaited(items, self._to_above.say_alive, self._to_above.timeout.total_seconds() / 4)
+
     def begin_with(self, images: int) -> None:
         for end in self._ends:
             end.images = images
@@ -141,243 +130,3 @@ def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     found = tuple(x for x in tensors if x is not None)
     assert len(found) == len(tensors), "a message without one of its streams"
     return found
-
-
-class _End:
-    """One end of a link in one direction.
-
-    Attributes:
-        count: slots for its messages.
-    """
-
-    count: int
-
-    def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
-        self.channel, self.direction, self.stage = channel, direction, stage
-        self.here, self.device = world.peers[world.rank], world.device
-        self.timeout = timedelta(seconds=world.wire.timeout)
-        # Where messages lie while they travel: gloo reads and writes the CPU's memory only.
-        self.staged = world.device.type == "cuda" and not world.nccl
-        self.laid_out: tuple[Body, Slots] | None = None  # when the first message is known
-        self.tick = 0
-        self.running = False  # whether a message has passed
-        self.images = 0  # of a full micro-batch, where the first to travel may be smaller
-
-    def adopt(self, parcel: Parcel) -> None:
-        """Takes the layout of a message that was saved, at both ends: neither waits for the other to say it.
-
-        Else, with first messages on their way up and down in one tick, each rank would wait for its own to be taken.
-        """
-        self.lay_out(parcel.body(self.images))
-
-    def lay_out(self, body: Body) -> tuple[Body, Slots]:
-        """Takes the layout of all messages, and memory for those under way."""
-        self.laid_out = body, Slots(body.nbytes, self.count, self.device, self.staged)
-        return self.laid_out
-
-    def begin(self, operation: Callable[[Tensor, int], Work | None], x: Tensor, part: int) -> Work | None:
-        """Begins a send or a receive.
-
-        Raises:
-            LinkError: the other rank has gone.
-        """
-        try:
-            return operation(x, part)
-        except RuntimeError as error:
-            raise LinkError(f"{self}: that rank has gone ({str(error).strip().splitlines()[0][:160]})") from error
-
-    def wait(self, work: Work | None, part: int) -> None:
-        """Waits for a send or a receive.
-
-        Raises:
-            LinkError: it did not end in time, or the other rank has gone.
-        """
-        limit = self.timeout if self.running else max(self.timeout, START_TIMEOUT)
-        wait_for(work, limit if part != BODY or self.channel.timed else None, str(self))
-
-
-def wait_for(work: Work | None, timeout: timedelta | None, what: str) -> None:
-    """Waits for a send or a receive.
-
-    Args:
-        work: that.
-        timeout: None: lets the device's work wait, and not the host (NCCL).
-        what: it was, in words.
-
-    Raises:
-        LinkError: it did not end in time, or the other rank has gone; says what it was.
-    """
-    assert work is not None, "only members of a group send and receive in it"
-    try:
-        work.wait(timeout) if timeout else work.wait()
-    except RuntimeError as error:
-        reason = str(error)
-        how = (
-            f"nothing within {timeout.total_seconds():g} s"
-            if timeout and "imed out" in reason
-            else "that rank has gone"
-        )
-        raise LinkError(f"{what}: {how} ({reason.strip().splitlines()[0][:160]})") from error
-
-
-def reduce_within(
-    timeout: timedelta,
-    x: Tensor,
-    group: ProcessGroup,
-    what: str,
-    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-) -> None:
-    """Reduces a tensor over a group, in place.
-
-    Raises:
-        LinkError: a process has gone, or is silent for longer than the timeout (where NCCL does not watch over it).
-    """
-    wait_for(dist.all_reduce(x, operation, group=group, async_op=True), None if x.is_cuda else timeout, what)
-
-
-@dataclass
-class _Message:
-    """A message under way, and the memory that it is read from or written to.
-
-    Attributes:
-        tick: in which it will be used; of one that is sent, how many came before it.
-        works: by part.
-        layout, header, slot: the parts.
-    """
-
-    tick: int
-    works: list[tuple[int, Work | None]] = field(default_factory=list)
-    header: Tensor = field(default_factory=lambda: torch.empty(2, dtype=torch.int64))
-    layout: Tensor | None = None
-    slot: Tensor | None = None
-
-
-class _Outlet(_End):
-    """The sending end. What it sends is copied: the stage may write over its tensors."""
-
-    count = _SENT
-
-    def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
-        super().__init__(world, channel, direction, stage)
-        self._flying: deque[_Message] = deque()
-        self._sent = 0
-
-    def __str__(self) -> str:
-        return (
-            f"stage {self.stage} (rank {self.channel.peer}) did not take the {self.direction} message of tick "
-            f"{self.tick} from rank {self.here}"
-        )
-
-    def send(self, number: int, parcel: Parcel) -> None:
-        """Begins to send a message."""
-        message = _Message(self._sent)
-        if self.laid_out is None:
-            body, _ = self.lay_out(parcel.body(self.images))
-            text = json.dumps(body.as_json()).encode().ljust(LAYOUT_BYTES)
-            assert len(text) == LAYOUT_BYTES
-            message.layout = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            self._isend(message, message.layout, LAYOUT)
-        assert self.laid_out is not None
-        body, slots = self.laid_out
-        size = next(len(x) for x in parcel.tensors if x is not None)
-        if size > body.images:
-            raise ValueError(
-                f"a micro-batch of {size} images follows a first one of {body.images}: feed full ones first"
-            )
-        message.header = torch.tensor([number, size])
-        self._isend(message, message.header, HEADER)
-        self.finish()
-        message.slot = slots.take()
-        places = body.views(message.slot, size)
-        assert [x is None for x in parcel.tensors] == [x is None for x in places], "a message changed its form"
-        for place, x in zip(places, parcel.tensors, strict=True):
-            if place is not None and x is not None:
-                place.copy_(x)
-        self._isend(message, message.slot, BODY)
-        self._flying.append(message)
-        self._sent += 1
-
-    def finish(self) -> None:
-        """Waits until all messages have been taken."""
-        while self._flying:
-            message = self._flying.popleft()
-            self.tick = message.tick
-            for part, work in message.works:
-                self.wait(work, part)
-            self.running = True
-
-    def _isend(self, message: _Message, x: Tensor, part: int) -> None:
-        message.works.append((part, self.begin(self.channel.isend, x, part)))
-
-
-class _Inlet(_End):
-    """The receiving end."""
-
-    count = _RECEIVED
-
-    def __init__(self, world: World, channel: Channel, direction: Direction, stage: int) -> None:
-        super().__init__(world, channel, direction, stage)
-        self._posted: deque[_Message] = deque()
-        self._used: Tensor | None = None  # the slot of the last message
-        self._layout = torch.empty(LAYOUT_BYTES, dtype=torch.uint8)
-        # Its receive; never posted where nothing comes, or it would take another link's.
-        self._first: Work | None = None
-
-    def __str__(self) -> str:
-        return (
-            f"stage {self.stage} (rank {self.here}) waits for the {self.direction} message of tick {self.tick} from "
-            f"rank {self.channel.peer}"
-        )
-
-    def post(self, tick: int) -> None:
-        """Posts the receive of the message that will be used in a tick."""
-        if self._first is None and self.laid_out is None:
-            self._first = self.begin(self.channel.irecv, self._layout, LAYOUT)
-        message = _Message(tick)
-        self._irecv(message, message.header, HEADER)
-        self._posted.append(message)
-        if self.laid_out is not None:
-            self._post_body(message, self.laid_out[1])
-
-    def receive(self, keep: bool) -> tuple[int, list[Tensor | None], int]:
-        """Number, tensors and how many of them are streams.
-
-        The tensors are valid for this tick, then their slot is received into again; `keep` copies them. A rank of
-        several stages keeps them all: a block hands one of its streams on as it is, to a stage that looks at it later.
-        """
-        self.tick = self._posted[0].tick
-        if self.laid_out is None:  # the first message: only now it is known how large they are
-            self.wait(self._first, LAYOUT)
-            _, slots = self.lay_out(Body.from_json(json.loads(bytes(self._layout.numpy()).decode())))
-            for message in self._posted:
-                self._post_body(message, slots)
-        assert self.laid_out is not None
-        body, slots = self.laid_out
-        if self._used is not None and not self.staged:
-            slots.has_been_read(self._used)
-        message = self._posted.popleft()
-        for part, work in message.works:
-            self.wait(work, part)
-        self.running = True
-        number, size = message.header.tolist()
-        self._used = message.slot
-        assert message.slot is not None
-        tensors = [
-            None if form is None or x is None else self._arrived(x, form, slots, keep)
-            for form, x in zip(body.forms, body.views(message.slot, size), strict=True)
-        ]
-        if self.staged:
-            slots.has_been_read(message.slot)
-        return number, tensors, body.streams
-
-    def _arrived(self, x: Tensor, form: Form, slots: Slots, keep: bool) -> Tensor:
-        x = slots.on_device(x.data)  # with a version counter of its own: writing over one does not change the others
-        return (x.clone() if keep and not self.staged else x).to(form.dtype)
-
-    def _post_body(self, message: _Message, slots: Slots) -> None:
-        message.slot = slots.take()
-        with slots.receiving(message.slot):
-            self._irecv(message, message.slot, BODY)
-
-    def _irecv(self, message: _Message, x: Tensor, part: int) -> None:
-        message.works.append((part, self.begin(self.channel.irecv, x, part)))

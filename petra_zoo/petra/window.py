@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from petra_zoo.petra.process_links import reduce_within
+from petra_zoo.petra.waiting import reduce_within
 from petra_zoo.petra.world import START_TIMEOUT
 
 

@@ -15,7 +15,7 @@ from petra_zoo.device import choose_device
 from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import World, join
 from petra_zoo.petra.placement import PlacementError
-from petra_zoo.petra.process_links import wait_for
+from petra_zoo.petra.waiting import wait_for
 from petra_zoo.petra.window import average
 from petra_zoo.settings.recipe import Recipe
 

@@ -251,7 +251,8 @@ class Run:
         self.model.train()
         loader.set_epoch(at.epoch)
         with self.observer.training():
-            for images, labels in islice(self.prepared.ticks(loader, batch), self.length.fed_in(at.epoch) - batch):
+            ticks = self.pipeline.links.awaited(self.prepared.ticks(loader, batch))
+            for images, labels in islice(ticks, self.length.fed_in(at.epoch) - batch):
                 self.observer.saw(self.step(images, labels))
                 batch += 1
                 self.look_up(Place(at.epoch, batch))

@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup, Work
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
-from petra_zoo.petra.process_links import wait_for
+from petra_zoo.petra.waiting import wait_for
 from petra_zoo.petra.world import START_TIMEOUT
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, to be tried again
