@@ -213,17 +213,15 @@ class ImageLoader:
         self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixer = mixer
-        with warnings.catch_warnings():  # readers that wait for a disk may outnumber the cores
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            self._loader: DataLoader[_Sample | DataError] = DataLoader(
-                samples,
-                batch_sampler=batches,
-                num_workers=reading.workers,
-                collate_fn=_collate,
-                pin_memory=reading.pin_memory,
-                persistent_workers=reading.workers > 0,
-                generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
-            )
+        self._loader: DataLoader[_Sample | DataError] = DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=reading.workers,
+            collate_fn=_collate,
+            pin_memory=reading.pin_memory,
+            persistent_workers=reading.workers > 0,
+            generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
+        )
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -273,7 +271,10 @@ class ImageLoader:
         self._batches.start = batch_index
         self.fingerprints = []
         epoch = self._batches.epoch
-        for at, batch in enumerate(self._loader, start=batch_index):
+        with warnings.catch_warnings():  # readers that wait for a disk may outnumber the cores
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            read = iter(self._loader)
+        for at, batch in enumerate(read, start=batch_index):
             if isinstance(batch, DataError):
                 # A new one: raising a local variable ties error and frame into a cycle, and workers that only the
                 # garbage collector reaches take 5 seconds each to stop.

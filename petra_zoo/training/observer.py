@@ -231,6 +231,7 @@ class Observer:
         self._log(
             event="validation",
             epoch=self.epoch + 1,
+            update=self.run.pipeline.fed // self.run.recipe.accumulation_steps,
             top1=scores.top1,
             top5=scores.top5,
             loss=scores.loss,
