@@ -22,6 +22,7 @@ from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
 from petra_zoo.training.length import Length, warn_of_warm_up
+from petra_zoo.wording import counted
 
 
 class Reporter:
@@ -48,13 +49,17 @@ class Reporter:
         """Says what is about to run: stages, how evenly several ranks share the work, and how late an update comes."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps
         layout, sizes = pipeline.layout, pipeline.layout.sizes
-        length = f"{epochs} epochs" if recipe.max_updates is None else f"{recipe.max_updates} updates, epochs"
+        length = (
+            counted(epochs, "epoch")
+            if recipe.max_updates is None
+            else f"{counted(recipe.max_updates, 'update')}, epochs"
+        )
         if not pipeline.method.delayed:
             how = f"{recipe.method} (exact, no delay)"
         else:
-            how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
+            how = f"{recipe.method}: {counted(len(sizes), 'stage')} of {', '.join(map(str, sizes))} units"
         self.line(
-            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches, "
+            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {counted(batches, 'micro-batch')}, "
             f"{_where(pipeline.world.device)}"
         )
         if pipeline.world.size > 1:
@@ -71,7 +76,7 @@ class Reporter:
         if above := above_border(recipe.delay[0], recipe.opt):
             self.line(f"warning: {above}: {advice(recipe)}")
         if too_few := warn_of_warm_up(recipe, batches):
-            self.line(too_few)
+            self.line(f"warning: {too_few}")
         if self.console.is_terminal and not self.quiet:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -128,5 +133,4 @@ def _where(device: torch.device) -> str:
     """On what a process computes."""
     if device.type != "cpu":
         return str(device)
-    threads = torch.get_num_threads()
-    return f"{threads} thread{'s' if threads > 1 else ''}"
+    return counted(torch.get_num_threads(), "thread")
