@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import NamedTuple
@@ -192,6 +193,14 @@ def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
     )
 
 
+@contextmanager
+def _many_readers() -> Iterator[None]:
+    """Without torch's warning of a loader and of its workers: readers that wait for a disk may outnumber the cores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+
+
 class ImageLoader:
     """Iterates over batches of one epoch; see `create_loader`.
 
@@ -213,15 +222,16 @@ class ImageLoader:
         self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixer = mixer
-        self._loader: DataLoader[_Sample | DataError] = DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=reading.workers,
-            collate_fn=_collate,
-            pin_memory=reading.pin_memory,
-            persistent_workers=reading.workers > 0,
-            generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
-        )
+        with _many_readers():
+            self._loader: DataLoader[_Sample | DataError] = DataLoader(
+                samples,
+                batch_sampler=batches,
+                num_workers=reading.workers,
+                collate_fn=_collate,
+                pin_memory=reading.pin_memory,
+                persistent_workers=reading.workers > 0,
+                generator=torch.Generator(),  # else the loader takes a seed for its workers from the global generator
+            )
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -271,8 +281,7 @@ class ImageLoader:
         self._batches.start = batch_index
         self.fingerprints = []
         epoch = self._batches.epoch
-        with warnings.catch_warnings():  # readers that wait for a disk may outnumber the cores
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        with _many_readers():
             read = iter(self._loader)
         for at, batch in enumerate(read, start=batch_index):
             if isinstance(batch, DataError):
