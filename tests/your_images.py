@@ -31,8 +31,8 @@ left out. A larger network on a GPU takes the same commands.
     petra-zoo data folder --data-dir photos --recipe folder/scratch_32 --sheet samples.png --count 16
 
 Nobody has said what is for validation, so a tenth is, chosen by the files' names: the same tenth for every command, and
-none changes sides when images are added. A file that cannot be read, and an image that is there twice, would be told
-here. The sheet shows what the network will see, augmentation included:
+what is trained on stays that when images are added. A file that cannot be read, and an image that is there twice, would
+be told here. The sheet shows what the network will see, augmentation included:
 
 ![Sixteen drawings, shifted, some turned around, each with its class below](images/your_images_samples.png)
 

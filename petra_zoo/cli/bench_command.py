@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,4 +112,4 @@ def _run(study: Study, output: Path, *, jobs: int = 1, dry_run: bool = False) ->
             typer.echo(f"and {more} more, which depend on what comes out of these")
         return
     run_study(study, output, jobs=jobs)
-    typer.echo(f"next: petra-zoo report {output}")
+    typer.echo(f"next: petra-zoo report {shlex.quote(str(output))}")

@@ -11,6 +11,7 @@ import typer
 from petra_zoo.cli.completion import complete_recipe, complete_setting
 from petra_zoo.cli.output import print_table
 from petra_zoo.strict_json import to_json
+from petra_zoo.wording import counted
 
 if TYPE_CHECKING:
     from petra_zoo.data.survey import Copy, SplitSurvey, Survey
@@ -42,13 +43,12 @@ def data(
     All images are read. The exit code is 1 where one cannot be. A folder of classes
     without splits is split as training would split it: val_fraction=0.1.
     """
-    from petra_zoo.data.contact_sheet import save_picture
+    from petra_zoo.data.contact_sheet import check_picture, save_picture
     from petra_zoo.data.survey import survey
-    from petra_zoo.files import check_writable
     from petra_zoo.training.samples import open_for_a_look, recipe_sheet
 
     if sheet is not None:
-        check_writable(sheet)
+        check_picture(sheet)
     settings, train, val = open_for_a_look(dataset, data_dir, recipe, overrides or [])
     if sheet is not None:
         save_picture(recipe_sheet(settings, train, count), sheet)
@@ -79,7 +79,7 @@ def _show(found: Survey) -> None:
 
 def _show_split(split: SplitSurvey) -> None:
     of = f", {split.looked_at} of them read" if split.looked_at < split.images else ""
-    typer.echo(f"{split.split}: {split.images} images of {len(split.per_class)} classes{of}")
+    typer.echo(f"{split.split}: {counted(split.images, 'image')} of {len(split.per_class)} classes{of}")
     if split.sizes:
         widths, heights = zip(*split.sizes, strict=True)
         if len(split.sizes) == 1:

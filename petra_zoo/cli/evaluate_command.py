@@ -9,6 +9,7 @@ import typer
 
 from petra_zoo.cli.completion import complete_model
 from petra_zoo.strict_json import Json, to_json
+from petra_zoo.wording import counted
 
 if TYPE_CHECKING:
     from petra_zoo.evaluation.checkpoint_evaluation import EvaluationReport
@@ -69,17 +70,20 @@ def evaluate(
         raise typer.BadParameter(f"--compare takes one data set, not {len(datasets)}")
     if mistakes and len(sources) * max(1, len(datasets)) > 1:
         raise typer.BadParameter("--mistakes takes one model and one data set")
+    from petra_zoo.data.contact_sheet import check_picture
     from petra_zoo.evaluation.checkpoint_evaluation import EvaluationOptions, evaluate_checkpoints
     from petra_zoo.evaluation.class_scores import draw_confusion, write_class_scores
     from petra_zoo.evaluation.comparison import compare
     from petra_zoo.evaluation.mistakes import save_mistakes
-    from petra_zoo.figures import require_matplotlib
+    from petra_zoo.figures import check_figure
     from petra_zoo.files import check_writable
 
-    for path in filter(None, (results_file, csv, plot, mistakes)):
+    for path in filter(None, (results_file, csv)):
         check_writable(path)
     if plot:
-        require_matplotlib()
+        check_figure(plot)
+    if mistakes:
+        check_picture(mistakes)
     options = EvaluationOptions(
         batch_size=batch_size,
         retry=retry,
@@ -130,10 +134,10 @@ def _show(report: EvaluationReport) -> None:
     typer.echo(f"  ECE    {report.calibration_error:.2f} %")
     typer.echo(f"  memory {report.peak_memory / 2**20:.1f} MiB with a batch size of {report.batch_size}")
     if report.bad_images:
-        typer.echo(f"  {report.bad_images} unreadable images left out")
+        typer.echo(f"  {counted(report.bad_images, 'unreadable image')} left out")
     for row in result.worst_classes(report.class_names):
         times = "once" if row["times"] == 1 else f"{row['times']} times"
-        taken = f", taken for {row['taken_for']} {times}"
+        taken = f", {times} taken for {row['taken_for']}"  # the number first: a class may be called 4
         typer.echo(f"  worst  {row['class']}: {row['accuracy']:.1f} % of {row['images']}{taken}")
 
 

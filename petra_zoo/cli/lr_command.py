@@ -10,6 +10,7 @@ import typer
 from petra_zoo.cli.completion import complete_recipe, complete_setting
 from petra_zoo.cli.output import print_table
 from petra_zoo.strict_json import to_json
+from petra_zoo.wording import counted
 
 _SHOWN = 16  # rows
 
@@ -41,15 +42,13 @@ def lr(
     the recipe. It is where a search begins, and no more.
     """
     from petra_zoo.errors import Failure
-    from petra_zoo.figures import require_matplotlib
-    from petra_zoo.files import check_writable
+    from petra_zoo.figures import check_figure
     from petra_zoo.settings.delay import say_update
     from petra_zoo.settings.recipe_files import load_recipe
     from petra_zoo.training.rate_range import draw_rates, exponential, try_rates
 
     if plot is not None:
-        require_matplotlib()
-        check_writable(plot)
+        check_figure(plot)
     settings, wanted = load_recipe(recipe, overrides or []), exponential(lowest, highest, rates)
     title = f"{settings.model} on {settings.dataset}, {settings.opt}: {say_update(settings)}"
     if not as_json:
@@ -60,7 +59,7 @@ def lr(
     if as_json:
         typer.echo(to_json(found.as_dict(), indent=1))
     else:
-        typer.echo(f"each rate is held for {found.held} ticks, of which the last {found.counted} count")
+        typer.echo(f"each rate is held for {counted(found.held, 'tick')}, of which the last {found.counted} count")
         every = -(-len(found.rates) // _SHOWN)
         rows = list(zip(found.rates, found.losses, found.smoothed, strict=True))[::every]
         print_table(("rate", "loss", "smoothed"), [(f"{a:.2e}", f"{b:.4g}", f"{c:.4g}") for a, b, c in rows])

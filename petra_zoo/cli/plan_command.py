@@ -39,6 +39,7 @@ def plan(
     The delay of PETRA's first stage is 2 (stages - 1) / micro-batches updates; a
     warning says where it is expected to cost accuracy.
     """
+    from petra_zoo.figures import check_figure
     from petra_zoo.planning.cluster import Cluster
     from petra_zoo.planning.plan import PLAN_COLUMNS, draw, make_plan
     from petra_zoo.planning.profiles import profile_of
@@ -49,6 +50,8 @@ def plan(
         parse_seconds(latency, "--latency"),
         None if memory is None else parse_bytes(memory, "--memory"),
     )
+    if plot is not None:
+        check_figure(plot)
     size = None if image is None else input_size(image)
     found = profile_of(model, profile, batch_size=batch_size, input_size=size, device=device)
     if save_profile is not None:

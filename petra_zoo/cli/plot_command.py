@@ -13,11 +13,9 @@ def plot(
     output: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture; its ending says the format.")],
 ) -> None:
     """Draw loss, accuracy, learning rate and throughput of one or more runs in one picture."""
-    from petra_zoo.figures import require_matplotlib
-    from petra_zoo.files import check_writable
+    from petra_zoo.figures import check_figure
     from petra_zoo.training.run_plot import plot_runs
 
-    require_matplotlib()
-    check_writable(output)
+    check_figure(output)
     plot_runs(runs, output)
     typer.echo(f"saved {output}")

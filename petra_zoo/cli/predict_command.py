@@ -9,6 +9,7 @@ import typer
 
 from petra_zoo.cli.completion import complete_model
 from petra_zoo.strict_json import to_json
+from petra_zoo.wording import counted
 
 
 def predict(
@@ -49,9 +50,9 @@ def predict(
     files = find_image_files(images)
     if output or features:
         done = write_predictions(model, files, output=output, features=features, options=options)
-        left_out = f", {done.bad_images} unreadable ones left out" if done.bad_images else ""
+        left_out = f", {done.bad_images} unreadable left out" if done.bad_images else ""
         files_written = " and ".join(str(path) for path in (output, features) if path)
-        typer.echo(f"saved {files_written}: {done.images} images{left_out}")
+        typer.echo(f"saved {files_written}: {counted(done.images, 'image')}{left_out}")
         return
     predictions = [seen.prediction for seen in look_at(model, files, options)]
     if as_json:

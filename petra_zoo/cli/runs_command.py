@@ -43,6 +43,8 @@ def _row(run: RunFacts) -> tuple[str, ...]:
     method = f"{run.method} x{run.stages}" if run.stages and run.stages > 1 else run.method or ""
     best, last = ("" if top1 is None else f"{top1:.2f}" for top1 in (run.best, run.last))
     epochs = f"{run.epochs}/{run.of_epochs or '?'}"
+    if run.of_updates is not None:
+        epochs = f"{run.epochs} ({run.updates}/{run.of_updates} updates)"
     time = "" if run.seconds is None else _duration(run.seconds)
     return run.run, run.model or "", _data(run), method, epochs, best, last, time, run.state
 

@@ -78,4 +78,4 @@ def time_model(
             for row in found
         ],
     )
-    typer.echo(f"{machine['processor']}, {machine['threads']} threads")
+    typer.echo(f"{machine['processor']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Literal
 
 import typer
 
 from petra_zoo.cli.completion import complete_recipe, complete_setting
 from petra_zoo.extensions import import_options
+from petra_zoo.wording import counted
 
 
 def train(
@@ -87,13 +89,13 @@ def train(
     )
     if global_rank() > 0:
         return
+    scores = result.evaluation
     if result.finished_before:
-        scores = result.evaluation
-        typer.echo(f"{result.path} is finished: top-1 {scores.top1:.2f} % on {scores.images} images")
+        typer.echo(f"{result.path} is finished: top-1 {scores.top1:.2f} % on {counted(scores.images, 'image')}")
         return
-    typer.echo(f"saved {result.path}: top-1 {result.evaluation.top1:.2f} % on {result.evaluation.images} images")
+    typer.echo(f"saved {result.path}: top-1 {scores.top1:.2f} % on {counted(scores.images, 'image')}")
     if result.bad_images:
-        typer.echo(f"{result.bad_images} unreadable training images skipped")
+        typer.echo(f"{counted(result.bad_images, 'unreadable training image')} skipped")
     if result.skipped:
-        typer.echo(f"{result.skipped} micro-batches left out, for they were not finite")
-    typer.echo(f"next: petra-zoo evaluate {result.path}")
+        typer.echo(f"{counted(result.skipped, 'micro-batch')} left out, for they were not finite")
+    typer.echo(f"next: petra-zoo evaluate {shlex.quote(str(result.path))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from petra_zoo.data.image_dataset import ImageDataset
 from petra_zoo.data.loader import Reading, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
+from petra_zoo.files import check_writable
 from petra_zoo.settings.augmentation import Augmentation
 
 _SIDE, _MARGIN, _LINE = 128, 8, 15  # pixels: of a picture at most, around it, of a line of words
@@ -33,7 +35,7 @@ class Tile:
 
 def contact_sheet(tiles: Sequence[Tile], columns: int = _COLUMNS) -> Image.Image:
     """Draws the tiles in order, row by row; small pictures are enlarged by whole numbers, their pixels kept."""
-    font = ImageFont.load_default(12)
+    font = _font()
     pictures = [_fitted(tile.image) for tile in tiles]
     words = [[part for line in tile.lines for part in _broken(line, font)] for tile in tiles]
     columns = max(1, min(columns, len(tiles)))
@@ -96,6 +98,17 @@ def sample_sheet(
     return contact_sheet(tiles)
 
 
+def check_picture(path: Path) -> None:
+    """Refuses a picture that could not be written, before the work whose result it shows.
+
+    Raises:
+        UserError: there is no such format, or the place cannot be written.
+    """
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"cannot write the picture {path}: expected a name that ends in .png or .jpg")
+    check_writable(path)
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a picture in the format that its name says.
 
@@ -107,6 +120,15 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot write the picture {path}: {reason}") from error
+
+
+def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """One with as many letters as can be had: Pillow's own has ASCII's alone, and names of classes have others."""
+    with suppress(ImportError, OSError):
+        import matplotlib
+
+        return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
+    return ImageFont.load_default(12)
 
 
 def _said(label: Tensor, names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from petra_zoo.settings.types import BadImagePolicy
 __all__ = ["DATASETS", "BadImagePolicy", "DataError", "ImageDataset", "Split", "open_dataset", "register_dataset"]
 
 _STREAMS = ("hfids/", "tfds/", "wds/")
-_OPTIONS = frozenset({"seed", "download", "split_name", "verify", "val_fraction", "variant"})
+_OPTIONS = frozenset({"seed", "download", "split_name", "verify", "val_fraction", "say_split", "variant"})
 
 Opener = TypeVar("Opener", bound=Callable[..., ImageDataset])
 
@@ -38,8 +38,8 @@ def register_dataset(name: str, *, needs_dir: bool = False) -> Callable[[Opener]
 
     What is decorated is called with the split, `'train'` or `'val'`, and the folder that `data_dir` names (None where
     it names none), and gives an `ImageDataset`. Of the options it gets those that it has parameters for: `seed`,
-    `download`, `split_name`, `verify` and `val_fraction` (see `open_dataset`), and `variant`, the text behind a colon
-    in the name.
+    `download`, `split_name`, `verify`, `val_fraction` and `say_split` (see `open_dataset`), and `variant`, the text
+    behind a colon in the name.
 
     Args:
         name: of the data set.
@@ -74,6 +74,7 @@ def open_dataset(
     split_name: str | None = None,
     verify: bool = True,
     val_fraction: float = VAL_FRACTION,
+    say_split: bool = True,
 ) -> ImageDataset:
     """Opens one split of a data set.
 
@@ -90,6 +91,7 @@ def open_dataset(
         verify: Compare CIFAR's files with their published checksums. They are pickles: False only for files that this
             program has written itself.
         val_fraction: The share of a `folder` without splits that is for validation.
+        say_split: Log that it has none and how it is split: not where it was said when a run began.
 
     Returns:
         The data set: RGB images and their labels, by index.
@@ -113,6 +115,7 @@ def open_dataset(
         "split_name": split_name,
         "verify": verify,
         "val_fraction": val_fraction,
+        "say_split": say_split,
         "variant": variant,
     }
     return known.open(split, data_dir, **{key: options[key] for key in known.options})
@@ -171,5 +174,5 @@ def _open_imagenet32(split: Split, data_dir: Path) -> ImageDataset:
 
 
 @register_dataset("folder", needs_dir=True)
-def _open_folder(split: Split, data_dir: Path, val_fraction: float, seed: int) -> ImageDataset:
-    return FolderDataset(split, data_dir, val_fraction=val_fraction, seed=seed)
+def _open_folder(split: Split, data_dir: Path, val_fraction: float, seed: int, say_split: bool) -> ImageDataset:
+    return FolderDataset(split, data_dir, val_fraction=val_fraction, seed=seed, say_split=say_split)

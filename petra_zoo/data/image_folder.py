@@ -86,9 +86,18 @@ class FolderDataset(ImageDataset):
         data_dir: the folder.
         val_fraction: the share of a folder without splits that is for validation.
         seed: of that choice; it belongs to the data, not to a run.
+        say_split: log what it comes to.
     """
 
-    def __init__(self, split: Split, data_dir: Path, *, val_fraction: float = VAL_FRACTION, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: Split,
+        data_dir: Path,
+        *,
+        val_fraction: float = VAL_FRACTION,
+        seed: int = 0,
+        say_split: bool = True,
+    ) -> None:
         whole = _is_unsplit(data_dir)
         folder = data_dir if whole else _split_folder(split, data_dir)
         train = data_dir / "train"
@@ -111,29 +120,31 @@ class FolderDataset(ImageDataset):
         if (split == "train" or whole) and empty:
             name, others = empty[0]
             raise DataError(f"class folder {folder / name} holds no image{_other_files(others)}: fill it, or remove it")
-        if ignored:
-            _logger.warning("%s: %d other files are ignored (%s)", folder, ignored.total(), _counted(ignored))
+        if ignored and not (whole and split == "train"):  # of a whole folder both splits would say it
+            others_are = "1 other file is" if ignored.total() == 1 else f"{ignored.total()} other files are"
+            _logger.warning("%s: %s ignored (%s)", folder, others_are, _counted(ignored))
         super().__init__(names)
         if whole:
-            self._keep_only(split, data_dir, val_fraction, seed)
+            self._keep_only(split, data_dir, val_fraction, seed, say=say_split and split == "val")
 
-    def _keep_only(self, split: Split, root: Path, fraction: float, seed: int) -> None:
-        """Leaves of the whole folder's samples those of a split."""
-        found = validation_files([file for file, _ in self._samples], root, fraction=fraction, seed=seed)
+    def _keep_only(self, split: Split, root: Path, fraction: float, seed: int, *, say: bool) -> None:
+        """Leaves of the whole folder's samples those of a split.
+
+        Says it once, for the split to validate on: it is opened behind the other, or alone.
+        """
+        found = validation_files(self._samples, root, fraction=fraction, seed=seed)
         parts = {
             "train": [sample for sample in self._samples if sample[0] not in found],
             "val": [sample for sample in self._samples if sample[0] in found],
         }
-        missing = {name: set(range(self.num_classes)) - {label for _, label in part} for name, part in parts.items()}
-        if missing["train"]:
-            left = f"class {self.class_names[min(missing['train'])]} no image to train on"
-            raise DataError(f"{root}: val_fraction={fraction:g} leaves {left}: choose another one, or add images")
         if not parts["val"]:
-            raise DataError(f"{root}: val_fraction={fraction:g} leaves no image to validate on: choose a larger one")
+            raise DataError(f"{root}: no class has two images, one to train on and one to validate on: add images")
+        missing = sorted(set(range(self.num_classes)) - {label for _, label in parts["val"]})
         self._samples = parts[split]
-        if split == "val":  # said once: it is opened behind the other, or alone
+        if say:
             numbers = f"{len(parts['train'])} images to train on, {len(parts['val'])} to validate on"
-            gap = f", none of {len(missing['val'])} classes" if missing["val"] else ""
+            which = f"class {self.class_names[missing[0]]}" if len(missing) == 1 else f"{len(missing)} classes"
+            gap = f", none of {which}" if missing else ""
             _logger.warning("%s has no splits: val_fraction=%g makes %s%s", root, fraction, numbers, gap)
 
     def __len__(self) -> int:

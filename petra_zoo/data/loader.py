@@ -193,6 +193,14 @@ def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
     )
 
 
+@contextmanager
+def _many_readers() -> Iterator[None]:
+    """Without torch's warning of a loader and of its workers: readers that wait for a disk may outnumber the cores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        yield
+
+
 class ImageLoader:
     """Iterates over batches of one epoch; see `create_loader`.
 
@@ -214,7 +222,7 @@ class ImageLoader:
         self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixer = mixer
-        with _as_many_readers_as_asked_for():
+        with _many_readers():
             self._loader: DataLoader[_Sample | DataError] = DataLoader(
                 samples,
                 batch_sampler=batches,
@@ -273,9 +281,9 @@ class ImageLoader:
         self._batches.start = batch_index
         self.fingerprints = []
         epoch = self._batches.epoch
-        with _as_many_readers_as_asked_for():
-            batches = iter(self._loader)
-        for at, batch in enumerate(batches, start=batch_index):
+        with _many_readers():
+            read = iter(self._loader)
+        for at, batch in enumerate(read, start=batch_index):
             if isinstance(batch, DataError):
                 # A new one: raising a local variable ties error and frame into a cycle, and workers that only the
                 # garbage collector reaches take 5 seconds each to stop.
@@ -296,14 +304,6 @@ class ImageLoader:
         with seeded_generators(_MIX, self._batches.seed, epoch, place):
             numbers, soft = self._mixer.draw(labels, *images.shape[2:])
         return (images, numbers), soft
-
-
-@contextmanager
-def _as_many_readers_as_asked_for() -> Iterator[None]:
-    """Without torch's warning of more readers than cores: those that wait for a disk may outnumber them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        yield
 
 
 def check_channels(input_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:

@@ -26,21 +26,24 @@ class DataPlace:
         folder: where its files are.
         split_names: what a data set of timm's calls a part of it; None: as usual.
         val_fraction: the share of a folder without splits that is for validation.
+        of_run: whether it is what the run was trained on, which has said how it is split.
     """
 
     name: str
     folder: Path | None
     split_names: dict[Split, str | None]
     val_fraction: float
+    of_run: bool = False
 
     @classmethod
-    def of(cls, source: str, dataset: str | None, data_dir: Path | None) -> Self:
+    def of(cls, source: str, dataset: str | None, data_dir: Path | None, setting: str = "--dataset") -> Self:
         """The data set that is said; else what a run was trained on.
 
         Args:
             source: a run, or any other model.
             dataset: None: the run's.
             data_dir: where its files are; None: where the run says.
+            setting: how the user names a data set.
 
         Raises:
             UserError: nobody says which.
@@ -52,10 +55,10 @@ class DataPlace:
             return cls(dataset, data_dir, {}, fraction)
         if run is None:
             raise UserError(
-                f"say which data set to evaluate {source} on: --dataset digits, shapes, cifar10, folder, ..."
+                f"say which data set to evaluate {source} on: {setting} digits, shapes, cifar10, folder, ..."
             )
         splits: dict[Split, str | None] = {"train": run.train_split, "val": run.val_split}
-        return cls(run.dataset, data_dir or run.data_dir, splits, fraction)
+        return cls(run.dataset, data_dir or run.data_dir, splits, fraction, of_run=data_dir is None)
 
     def open(self, split: Split) -> ImageDataset:
         """A part of the data.
@@ -63,8 +66,14 @@ class DataPlace:
         Raises:
             DataError: it cannot be had.
         """
-        name = self.split_names.get(split)
-        return open_dataset(self.name, split, data_dir=self.folder, split_name=name, val_fraction=self.val_fraction)
+        return open_dataset(
+            self.name,
+            split,
+            data_dir=self.folder,
+            split_name=self.split_names.get(split),
+            val_fraction=self.val_fraction,
+            say_split=not self.of_run,
+        )
 
 
 def run_of(source: str) -> Recipe | None:

@@ -87,7 +87,7 @@ def quantize(
     Raises:
         UserError: nobody says which data, or it cannot be had.
     """
-    place = DataPlace.of(source, images.dataset, images.data_dir)
+    place = DataPlace.of(source, images.dataset, images.data_dir, "--calibrate")
     measured, compared = RandomPart(place.open("train"), images.count), place.open("val")
     number_as_the_model(compared, model, source, f"data set {place.name}")
     how, batch_size = Preprocessing.of(model), batch_size or BATCH_SIZE

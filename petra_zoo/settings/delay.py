@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.update import bearable_size
+from petra_zoo.wording import counted
 
 # Above which D_0 (delay of the first stage, in updates) people are warned, by family of optimizers: between the delays
 # that docs/evidence.md has measured, where that study shows little loss and where it shows more.
@@ -40,7 +41,7 @@ def say_delay(delay: float) -> str:
 
 def say_update(recipe: Recipe) -> str:
     """What an update takes, and how old the first stage's gradients are by that."""
-    parts = [f"{recipe.batch_size} images"]
+    parts = [counted(recipe.batch_size, "image")]
     if recipe.accumulation_steps > 1:
         parts.append(f"{recipe.accumulation_steps}")
     if recipe.data_parallel > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from petra_zoo.wording import counted
+
 
 def check_length(epochs: int | None, max_updates: int | None) -> None:
     """Refuses two lengths, and none.
@@ -32,5 +34,5 @@ def check_patience(patience: int | None, val_interval: int, epochs: int | None) 
         expected = f"val_interval={epochs - 1} or less" if epochs > 1 else "more epochs"
         raise ValueError(
             f"patience={patience} counts validations, and with val_interval={val_interval} the only one is at the end: "
-            f"the run has {epochs} epoch{'s' * (epochs > 1)} in all; expected {expected}, or patience=null"
+            f"the run has {counted(epochs, 'epoch')} in all; expected {expected}, or patience=null"
         )

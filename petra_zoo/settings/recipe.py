@@ -93,7 +93,7 @@ class Recipe(Augmentation):
         mean, std: Normalisation of images scaled to 0..1, one value per channel; null for the data set's own.
         train_split, val_split: What a data set opened through timm calls its splits.
         val_fraction: The share of a `folder` without splits that is for validation: chosen by the images' names, so
-            that none changes sides because others come or go.
+            that none is trained on first, and validated on later because others came.
         sampler: `balanced` gives every class as many images of an epoch: some of a large one are left out, others each
             time; those of a small one are repeated, augmented anew. Null: every image once.
         class_weights: `balanced` weighs the classes in the loss inversely to their images, 1 on average; for losses

@@ -160,6 +160,8 @@ def copy_recipe(name: str, destination: str | Path, *, force: bool = False) -> P
     destination = Path(expand_home(str(destination)))
     if as_folder or destination.is_dir():
         destination /= f"{Path(name).stem}.yaml"
+    elif not destination.name.endswith(_FILES):  # under another ending, nothing would take it for a recipe
+        destination = destination.with_name(f"{destination.name}.yaml")
     if destination.exists() and not force:
         raise UserError(f"{destination} exists; choose another name, or overwrite it with --force")
     settings = _mapping(name, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def run_demo(overrides: list[str]) -> Iterator[str]:
     yield "\nsome of them, and what the network says:"
     yield from show_digits(result.path)
     yield "\ntry next:"
-    yield f"  petra-zoo evaluate {result.path}"
+    yield f"  petra-zoo evaluate {shlex.quote(str(result.path))}"
     yield f"  petra-zoo train {RECIPE} method=backprop      # exact backpropagation, to compare"
     yield "  petra-zoo train shapes/petra_revnet_tiny       # harder images"
     yield "  petra-zoo list                                 # all networks"

@@ -16,10 +16,11 @@ from petra_zoo.planning.schedules import all_schedules
 from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.engine import autocast_type
-from petra_zoo.training.length import say_length, updates_per_epoch
+from petra_zoo.training.length import say_length, updates_per_epoch, warn_of_warm_up
 from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.threads import threads_restored
+from petra_zoo.wording import counted
 
 _FEW = 10  # classes that are named one by one
 
@@ -32,6 +33,7 @@ class Outlook:
         parameters: of the network; `trained`: of them those that change.
         updates_per_epoch: of all epochs but for what a pipeline still holds at the end of one.
         length: of the run, such as `20 epochs`.
+        too_few: what is wrong where the updates do not reach behind the warm-up.
         train_images, val_images: of each class, by its name.
         split: units per stage.
         stage_bytes: what a device would hold at most for each stage, without what an allocator adds; None where the
@@ -43,6 +45,7 @@ class Outlook:
     trained: int
     updates_per_epoch: int
     length: str
+    too_few: str | None
     train_images: dict[str, int]
     val_images: dict[str, int]
     split: tuple[int, ...]
@@ -51,7 +54,7 @@ class Outlook:
     def lines(self) -> list[str]:
         """For people."""
         recipe, warned = self.recipe, above_border(self.recipe.delay[0], self.recipe.opt)
-        per_stage = [f"{size} units" for size in self.split]
+        per_stage = [counted(size, "unit") for size in self.split]
         if self.stage_bytes is not None:
             per_stage = [f"{units}, {format_bytes(n)}" for units, n in zip(per_stage, self.stage_bytes, strict=True)]
         share = "" if self.trained == self.parameters else f", of which {self.trained:,} are trained"
@@ -61,8 +64,9 @@ class Outlook:
             f"checking  {_count(self.val_images)}",
             f"update    {say_update(recipe)}",
             *([f"warning   {warned}: {advice(recipe)}"] if warned else []),
-            f"schedule  {self.updates_per_epoch} updates per epoch, {self.length}, {recipe.opt} at a "
+            f"schedule  {counted(self.updates_per_epoch, 'update')} per epoch, {self.length}, {recipe.opt} at a "
             f"learning rate of {recipe.learning_rate:g} at most ({recipe.sched})",
+            *([f"warning   {self.too_few}"] if self.too_few else []),
             *(f"stage {j:<4}{text}" for j, text in enumerate(per_stage)),
         ]
 
@@ -85,6 +89,7 @@ def outlook(recipe: Recipe, name: str = "run") -> Outlook:
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         updates_per_epoch=updates_per_epoch(recipe, len(prepared.train_loader)),
         length=say_length(recipe),
+        too_few=warn_of_warm_up(recipe, len(prepared.train_loader)),
         train_images=_per_class(prepared.train_loader.dataset),
         val_images=_per_class(prepared.val_loader.dataset),
         split=tuple(prepared.pipeline.layout.sizes),

@@ -15,6 +15,7 @@ from petra_zoo.petra.optimization import State
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.types import Metric
 from petra_zoo.training.losses import guessing_loss
+from petra_zoo.wording import counted
 
 
 def is_better(scores: Scores, than: float, metric: Metric) -> bool:
@@ -52,7 +53,7 @@ class Patience:
         """Why the run ends here; None where it does not."""
         if self.limit is None or self.waited < self.limit or self.best is None:
             return None
-        times = f"{self.waited} validation{'s' * (self.waited > 1)}"
+        times = counted(self.waited, "validation")
         return f"patience={self.limit}: {times} without a better {self.metric} than {self.best:.5g}"
 
     def state(self) -> State:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from petra_zoo.errors import UserError
 from petra_zoo.settings.length import check_patience
 from petra_zoo.settings.recipe import Recipe
+from petra_zoo.wording import counted
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Length:
         """Of a recipe, on data with so many micro-batches per epoch."""
         if recipe.total_epochs is not None:
             epochs = recipe.total_epochs
-            return cls(batches, epochs, epochs * batches, f"all {epochs} epochs")
+            return cls(batches, epochs, epochs * batches, f"all {counted(epochs, 'epoch')}")
         assert recipe.max_updates is not None
         total = recipe.max_updates * recipe.accumulation_steps
         return cls(batches, math.ceil(total / batches), total, f"max_updates={recipe.max_updates}")
@@ -73,7 +74,10 @@ def check_run_length(recipe: Recipe, batches: int) -> None:
 
 def say_length(recipe: Recipe) -> str:
     """How long a run is, for people."""
-    return f"{recipe.max_updates} updates" if recipe.total_epochs is None else f"{recipe.total_epochs} epochs"
+    if recipe.total_epochs is not None:
+        return counted(recipe.total_epochs, "epoch")
+    assert recipe.max_updates is not None
+    return counted(recipe.max_updates, "update")
 
 
 def warn_of_warm_up(recipe: Recipe, batches: int) -> str | None:
@@ -82,8 +86,8 @@ def warn_of_warm_up(recipe: Recipe, batches: int) -> str | None:
     if recipe.max_updates is None or recipe.sched == "none" or warm_up < recipe.max_updates:
         return None
     return (
-        f"warning: max_updates={recipe.max_updates} ends within the warm-up, warmup_epochs={recipe.warmup_epochs} of "
-        f"{warm_up // recipe.warmup_epochs} updates: the learning rate does not reach its height"
+        f"max_updates={recipe.max_updates} ends within the warm-up, warmup_epochs={recipe.warmup_epochs} of "
+        f"{counted(warm_up // recipe.warmup_epochs, 'update')}: the learning rate does not reach its height"
     )
 
 

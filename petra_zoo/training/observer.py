@@ -26,6 +26,7 @@ from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run_directory import PROFILE, RunDirectory, record_run
 from petra_zoo.training.runs import read_log
+from petra_zoo.wording import counted
 
 SHOWN_EVERY = 1.0  # seconds between two readings for a person to see: each waits for the device
 ADVICE = "lower the learning rate, set clip_grad, look for bad images, or leave such out with on_nonfinite=skip"
@@ -200,7 +201,7 @@ class Observer:
         """So many micro-batches have been left out so far, for they were not finite."""
         if micro_batches > self.skipped and self.directory:
             self._log(event="skipped", epoch=self.epoch + 1, tick=self.run.pipeline.tick, micro_batches=micro_batches)
-            self.reporter.line(f"left out so far, for they were not finite: {micro_batches} micro-batches")
+            self.reporter.line(f"left out so far, for they were not finite: {counted(micro_batches, 'micro-batch')}")
         self.skipped = max(self.skipped, micro_batches)
 
     def count(self, output: Output) -> None:
@@ -231,6 +232,7 @@ class Observer:
         self._log(
             event="validation",
             epoch=self.epoch + 1,
+            update=self.run.pipeline.fed // self.run.recipe.accumulation_steps,
             top1=scores.top1,
             top5=scores.top5,
             loss=scores.loss,

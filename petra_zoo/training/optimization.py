@@ -91,20 +91,27 @@ def _groups(recipe: Recipe, model: nn.Module, options: dict[str, Any]) -> list[d
 
 
 def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch.optim.Optimizer], Scheduler | None]:
-    """Makes a stage's schedule: timm's, advanced with every update."""
+    """Makes a stage's schedule: timm's, advanced with every update.
+
+    Raises:
+        UserError: there is no such schedule of these lengths.
+    """
     times = _schedule_times(recipe, updates_per_epoch(recipe, batches_per_epoch))
 
     def make(optimizer: torch.optim.Optimizer) -> Scheduler | None:
-        return create_scheduler_v2(
-            optimizer,
-            sched=recipe.sched,
-            decay_rate=recipe.decay_rate,
-            min_lr=recipe.min_lr,
-            warmup_lr=recipe.warmup_lr,
-            warmup_prefix=recipe.warmup_prefix,
-            step_on_epochs=False,
-            **times,
-        )[0]
+        try:
+            return create_scheduler_v2(
+                optimizer,
+                sched=recipe.sched,
+                decay_rate=recipe.decay_rate,
+                min_lr=recipe.min_lr,
+                warmup_lr=recipe.warmup_lr,
+                warmup_prefix=recipe.warmup_prefix,
+                step_on_epochs=False,
+                **times,
+            )[0]
+        except ValueError as error:
+            raise UserError(f"sched={recipe.sched}: {_no_schedule(recipe, times) or first_line(error)}") from error
 
     return make
 
@@ -140,6 +147,17 @@ def _schedule_times(recipe: Recipe, updates: int) -> _Times:
         "decay_milestones": [epoch * scale for epoch in recipe.decay_milestones],
         "updates_per_epoch": updates // scale,
     }
+
+
+def _no_schedule(recipe: Recipe, times: _Times) -> str | None:
+    """Why timm makes none, as settings: where nothing is left between warm-up and end, or less than the decay takes."""
+    left = times["num_epochs"] - (0 if recipe.warmup_prefix else times["warmup_epochs"])
+    length = f"epochs={recipe.epochs}" if recipe.max_updates is None else f"max_updates={recipe.max_updates}"
+    if left <= 0:
+        return f"warmup_epochs={recipe.warmup_epochs} takes all of {length}; expected fewer, or a longer run"
+    if recipe.decay_epochs is not None:
+        return f"decay_epochs={recipe.decay_epochs:g} is more than {length} leaves behind warmup_epochs; expected less"
+    return None
 
 
 def learning_rates(recipe: Recipe, batches_per_epoch: int) -> Callable[[int], float]:

@@ -22,6 +22,7 @@ from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
 from petra_zoo.training.length import Length, warn_of_warm_up
+from petra_zoo.wording import counted
 
 
 class Reporter:
@@ -48,13 +49,18 @@ class Reporter:
         """Says what is about to run: stages, how evenly several ranks share the work, and how late an update comes."""
         self._plain_interval = recipe.log_interval * recipe.accumulation_steps
         layout, sizes = pipeline.layout, pipeline.layout.sizes
-        length = f"{epochs} epochs" if recipe.max_updates is None else f"{recipe.max_updates} updates, epochs"
+        length = (
+            counted(epochs, "epoch")
+            if recipe.max_updates is None
+            else f"{counted(recipe.max_updates, 'update')}, epochs"
+        )
         if not pipeline.method.delayed:
             how = f"{recipe.method} (exact, no delay)"
         else:
-            how = f"{recipe.method}: {len(sizes)} stages of {', '.join(map(str, sizes))} units"
+            how = f"{recipe.method}: {counted(len(sizes), 'stage')} of {', '.join(map(str, sizes))} units"
         self.line(
-            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {batches} micro-batches, {_where(pipeline.world)}"
+            f"{recipe.model} on {recipe.dataset}, {how}, {length} of {counted(batches, 'micro-batch')}, "
+            f"{_where(pipeline.world)}"
         )
         if pipeline.world.size > 1:
             for rank, (stages, share) in enumerate(zip(layout.ranks, layout.loads(), strict=True)):
@@ -70,7 +76,7 @@ class Reporter:
         if above := above_border(recipe.delay[0], recipe.opt):
             self.line(f"warning: {above}: {advice(recipe)}")
         if too_few := warn_of_warm_up(recipe, batches):
-            self.line(too_few)
+            self.line(f"warning: {too_few}")
         if self.console.is_terminal and not self.quiet:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -125,6 +131,5 @@ class Reporter:
 
 def _where(world: World) -> str:
     """On what a process computes, and how it hears of the others."""
-    threads = torch.get_num_threads()
-    device = f"{threads} thread{'s' if threads > 1 else ''}" if world.device.type == "cpu" else str(world.device)
+    device = counted(torch.get_num_threads(), "thread") if world.device.type == "cpu" else str(world.device)
     return device if world.alone else f"{device} each, {world.transport}"

@@ -150,7 +150,10 @@ def range_of(smoothed: Sequence[float], *, diverged: bool) -> int | str:
         return "the loss runs away at once: begin with a smaller rate (--from)"
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     if smoothed[lowest] > _FALLEN * smoothed[0]:
-        return "the loss has not fallen at any rate: hold each for longer (--updates), or look at the recipe"
+        return (
+            "the smoothed loss has not fallen at any rate: try more rates (--rates), hold each for longer (--updates), "
+            "or look at the recipe"
+        )
     if lowest == len(smoothed) - 1 and not diverged:
         return "the loss still falls at the largest rate: go on to larger ones (--to)"
     return lowest

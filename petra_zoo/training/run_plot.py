@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ class Curves:
     """What a run has logged, over the epochs that were done.
 
     Attributes:
-        training: loss, top1, lr and images_per_second of what was logged while it trained; where an epoch is too short
-            for a line in the log, loss and lr are those of whole epochs.
+        training: loss, top1, lr and images_per_second of what was logged while it trained; where epochs are too short
+            for a line in the log each, loss and lr are those of whole epochs.
         validation: loss and top1 of every validation.
     """
 
@@ -42,16 +41,18 @@ class Curves:
         """
         if not run.is_dir():
             raise UserError(f"there is no run {run}; petra-zoo runs lists those there are")
-        logged, rows = [line for line in read_log(run) if line.get("event") == "train"], read_summary(run)
+        lines, rows = list(read_log(run)), read_summary(run)
+        logged = [line for line in lines if line.get("event") == "train"]
         if not (logged or rows):
             raise UserError(f"{run} has logged nothing yet: expected a run's directory, with metrics.jsonl in it")
-        ends = [int(row["epoch"]) for row in rows]
+        per_epoch = _updates_per_epoch(lines)
+        ends = [_validated_at(lines, int(row["epoch"]), per_epoch) for row in rows]
         by_epoch = {key: _line(ends, [row.get(key) for row in rows]) for key in rows[0]} if rows else {}
-        places = _epochs_done(logged)
+        places = [_number(line, "update") / per_epoch for line in logged]
         keys = ("loss", "top1", "lr", "images_per_second")
         training = {key: _line(places, [line.get(key) for line in logged]) for key in keys}
-        training["loss"] = training["loss"] or by_epoch.get("train_loss", [])
-        training["lr"] = training["lr"] or by_epoch.get("lr", [])
+        training["loss"] = max(training["loss"], by_epoch.get("train_loss", []), key=len)
+        training["lr"] = max(training["lr"], by_epoch.get("lr", []), key=len)
         return cls(run, training, {key: by_epoch.get(f"eval_{key}", []) for key in ("loss", "top1")})
 
 
@@ -102,15 +103,20 @@ def _line(places: Sequence[float], values: Sequence[Json]) -> Line:
     return [(x, float(y)) for x, y in zip(places, values, strict=True) if isinstance(y, int | float | str) and y != ""]
 
 
-def _epochs_done(logged: Sequence[Mapping[str, Json]]) -> list[float]:
-    """How many epochs were done at each line of the log.
+def _updates_per_epoch(lines: Sequence[Mapping[str, Json]]) -> float:
+    """Of a log whose lines have their epoch and the updates so far.
 
-    A line has its epoch and the updates so far, not how many updates an epoch has: as many, then, as make no line
-    belong to another epoch than its own.
+    Exact once a whole epoch was validated; before, as many as make no line belong to another epoch than its own.
     """
-    pairs = [(_number(line, "epoch"), _number(line, "update")) for line in logged]
-    per_epoch = max((math.ceil(update / epoch) for epoch, update in pairs), default=1)
-    return [update / per_epoch for _, update in pairs]
+    pairs = [(_number(line, "epoch"), _number(line, "update")) for line in lines]
+    return max((update / epoch for epoch, update in pairs if epoch and update), default=1.0)
+
+
+def _validated_at(lines: Sequence[Mapping[str, Json]], epoch: int, per_epoch: float) -> float:
+    """Epochs done at a validation: fewer than its number where `max_updates` ended the run in the middle of one."""
+    found = [line for line in lines if line.get("event") == "validation" and line.get("epoch") == epoch]
+    done = _number(found[-1], "update") / per_epoch if found else 0.0
+    return done if 0.0 < done <= epoch - 1 / per_epoch else epoch  # a window that an epoch's end cuts counts behind it
 
 
 def _number(line: Mapping[str, Json], key: str) -> int:

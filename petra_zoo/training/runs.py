@@ -32,8 +32,9 @@ class RunFacts:
 
     Attributes:
         run: its directory, below the folder that was looked into.
-        epochs: how many were validated.
+        epochs: the last that was validated.
         of_epochs: how many there are to be.
+        updates, of_updates: how many were made by the last line of its log, and are to be, where `max_updates` says so.
         best, last: top-1 on the validation split in percent, of all validations and of the latest.
         seconds: from the start to the end, of a run that has finished.
         state: `can go on` has a checkpoint; `failed` has none, and is not in progress.
@@ -48,6 +49,8 @@ class RunFacts:
     stages: int | None
     epochs: int
     of_epochs: int | None
+    updates: int | None
+    of_updates: int | None
     best: float | None
     last: float | None
     seconds: float | None
@@ -82,25 +85,36 @@ def list_runs(folder: Path, sort: SortKey = "date") -> list[RunFacts]:
 
 
 def read_summary(run: Path) -> list[dict[str, str]]:
-    """The rows of summary.csv; none before the first validation."""
+    """The rows of summary.csv; none before the first validation. One that is damaged is left out."""
     try:
         with (run / LOGS[1]).open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except OSError:
+            return [row for row in csv.DictReader(file) if _is_whole(row)]
+    except (OSError, ValueError, csv.Error):
         return []
 
 
 def read_log(run: Path) -> Iterator[JsonObject]:
     """The lines of metrics.jsonl; one that is being written this moment is left out."""
     try:
-        lines = (run / LOGS[0]).read_text(encoding="utf-8").splitlines()
+        lines = (run / LOGS[0]).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return
     for line in lines:
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _is_whole(row: dict[str, str]) -> bool:
+    """Whether it has an epoch, and a number or nothing in every column."""
+    try:
+        numbers = [float("nan" if value == "" else value) for value in row.values()]
+        return len(numbers) > 1 and int(row["epoch"]) > 0
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _directories(folder: Path) -> Iterator[Path]:
@@ -118,7 +132,8 @@ def _facts_of(path: Path, folder: Path) -> RunFacts:
     except UserError:  # it has just been claimed, or is damaged
         settings = {}
     model, dataset, data_dir, method = (_text(settings.get(key)) for key in ("model", "dataset", "data_dir", "method"))
-    stages, of_epochs = (value if isinstance(value := settings.get(key), int) else None for key in ("stages", "epochs"))
+    numbers = (settings.get(key) for key in ("stages", "epochs", "max_updates"))
+    stages, of_epochs, of_updates = (value if isinstance(value, int) else None for value in numbers)
     rows = read_summary(path)
     top1 = [float(row["eval_top1"]) for row in rows if row.get("eval_top1")]
     started = datetime.fromtimestamp(recipe.stat().st_mtime, UTC)
@@ -131,12 +146,19 @@ def _facts_of(path: Path, folder: Path) -> RunFacts:
         stages=stages,
         epochs=int(rows[-1]["epoch"]) if rows else 0,
         of_epochs=of_epochs,
+        updates=None if of_updates is None else _updates(path),
+        of_updates=of_updates,
         best=max(top1, default=None),
         last=top1[-1] if top1 else None,
         seconds=_seconds(path),
         state=_state(path),
         date=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
+
+
+def _updates(path: Path) -> int:
+    found = (line.get("update") for line in read_log(path))
+    return max((update for update in found if isinstance(update, int)), default=0)
 
 
 def _state(path: Path) -> State:

@@ -27,6 +27,7 @@ from petra_zoo.strict_json import JsonObject
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import SharedFailure, together
+from petra_zoo.wording import counted
 
 T = TypeVar("T")
 RUN = "run.safetensors"  # what only the process that reports knows: losses so far, lengths of the logs
@@ -40,8 +41,8 @@ class Place:
     batch: int = 0
 
     def __str__(self) -> str:
-        behind = f" and {self.batch} micro-batches" if self.batch else ""
-        return f"{self.epoch} epochs{behind}"
+        behind = f" and {counted(self.batch, 'micro-batch')}" if self.batch else ""
+        return f"{counted(self.epoch, 'epoch')}{behind}"
 
 
 class Saver:

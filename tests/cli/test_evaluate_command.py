@@ -80,6 +80,8 @@ def test_a_symmetric_image_is_told_as_without_flips(model: Path, tmp_path: Path)
     [
         (("--plot", "nowhere/a.png"), "there is no folder nowhere"),
         (("--csv", "."), "it is a folder"),
+        (("--plot", "a.xyz"), "cannot write the plot a.xyz: expected a name that ends in .png"),
+        (("--mistakes", "a.xyz"), "cannot write the picture a.xyz: expected a name that ends in .png"),
         (("--mistakes", "m.png", "--dataset", "digits"), "--mistakes takes one model and one data set"),
     ],
 )
@@ -100,6 +102,7 @@ def test_a_run_is_evaluated_on_what_it_was_not_trained_on(tmp_path: Path, caplog
     (model / "recipe.yaml").write_text("\n".join(lines) + "\n")
     options = EvaluationOptions(device="cpu")
     images = evaluate_checkpoint(str(model), options=options).evaluation.images
+    assert "has no splits" not in caplog.text  # the run has said it
     again = evaluate_checkpoint(str(model), "folder", data_dir=tmp_path / "data", options=options)
     assert images == again.evaluation.images
     assert 10 < images < 30

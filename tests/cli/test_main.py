@@ -39,11 +39,11 @@ def petra_zoo(*arguments: object) -> Done:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs") / "run"
+    path = tmp_path_factory.mktemp("runs") / "my run"
     done = petra_zoo("train", "digits/petra_revnet_tiny", *QUICK, f"output={path}")
     assert done.returncode == 0, done.stderr
     assert f"saved {path}" in done.stdout
-    assert f"next: petra-zoo evaluate {path}" in done.stdout
+    assert f"next: petra-zoo evaluate '{path}'" in done.stdout
     return path
 
 

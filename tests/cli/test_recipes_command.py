@@ -73,6 +73,12 @@ def test_cp_into_a_folder_keeps_the_name(tmp_path: Path) -> None:
     assert (tmp_path / "petra_revnet_tiny.yaml").exists()
 
 
+def test_cp_gives_a_name_without_ending_that_of_a_recipe(tmp_path: Path) -> None:
+    written = run("cp", DIGITS, str(tmp_path / "mine.v2")).strip()
+    assert written == str(tmp_path / "mine.v2.yaml")
+    assert load_recipe(written) == load_recipe(DIGITS)
+
+
 def test_cp_overwrites_only_when_forced(tmp_path: Path) -> None:
     target = tmp_path / "own.yaml"
     target.write_text("mine")

@@ -70,7 +70,8 @@ def test_copies_of_an_image_are_on_one_side(tmp_path: Path) -> None:
 
 def test_the_share_is_that_of_many_names() -> None:
     names = [f"/data/{label}/{i}.jpg" for label in range(10) for i in range(500)]
-    assert len(validation_files(names, Path("/data"), fraction=0.1)) == pytest.approx(500, abs=70)
+    samples = [(name, int(Path(name).parent.name)) for name in names]
+    assert len(validation_files(samples, Path("/data"), fraction=0.1)) == pytest.approx(500, abs=70)
 
 
 def test_the_split_is_said_with_the_classes_that_get_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -78,16 +79,37 @@ def test_the_split_is_said_with_the_classes_that_get_nothing(tmp_path: Path, cap
     fill(tmp_path, count=1, classes=("dog",))
     sides(tmp_path)
     assert f"{tmp_path} has no splits: val_fraction=0.1 makes" in caplog.text
-    assert "none of 1 classes" in caplog.text
+    assert "none of class dog" in caplog.text
     assert len(caplog.records) == 1
 
 
 def test_too_few_images_say_what_to_change(tmp_path: Path) -> None:
     fill(tmp_path, count=1)
-    with pytest.raises(DataError, match=r"val_fraction=0.0001 leaves no image to validate on: choose a larger one"):
-        open_dataset("folder", "val", data_dir=tmp_path, val_fraction=0.0001)
-    with pytest.raises(DataError, match=r"val_fraction=0.9999 leaves class bee no image to train on"):
-        open_dataset("folder", "val", data_dir=tmp_path, val_fraction=0.9999)
+    for fraction in (0.0001, 0.9999):
+        with pytest.raises(DataError, match=r"no class has two images, one to train on and one to validate on: add"):
+            open_dataset("folder", "val", data_dir=tmp_path, val_fraction=fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.5, 0.9999])
+def test_a_class_of_two_images_has_one_on_either_side(tmp_path: Path, fraction: float) -> None:
+    train, val = sides(fill(tmp_path, count=2, classes=("ant", "bee", "cat")), val_fraction=fraction)
+    assert sorted(name[:3] for name in train) == sorted(name[:3] for name in val) == ["ant", "bee", "cat"]
+
+
+def test_no_image_that_was_trained_on_is_validated_on_because_others_came(tmp_path: Path) -> None:
+    train, _ = sides(fill(tmp_path, count=3))
+    for i in range(3, 30):
+        write(tmp_path / "cat" / f"{i}.png", seed=5000 + i)
+        more_train, more_val = sides(tmp_path)
+        assert train <= more_train
+        assert not more_val & train
+        train = more_train
+
+
+def test_files_that_are_no_images_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (fill(tmp_path, count=20) / "cat" / "notes.txt").write_text("")
+    sides(tmp_path)
+    assert caplog.text.count("1 other file is ignored (1 .txt)") == 1
 
 
 @pytest.mark.parametrize("classes", [("Train", "Val"), ("val", "cat"), ("images",)])

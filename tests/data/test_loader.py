@@ -4,6 +4,7 @@ import gc
 import logging
 import multiprocessing
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,14 @@ def test_batches_have_the_promised_types_and_shapes() -> None:
     assert [tuple(images.shape) for images, _ in batches] == [(8, 3, 32, 32), (8, 3, 32, 32), (4, 3, 32, 32)]
     assert batches[0][0].dtype == torch.float32
     assert batches[0][1].dtype == torch.int64
+
+
+def test_more_workers_than_cores_bring_no_warning_of_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(list(make_loader(8, workers=2))) == 1
 
 
 def test_workers_change_nothing_in_any_epoch_and_leave_no_process() -> None:

@@ -129,6 +129,15 @@ def test_long_names_are_broken_and_never_cut() -> None:
     assert long.height >= short.height + 2 * 15
 
 
+def test_names_of_classes_are_drawn_with_their_accents() -> None:
+    image = Image.new("RGB", (4, 4), "red")
+    first, second = (
+        contact_sheet([Tile(image, [letter])])
+        for letter in ("\N{LATIN SMALL LETTER A WITH DIAERESIS}", "\N{LATIN SMALL LETTER E WITH ACUTE}")
+    )
+    assert first.tobytes() != second.tobytes()  # boxes are all alike
+
+
 def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     done = petra_zoo("data", "shapes:40x10", "--sheet", tmp_path / "nowhere" / "a.png")
     assert done.returncode == 2

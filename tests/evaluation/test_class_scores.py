@@ -1,6 +1,7 @@
 """Class by class, and how sure a model is: numbers that scikit-learn gives too."""
 
 import csv
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def report(**changes: object) -> EvaluationReport:
         weights_sha256=None, date="",
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_letters_that_the_font_does_not_have_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_confusion(tmp_path / "a.png", [report(class_names=["\N{CJK UNIFIED IDEOGRAPH-65E5}", *NAMES[1:]])])
+    assert "has no \N{CJK UNIFIED IDEOGRAPH-65E5}: boxes are drawn" in caplog.text
 
 
 def test_precision_recall_and_support_are_scikit_learns() -> None:

@@ -41,6 +41,13 @@ def test_the_command_starts_nothing_and_writes_nothing(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_updates_that_end_within_the_warm_up_are_said_before_training() -> None:
+    found = outlook(load_recipe("digits/petra_revnet_tiny", [*QUICK, "max_updates=1", "warmup_epochs=1"]))
+    said = "\n".join(found.lines())
+    assert "warning   max_updates=1 ends within the warm-up, warmup_epochs=1 of 2 updates" in said
+    assert "1 update, " in said
+
+
 def test_a_mistake_is_said_as_training_would_say_it() -> None:
     done = petra_zoo("train", "digits/petra_revnet_tiny", *QUICK, "stages=15", "max_delay=null", "--dry-run")
     assert done.returncode == 2

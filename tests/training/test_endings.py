@@ -94,7 +94,7 @@ def test_a_run_ends_at_so_many_updates_in_the_middle_of_an_epoch(
     assert saved
     assert (saved.manifest.finished, saved.manifest.epoch, saved.manifest.batch) == (True, 1, 1)
     assert go(tmp_path, **settings).finished_before
-    with pytest.raises(UserError, match="has trained 1 epochs and 1 micro-batches, which is all"):
+    with pytest.raises(UserError, match="has trained 1 epoch and 1 micro-batch, which is all"):
         go(tmp_path, **settings, resume=str(result.path), name="other")
 
 

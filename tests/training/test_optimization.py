@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training import optimization
-from petra_zoo.training.optimization import optimizer_factory
+from petra_zoo.training.optimization import learning_rates, optimizer_factory
 
 GROUPED = {"fallback_list": ["fc*"], "filter_bias_and_bn": False}
 
@@ -59,3 +59,18 @@ def test_an_optimizer_that_needs_a_package_says_so(opt: str, monkeypatch: pytest
     recipe = Recipe(model="petra_revnet_tiny", dataset="shapes", opt=opt)
     with pytest.raises(UserError, match=f"optimizer '{opt}' needs the package opt_einsum: pip install opt_einsum"):
         optimizer_factory(recipe, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sched": "wsd", "epochs": 4, "warmup_epochs": 4}, "sched=wsd: warmup_epochs=4 takes all of epochs=4"),
+        ({"sched": "rsqrt", "max_updates": 9, "warmup_epochs": 1}, "sched=rsqrt: warmup_epochs=1 takes all of max_u"),
+        ({"sched": "wsd", "epochs": 9, "decay_epochs": 8}, "sched=wsd: decay_epochs=8 is more than epochs=9 leaves"),
+    ],
+)
+def test_a_schedule_without_room_names_the_setting(settings: dict[str, Any], said: str) -> None:
+    length = {"epochs": None} if "max_updates" in settings else {}
+    recipe = Recipe(model="petra_revnet_tiny", dataset="shapes", **length, **settings)
+    with pytest.raises(UserError, match=said):
+        learning_rates(recipe, 10)

@@ -118,6 +118,45 @@ def test_epochs_too_short_for_the_log_have_the_curves_of_whole_epochs(tmp_path: 
     assert curves.training["images_per_second"] == []
 
 
+def test_lines_of_epochs_shorter_than_the_log_interval_stand_at_their_epochs(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", 80.0, 90.0, 95.0, settings=("epochs=null", "max_updates=100"))
+    lines = [
+        {"event": "validation", "epoch": 1, "update": 45},
+        {"event": "validation", "epoch": 2, "update": 90},
+        {"event": "train", "epoch": 3, "update": 99, "lr": 0.1, "images_per_second": 9.0},
+        {"event": "validation", "epoch": 3, "update": 100},
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = Curves.of(path)
+    assert curves.training["images_per_second"] == [(2.2, 9.0)]
+    assert [place for place, _ in curves.validation["top1"]] == [1.0, 2.0, 100 / 45]
+    assert [place for place, _ in curves.training["lr"]] == [1.0, 2.0, 100 / 45]
+
+
+def test_an_epoch_that_cuts_a_window_of_updates_is_a_whole_one(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", 80.0, 90.0)
+    lines = [{"event": "validation", "epoch": epoch, "update": 5 * epoch // 2} for epoch in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [place for place, _ in Curves.of(path).validation["top1"]] == [1.0, 2.0]
+
+
+def test_a_run_of_updates_says_how_many_it_has_made(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 80.0, 90.0, settings=("epochs=null", "max_updates=60"), log=3)
+    (row,) = json.loads(petra_zoo("runs", tmp_path, "--json").stdout)
+    assert (row["of_epochs"], row["updates"], row["of_updates"]) == (None, 15, 60)
+    assert "\t2 (15/60 updates)\t" in petra_zoo("runs", tmp_path).stdout
+
+
+@pytest.mark.parametrize("damage", ["epoch,train_loss\nx,1\n", "epoch,train_loss\n3", "\0", "[]\nnull\n"])
+def test_a_damaged_log_is_passed_over(tmp_path: Path, damage: str) -> None:
+    path = write_run(tmp_path / "a", log=2)
+    (path / "summary.csv").write_text(damage)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(damage)
+    assert len(Curves.of(path).training["loss"]) == 2
+    assert list_runs(tmp_path)[0].epochs == 0
+
+
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", log=2)
     with (path / "metrics.jsonl").open("a") as file:
