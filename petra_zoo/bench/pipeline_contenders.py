@@ -48,8 +48,8 @@ def task_data(task: PipelineTask, m: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def _micro_batches(task: PipelineTask, m: int) -> list[tuple[Tensor, Tensor]]:
-    images, labels = task_data(task, m)
+def _micro_batches(task: PipelineTask, m: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    images, labels = (x.to(device) for x in task_data(task, m))
     return list(zip(images.split(task.batch_size), labels.split(task.batch_size), strict=True))
 
 
@@ -99,10 +99,11 @@ class _Backpropagation(PipelineContender):
         self.threads = threads
         self.images = m * task.batch_size * (1 if ddp else processes)
         model.train().set_memory("reversible" if reversible else "plain")
+        model.to(world.device)
         self.model: nn.Module = DistributedDataParallel(model) if ddp else model
         self.optimizer = _sgd(model.parameters())
         mine = slice(world.rank, None, world.size) if ddp else slice(None)
-        self.micro_batches = _micro_batches(task, m)[mine]
+        self.micro_batches = _micro_batches(task, m, world.device)[mine]
 
     def update(self) -> list[float]:
         if not self.works:
@@ -159,18 +160,21 @@ class _TorchSchedule(PipelineContender):
         self.module = _TorchStage([units[i] for i in layout.units_of_rank(world.rank)], checkpointed)
         self.optimizer = _sgd(self.module.parameters())
         n, c, size = task.batch_size, task.channels, task.img_size
-        boundary = tuple(torch.empty(n, c, size, size, requires_grad=True) for _ in range(2))
+        self.module.to(world.device)
+        boundary = tuple(torch.empty(n, c, size, size, requires_grad=True, device=world.device) for _ in range(2))
         stage = PipelineStage(
             self.module,
             world.rank,
             world.size,
-            torch.device("cpu"),
-            input_args=(torch.empty(n, 3, size, size),) if world.first else boundary,
-            output_args=(torch.empty(n, task.classes, requires_grad=True),) if world.last else boundary,
+            world.device,
+            input_args=(torch.empty(n, 3, size, size, device=world.device),) if world.first else boundary,
+            output_args=(torch.empty(n, task.classes, requires_grad=True, device=world.device),)
+            if world.last
+            else boundary,
             group=world.pipe,
         )
         self.schedule = schedule(stage, m, loss_fn=F.cross_entropy)
-        self.data = task_data(task, m)
+        self.data = tuple(x.to(world.device) for x in task_data(task, m))
 
     def update(self) -> list[float]:
         images, labels = self.data
@@ -200,7 +204,7 @@ class _Ours(PipelineContender):
             world=replace(world, wire=Wire(timeout=600.0)),
         )
         self.split = self.pipeline.layout.sizes
-        self.micro_batches = _micro_batches(task, m)
+        self.micro_batches = _micro_batches(task, m, world.device)
 
     def update(self) -> list[float]:
         losses = []
@@ -220,7 +224,7 @@ class _WithoutLinks(PipelineContender):
         (self.stage,) = self.pipeline.stages
         images, labels = ours.micro_batches[0]
         shape = (task.batch_size, task.channels, task.img_size, task.img_size)
-        streams = (images,) if world.first else (torch.randn(shape), torch.randn(shape))
+        streams = (images,) if world.first else tuple(torch.randn(shape, device=world.device) for _ in range(2))
         self.up = Up(0, streams, labels)
         self.down: Down | None = None
         if not world.last:
@@ -255,8 +259,8 @@ def make_contender(name: str, task: PipelineTask, model: PetraPaperRevNet, world
             return _Backpropagation(*place, reversible=True)
         case "capacity":
             return _Backpropagation(*place, processes=2)
-        case "DDP x 2":
-            return _Backpropagation(*place, processes=2, ddp=True)
+        case "DDP" | "DDP x 2":
+            return _Backpropagation(*place, processes=world.size, ddp=True)
         case "GPipe":
             return _TorchSchedule(*place, schedule=ScheduleGPipe)
         case "1F1B":

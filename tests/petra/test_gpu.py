@@ -31,7 +31,7 @@ def train(world: World, options: dict[str, Any]) -> list[float]:
 
 
 def train_a_rank() -> list[list[float]]:
-    world = join(torch.device("cuda", 0))
+    world = join(torch.device("cuda"))  # where there are two GPUs, each takes one, and NCCL carries the messages
     return [train(world, options) for options in OPTIONS]
 
 
