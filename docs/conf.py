@@ -21,7 +21,7 @@ MARKUP = re.compile(r"(?P<name>`+[^`]*`+|^\s*\* )|[*|]|(?<=\w)_(?!\w)")
 SIDEBAR = {
     "Daily use": ["docs/start", "docs/your_images", "docs/looking", "docs/recipes", "docs/hub"],
     "The zoo": ["docs/models", "docs/families", "docs/converting"],
-    "PETRA": ["docs/engine", "docs/processes", "docs/extending", "docs/reliability"],
+    "PETRA": ["docs/engine", "docs/processes", "docs/cluster", "docs/extending", "docs/reliability"],
     "What was measured": ["docs/evidence", "docs/gpu", "benchmarks/README", "benchmarks/*/README"],
     "Reference": ["docs/settings", "docs/api", "CONTRIBUTING", "CHANGELOG"],
 }

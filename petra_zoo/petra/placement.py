@@ -20,7 +20,7 @@ class PlacementError(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
+class Surroundings:
     """What a process sees.
 
     Attributes:
@@ -60,7 +60,7 @@ class Placement:
     hosts: tuple[str, ...] = field(default=())
 
     @classmethod
-    def of(cls, places: Sequence[Place]) -> Self:
+    def of(cls, places: Sequence[Surroundings]) -> Self:
         """Of processes in the order of their global ranks.
 
         Raises:
@@ -87,7 +87,7 @@ class Placement:
         return cls(tuple(indices), False, f"{where}, messages by gloo through the host's memory: {why}", hosts)
 
 
-def _index(rank: int, places: Sequence[Place]) -> int:
+def _index(rank: int, places: Sequence[Surroundings]) -> int:
     """The GPU of a process: what it was told, else one after the other on each machine.
 
     A launcher may show all GPUs of a machine to each process, or only its own: which then is number 0 for all of them.
@@ -111,13 +111,13 @@ def _index(rank: int, places: Sequence[Place]) -> int:
     return place.index
 
 
-def exchange_places(store: Store, rank: int, size: int, place: Place, timeout: timedelta) -> list[Place]:
+def exchange_places(store: Store, rank: int, size: int, place: Surroundings, timeout: timedelta) -> list[Surroundings]:
     """What every process sees, in every process, in the order of their ranks; before there are process groups."""
     store.set(f"place {rank}", json.dumps(asdict(place)))
     keys = [f"place {other}" for other in range(size)]
     store.wait(keys, timeout)
     found = [json.loads(store.get(key)) for key in keys]
-    return [Place(**{**row, "gpus": tuple(row["gpus"])}) for row in found]
+    return [Surroundings(**{**row, "gpus": tuple(row["gpus"])}) for row in found]
 
 
 def _count(n: int, what: str) -> str:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from petra_zoo.errors import UserError
 from petra_zoo.petra.channels import Channels, open_channels
 from petra_zoo.petra.links import LinkError, Wire
-from petra_zoo.petra.placement import Place, Placement, exchange_places
+from petra_zoo.petra.placement import Placement, Surroundings, exchange_places
 
 T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and the first tick is over
@@ -177,7 +177,7 @@ def _meet(device: torch.device, rank: int, size: int) -> Placement:
         store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
         # A launcher that starts its workers again keeps its store, and in it where those before them were to be found.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        placement = Placement.of(exchange_places(store, rank, size, Place.here(device), START_TIMEOUT))
+        placement = Placement.of(exchange_places(store, rank, size, Surroundings.here(device), START_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if placement.nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
     except dist.DistNetworkError as error:

@@ -1,7 +1,7 @@
 """How long a pipeline's tick is with 2 to 512 ranks whose times vary from tick to tick.
 
-    python benchmarks/links/flat.py             # a minute of one core
-    python benchmarks/links/flat.py --table     # FLAT.md from flat.json
+    python benchmarks/flat/run.py             # a minute of one core
+    python benchmarks/flat/run.py --table     # README.md from results.json
 
 The recurrence that the links' order of posting and waiting gives (tests/petra/test_orders.py runs the links themselves
 in virtual time): a rank posts the receives of the next tick, waits for what came up, goes forward and sends, waits for
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from petra_zoo.machine import describe_machine
 
-RESULTS, PAGE = (Path(__file__).with_name(name) for name in ("flat.json", "FLAT.md"))
+RESULTS, PAGE = (Path(__file__).with_name(name) for name in ("results.json", "README.md"))
 RANKS, JITTERS = (2, 4, 8, 16, 32, 64, 128, 256, 512), (0.0, 0.02, 0.1, 0.3)
 FORWARD, BACKWARD, UP, DOWN = 0.25, 0.75, 0.05, 0.1  # of a tick without jitter
 TICKS = 4000
@@ -59,7 +59,7 @@ def _from_above(x: Times) -> Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="write FLAT.md from the results")
+    parser.add_argument("--table", action="store_true", help="write README.md from the results")
     if not parser.parse_args().table:
         rows = [{"ranks": n, **{f"{jitter:g}": tick(n, jitter) for jitter in JITTERS}} for n in RANKS]
         settings = {"forward": FORWARD, "backward": BACKWARD, "up": UP, "down": DOWN, "ticks": TICKS}
@@ -71,7 +71,7 @@ def page(results: dict[str, Any]) -> str:
     spreads = [f"{jitter:g}" for jitter in JITTERS]
     lines = [
         "# Where the tick stops being flat\n",
-        "`python benchmarks/links/flat.py`: a tick of equal ranks over its length without jitter, where each forward",
+        "`python benchmarks/flat/run.py`: a tick of equal ranks over its length without jitter, where each forward",
         "and backward takes its time times a lognormal number of mean 1 and of the spread given.\n",
         f"| ranks | {' | '.join(f'{100 * jitter:g} %' for jitter in JITTERS)} |",
         "|---|" + "---|" * len(JITTERS),
