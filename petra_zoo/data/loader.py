@@ -194,7 +194,7 @@ def _collate(samples: list[_Sample | DataError]) -> _Batch | DataError:
 
 
 @contextmanager
-def _many_readers() -> Iterator[None]:
+def many_readers() -> Iterator[None]:
     """Without torch's warning of a loader and of its workers: readers that wait for a disk may outnumber the cores."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -222,7 +222,7 @@ class ImageLoader:
         self.fingerprints: list[bytes] = []
         self._batches = batches
         self._mixer = mixer
-        with _many_readers():
+        with many_readers():
             self._loader: DataLoader[_Sample | DataError] = DataLoader(
                 samples,
                 batch_sampler=batches,
@@ -281,7 +281,7 @@ class ImageLoader:
         self._batches.start = batch_index
         self.fingerprints = []
         epoch = self._batches.epoch
-        with _many_readers():
+        with many_readers():
             read = iter(self._loader)
         for at, batch in enumerate(read, start=batch_index):
             if isinstance(batch, DataError):

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from petra_zoo.data.balance import class_counts
 from petra_zoo.data.image_dataset import BadImage, ImageDataset, Split, fingerprint
+from petra_zoo.data.loader import many_readers
 from petra_zoo.progress import tracked
 from petra_zoo.strict_json import JsonObject
 
@@ -217,10 +218,12 @@ class _Sums:
 
 def _read(data: ImageDataset, most: int | None, workers: int, what: str) -> Iterator[tuple[int, _Fact | BadImage]]:
     indices = np.unique(np.linspace(0, len(data) - 1, min(len(data), most or len(data))).round().astype(int)).tolist()
-    batches = DataLoader(
-        _Facts(data, indices), batch_size=_AT_ONCE, num_workers=workers, collate_fn=list, generator=Generator()
-    )
-    for batch in tracked(batches, what, len(batches)):
+    with many_readers():
+        batches = DataLoader(
+            _Facts(data, indices), batch_size=_AT_ONCE, num_workers=workers, collate_fn=list, generator=Generator()
+        )
+        read = iter(batches)
+    for batch in tracked(read, what, len(batches)):
         yield from batch
 
 

@@ -33,7 +33,7 @@ def find_image_files(places: Sequence[Path]) -> list[Path]:
     """Files as they are, the images in folders at any depth, and what matches wildcards (``**`` for any folders).
 
     Raises:
-        UserError: a folder has no images, or nothing matches.
+        UserError: a folder has no images, there is no such file, or nothing matches.
     """
     return [file for place in places for file in _files_at(place)]
 
@@ -81,8 +81,10 @@ def _files_at(place: Path) -> list[Path]:
         if not files:
             raise UserError(f"there is no image in {place}")
         return [Path(file) for file in files]
-    if place.exists() or not glob.has_magic(str(place)):
+    if place.exists():
         return [place]
+    if not glob.has_magic(str(place)):  # said before any other image is looked at
+        raise UserError(f"{place} cannot be read as an image: No such file or directory")
     found = sorted(glob.glob(str(place), recursive=True), key=natural_key)
     if not found:
         raise UserError(f"nothing matches {place}")

@@ -49,6 +49,9 @@ def _in_place(below: Mapping[str, Json], above: Mapping[str, Json]) -> Settings:
     return {key: value for key, value in below.items() if key not in replaced} | dict(above)
 
 
+_OPTIONS = ("allow_change", "max_restarts", "max_time", "nproc", "resume")  # of `train`
+
+
 def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings:
     """Settings with overrides laid over them, all at once; of two of the same setting, the later one.
 
@@ -64,6 +67,8 @@ def override(settings: Mapping[str, Json], overrides: Sequence[str]) -> Settings
     said: Settings = {}
     for text in overrides:
         key, value = _parse(text)
+        if key in _OPTIONS:
+            raise UserError(f"{text}: that is an option, and no setting: --{key.replace('_', '-')} {value}")
         if key == "extends":  # it is no setting, and what is nearest to it would be no help
             raise UserError(f"{text}: only a recipe's file extends another: write one, or train by {value} itself")
         said = _in_place(said, known_names({key: value}))

@@ -342,8 +342,10 @@ class Recipe(Augmentation):
             raise ValueError(f"device=mps is for the exact methods alone: set method={' or '.join(_FOR_ANY_DEVICE)}")
         if self.sampler and self.class_weights:
             raise ValueError(
-                "sampler and class_weights are both balanced, which favours the small classes; set one of them to null"
+                "sampler and class_weights are both balanced, which favours small classes; set one to null"
             )
+        if self.amp_dtype == "float16" and not self.amp:
+            raise ValueError("amp_dtype=float16 has no effect without autocast: set amp=true, too")
         if self.compile and self.sync_bn:
             raise ValueError("compile and sync_bn are both set: a synchronised norm cannot be compiled; unset one")
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -52,6 +52,8 @@ def recipe_text(name_or_path: str) -> str:
     if name_or_path in names:
         return resources.files("petra_zoo.recipes").joinpath(f"{name_or_path}.yaml").read_text(encoding="utf-8")
     path = Path(expand_home(name_or_path))
+    if (path / "recipe.yaml").is_file():
+        raise UserError(f"{name_or_path} is the directory of a run; its recipe is {path / 'recipe.yaml'}")
     if path.suffix not in _FILES:
         likely = names if name_or_path.startswith(f"{_BASES}/") else list_recipes()
         hint = did_you_mean(name_or_path, likely, "petra-zoo recipes ls lists all")

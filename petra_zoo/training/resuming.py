@@ -198,7 +198,7 @@ def _read(path: Path) -> Mapping[str, Json]:
 
 def _same(key: str, a: Json, b: Json) -> bool:
     if key == "data_dir" and isinstance(a, str) and isinstance(b, str):
-        return Path(a).absolute() == Path(b).absolute()
+        return Path(a).resolve() == Path(b).resolve()
     return to_json(a, sort_keys=True) == to_json(b, sort_keys=True)
 
 

@@ -53,6 +53,11 @@ def test_places_without_images_are_named(photos: Path) -> None:
         find_image_files([photos / "empty"])
 
 
+def test_a_missing_file_is_named_before_others_are_looked_at(photos: Path) -> None:
+    with pytest.raises(UserError, match=r"typo\.png cannot be read as an image: No such file"):
+        find_image_files([photos, photos / "typo.png"])
+
+
 def test_the_csv_has_a_row_for_each_image_in_order(model: Path, photos: Path, tmp_path: Path) -> None:
     files = find_image_files([photos])
     options = PredictionOptions(topk=2, batch_size=3, device="cpu")
@@ -107,7 +112,7 @@ def test_an_unreadable_image_ends_it_where_nothing_else_is_said(model: Path, pho
     assert done.returncode == 2
     assert "10.png cannot be read as an image" in done.stderr
     skipped = petra_zoo("predict", photos, "-m", model, "--output", tmp_path / "p.csv", "--on-bad-image", "skip")
-    assert "3 images, 1 unreadable ones left out" in skipped.stdout
+    assert "3 images, 1 unreadable left out" in skipped.stdout
 
 
 @pytest.mark.parametrize("name", ["p.txt", "nowhere/p.csv"])

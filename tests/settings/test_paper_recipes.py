@@ -163,7 +163,7 @@ def test_the_header_says_how_to_launch(name: str) -> None:
 
 
 def test_the_manual_says_how_to_launch_on_several_devices_and_with_the_exact_controls() -> None:
-    pages = [(Path(__file__).parents[2] / "docs" / name).read_text() for name in ("recipes.md", "processes.md")]
+    pages = [(Path(__file__).parents[2] / "docs" / name).read_text() for name in ("recipes.md", "cluster.md")]
     manual = "\n".join(pages)
     torchrun = "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HEAD:29500"
     for words in ("petra-zoo train NAME ", "petra-zoo train NAME --nproc 4", f"{torchrun} -m petra_zoo train RECIPE"):

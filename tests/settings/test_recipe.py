@@ -132,6 +132,12 @@ def test_unknown_recipe_gives_the_nearest() -> None:
         load_recipe("digit/petra_revnet_tiny")
 
 
+def test_the_directory_of_a_run_is_told_from_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: x")
+    with pytest.raises(UserError, match=r"is the directory of a run; its recipe is .*/recipe\.yaml$"):
+        load_recipe(str(tmp_path))
+
+
 def test_missing_file_is_named() -> None:
     with pytest.raises(UserError, match=r"recipe file nowhere\.yaml cannot be read"):
         load_recipe("nowhere.yaml")
@@ -162,6 +168,9 @@ def test_unknown_setting_gives_the_nearest() -> None:
         ("std=[1,1,0]", "std=[1, 1, 0]: entry 2: expected greater than 0"),
         ("split=[1,2]", "split=[1, 2] has 2 entries; expected one per stage, stages=4"),
         ("epochs", "override 'epochs' is not KEY=VALUE, such as lr=0.1"),
+        ("amp_dtype=float16", "amp_dtype=float16 has no effect without autocast: set amp=true, too"),
+        ("resume=never", "resume=never: that is an option, and no setting: --resume never"),
+        ("max_time=1h", "max_time=1h: that is an option, and no setting: --max-time 1h"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_in_one_line(override: str, message: str) -> None:

@@ -21,7 +21,7 @@ from petra_zoo.petra import METHODS, Pipeline
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.resuming import remember_launch, with_the_launchs_directory
+from petra_zoo.training.resuming import check_unchanged, remember_launch, with_the_launchs_directory
 from petra_zoo.training.run import Result, train
 from petra_zoo.training.run_lock import held_by_this_run
 from petra_zoo.training.stopping import RunStopped, parse_duration
@@ -246,6 +246,14 @@ def test_the_best_model_is_the_runs_and_the_last_one_is_beside_it(
     store = Store(result.path / "checkpoints")
     kept = {(store.open(name).manifest.metrics or {})["loss"] for name in store.names()}
     assert kept == {min(losses), losses[-1]}
+
+
+def test_a_folder_is_the_same_by_another_way_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    then = load_recipe("folder/scratch_32", [f"data_dir={tmp_path / 'photos'}"])
+    now = load_recipe("folder/scratch_32", ["data_dir=../photos"])
+    assert check_unchanged(tmp_path, then.model_dump(mode="json"), now) == set()
 
 
 @pytest.mark.slow
