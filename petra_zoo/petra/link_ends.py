@@ -96,7 +96,7 @@ class _Message:
 
     tick: int
     works: list[tuple[int, Work | None]] = field(default_factory=list)
-    header: Tensor = field(default_factory=lambda: torch.empty(2, dtype=torch.int64))
+    header: Tensor | None = None
     layout: Tensor | None = None
     slot: Tensor | None = None
 
@@ -133,8 +133,7 @@ class Outlet(_End):
             raise ValueError(
                 f"a micro-batch of {size} images follows a first one of {body.images}: feed full ones first"
             )
-        message.header = torch.tensor([number, size])
-        self._isend(message, message.header, HEADER)
+        self._send_header(message, number, size)
         self.finish()
         message.slot = slots.take()
         places = body.views(message.slot, size)
@@ -149,8 +148,8 @@ class Outlet(_End):
     def say_alive(self) -> None:
         """Tells the other end to wait on; once messages have begun."""
         if self.running:
-            message = _Message(self._sent, header=torch.tensor([_ALIVE, 0]))
-            self._isend(message, message.header, HEADER)
+            message = _Message(self._sent)
+            self._send_header(message, _ALIVE, 0)
             self._flying.append(message)
 
     def finish(self) -> None:
@@ -161,6 +160,10 @@ class Outlet(_End):
             for part, work in message.works:
                 self.wait(work, part)
             self.running = True
+
+    def _send_header(self, message: _Message, number: int, size: int) -> None:
+        message.header = torch.tensor([number, size])
+        self._isend(message, message.header, HEADER)
 
     def _isend(self, message: _Message, x: Tensor, part: int) -> None:
         message.works.append((part, self.begin(self.channel.isend, x, part)))
