@@ -43,10 +43,12 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify image files with a trained model; by default the one for handwritten digits that comes along."""
+    from petra_zoo.device import choose_device
     from petra_zoo.evaluation.bulk_prediction import find_image_files, write_predictions
     from petra_zoo.evaluation.prediction import PredictionOptions, look_at
 
     options = PredictionOptions(topk, batch_size, workers, device, on_bad_image, progress=True)
+    choose_device(device)  # a mistake in it is one whatever the images are
     files = find_image_files(images)
     if output or features:
         done = write_predictions(model, files, output=output, features=features, options=options)

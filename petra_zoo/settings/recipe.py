@@ -341,9 +341,7 @@ class Recipe(Augmentation):
         if self.device == "mps" and self.method not in _FOR_ANY_DEVICE:
             raise ValueError(f"device=mps is for the exact methods alone: set method={' or '.join(_FOR_ANY_DEVICE)}")
         if self.sampler and self.class_weights:
-            raise ValueError(
-                "sampler and class_weights are both balanced, which favours small classes; set one to null"
-            )
+            raise ValueError("sampler and class_weights are both balanced: small classes count twice; set one to null")
         if self.amp_dtype == "float16" and not self.amp:
             raise ValueError("amp_dtype=float16 has no effect without autocast: set amp=true, too")
         if self.compile and self.sync_bn:

@@ -133,7 +133,7 @@ def test_a_bad_image_is_left_out_and_counts_nowhere(two: list[str], tmp_path: Pa
     (tmp_path / "val" / "a" / "0.png").write_bytes(b"no image")
     done = petra_zoo("evaluate", two[0], *arguments)
     assert "8 of 9 images" in done.stdout
-    assert "1 unreadable images left out" in done.stdout
+    assert "1 unreadable image left out" in done.stdout
     skipped = json.loads(petra_zoo("evaluate", two[0], *arguments, "--json").stdout)
     (tmp_path / "val" / "a" / "0.png").unlink()
     without = json.loads(petra_zoo("evaluate", two[0], *arguments, "--json").stdout)

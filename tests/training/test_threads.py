@@ -46,7 +46,7 @@ def test_a_small_networks_operations_are_not_shared_out(
 def test_a_run_says_and_saves_its_threads_and_leaves_its_callers_alone(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     result = train(Recipe(**{**QUICK, "output": tmp_path / "run"}), reporter=Reporter(console))
-    assert console.export_text().splitlines()[0].endswith("1 epochs of 4 micro-batches, 1 thread")
+    assert console.export_text().splitlines()[0].endswith("1 epoch of 4 micro-batches, 1 thread")
     checkpoint = Store(result.path / CHECKPOINTS).newest_good()
     assert checkpoint is not None
     assert checkpoint.manifest.threads == 1
