@@ -199,8 +199,8 @@ def page(results: dict[str, Any]) -> str:
         f"`sudo python benchmarks/links/run.py`: {settings['model']}, two stages in two network namespaces,",
         f"micro-batches of {settings['batch_size']} images of {settings['img_size']}x{settings['img_size']}, a link of "
         f"{settings['bandwidth'] / 1e6:.0f} MB/s each way. Median of {ROUNDS * TICKS} ticks in",
-        f"{ROUNDS} rounds of all latencies; predicted by the arithmetic of `petra-zoo plan`, whose times of one process",
-        "alone are scaled once, so that it agrees without latency "
+        f"{ROUNDS} rounds of all latencies; predicted by the arithmetic of `petra-zoo plan`, whose times of one",
+        "process alone are scaled once, so that it agrees without latency "
         f"(by {settings['scale']:.2f}: two processes and the link share two cores).\n",
         "| latency, one way | ms of a tick | predicted |",
         "|---|---|---|",
