@@ -25,6 +25,8 @@ from petra_zoo.petra.slots import Slots
 from petra_zoo.petra.waiting import wait_for
 from petra_zoo.petra.world import START_TIMEOUT, World
 
+Unpacked = tuple[int, list[Tensor | None], int]  # a message: its number, tensors, how many of them are streams
+
 LAYOUT_BYTES = 2048
 # To receive into one while the other one is used. To send from one: what was sent there before has had a tick to go.
 _RECEIVED, _SENT = 2, 1
@@ -110,6 +112,7 @@ class Outlet(_End):
         super().__init__(world, channel, direction, stage)
         self._flying: deque[_Message] = deque()
         self._sent = 0
+        self._last: tuple[int, int, Tensor] | None = None  # number, size and slot of a message that may be saved
 
     def __str__(self) -> str:
         return (
@@ -127,23 +130,48 @@ class Outlet(_End):
             message.layout = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             self._isend(message, message.layout, LAYOUT)
         assert self.laid_out is not None
-        body, slots = self.laid_out
-        size = next(len(x) for x in parcel.tensors if x is not None)
+        body, _ = self.laid_out
+        size = parcel.images
         if size > body.images:
             raise ValueError(
                 f"a micro-batch of {size} images follows a first one of {body.images}: feed full ones first"
             )
         self._send_header(message, number, size)
         self.finish()
-        message.slot = slots.take()
-        places = body.views(message.slot, size)
+        message.slot = self._fill(number, size, parcel)
+        self._isend(message, message.slot, BODY)
+        self._flying.append(message)
+        self._sent += 1
+
+    def hold(self, number: int, parcel: Parcel) -> None:
+        """Takes back what was sent in the tick after which a run was saved: it is this rank's to save again."""
+        self.adopt(parcel)
+        self._fill(number, parcel.images, parcel)
+
+    def _fill(self, number: int, size: int, parcel: Parcel) -> Tensor:
+        """Copies a message into the next slot."""
+        assert self.laid_out is not None
+        body, slots = self.laid_out
+        slot = slots.take()
+        places = body.views(slot, size)
         assert [x is None for x in parcel.tensors] == [x is None for x in places], "a message changed its form"
         for place, x in zip(places, parcel.tensors, strict=True):
             if place is not None and x is not None:
                 place.copy_(x)
-        self._isend(message, message.slot, BODY)
-        self._flying.append(message)
-        self._sent += 1
+        self._last = number, size, slot
+        return slot
+
+    def next_tick(self) -> None:
+        """What was sent before is the other end's from now on."""
+        self._last = None
+
+    def look_back(self) -> Unpacked | None:
+        """What was sent in this tick, as it arrives: the slot still has it."""
+        if self._last is None or self.laid_out is None:
+            return None
+        (number, size, slot), (body, _) = self._last, self.laid_out
+        views = zip(body.forms, body.views(slot, size), strict=True)
+        return number, [None if form is None or x is None else x.to(form.dtype) for form, x in views], body.streams
 
     def say_alive(self) -> None:
         """Tells the other end to wait on; once messages have begun."""
@@ -211,8 +239,8 @@ class Inlet(_End):
         if self.laid_out is not None:
             self._post_body(message, self.laid_out[1])
 
-    def receive(self, keep: bool) -> tuple[int, list[Tensor | None], int]:
-        """Number, tensors and how many of them are streams.
+    def receive(self, keep: bool) -> Unpacked:
+        """The oldest message.
 
         The tensors are valid for this tick, then their slot is received into again; `keep` copies them. A rank of
         several stages keeps them all: a block hands one of its streams on as it is, to a stage that looks at it later.

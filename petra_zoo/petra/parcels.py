@@ -149,6 +149,11 @@ class Parcel:
         packed = [None if x is None else wire.pack(x, "down") for x in whole]
         return cls(packed, [None if x is None else x.dtype for x in whole], len(message.streams))
 
+    @property
+    def images(self) -> int:
+        """How many it is of."""
+        return next(len(x) for x in self.tensors if x is not None)
+
     def body(self, images: int) -> Body:
         """How it travels, with so many images at least."""
         forms = [

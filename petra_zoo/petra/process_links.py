@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from petra_zoo.petra.link_ends import Inlet, Outlet
+from petra_zoo.petra.link_ends import Inlet, Outlet, Unpacked
 from petra_zoo.petra.links import Item, Links, Wire
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.parcels import Parcel
@@ -45,13 +45,13 @@ class ProcessLinks(Links):
         self._to_below = Outlet(world, ways.to_below, "down", owned[0] - 1) if ways.to_below else None
         ends = (self._from_below, self._from_above, self._to_above, self._to_below)
         self._ends = [end for end in ends if end]
+        self._outlets = [end for end in ends if isinstance(end, Outlet)]
         for end in self._ends:
             end.running = running
-        self._gone_up: Up | None = None  # sent to another rank in the last tick: the sender saves it
-        self._gone_down: Down | None = None
 
     def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
-        self._gone_up = self._gone_down = None
+        for outlet in self._outlets:
+            outlet.next_tick()
         if any(end.running for end in self._ends):  # the other ranks have begun as well
             for end in self._ends:
                 end.running = True
@@ -63,34 +63,29 @@ class ProcessLinks(Links):
     def send_up(self, to: int, up: Up) -> None:
         if to in self.owned or not self._to_above:
             return super().send_up(to, up)
-        self._gone_up = up
         self._to_above.send(up.micro_batch, Parcel.of(up, self.wire))
 
     def send_down(self, to: int, down: Down) -> None:
         if to in self.owned or not self._to_below:
             return super().send_down(to, down)
-        self._gone_down = down
         self._to_below.send(down.micro_batch, Parcel.of(down, self.wire))
 
     def receive_up(self, stage: int, keep: bool = False) -> Up:
         if stage != self.owned[0] or not self._from_below or self.ups.get(stage):  # some came back out of a state
             return super().receive_up(stage, keep)
-        number, tensors, _ = self._from_below.receive(keep or len(self.owned) > 1)
-        *streams, labels = _present(tensors)
-        return Up(number, tuple(streams), labels.clone())  # labels are handed to the user
+        return _up(self._from_below.receive(keep or len(self.owned) > 1))
 
     def receive_down(self, stage: int) -> Down:
         if stage != self.owned[-1] or not self._from_above or self.downs.get(stage):
             return super().receive_down(stage)
-        number, tensors, streams = self._from_above.receive(len(self.owned) > 1)
-        return Down(number, _present(tensors[:streams]), tuple(tensors[streams:]))  # only gradients may be missing
+        return _down(self._from_above.receive(len(self.owned) > 1))
 
     def sent_by(self, stage: int) -> tuple[list[Up], list[Down]]:
         ups, downs = super().sent_by(stage)
-        if stage == self.owned[-1] and (up := self._gone_up):
-            ups = [self.wire.arriving(up)]
-        if stage == self.owned[0] and (down := self._gone_down):
-            downs = [self.wire.arriving(down)]
+        if stage == self.owned[-1] and self._to_above and (sent := self._to_above.look_back()):
+            ups = [_up(sent)]
+        if stage == self.owned[0] and self._to_below and (sent := self._to_below.look_back()):
+            downs = [_down(sent)]
         return ups, downs
 
     def resend_up(self, to: int, up: Up) -> None:
@@ -99,8 +94,7 @@ class ProcessLinks(Links):
         if to in self.owned:
             super().resend_up(to, up)
         elif to == self.owned[-1] + 1 and self._to_above:
-            self._gone_up = up  # the rank above has read it for itself; it is this one's to save again
-            self._to_above.adopt(Parcel.of(up, self.wire))
+            self._to_above.hold(up.micro_batch, Parcel.of(up, self.wire))  # the rank above has read it for itself
 
     def resend_down(self, to: int, down: Down) -> None:
         if to == self.owned[-1] and self._from_above:
@@ -108,8 +102,7 @@ class ProcessLinks(Links):
         if to in self.owned:
             super().resend_down(to, down)
         elif to == self.owned[0] - 1 and self._to_below:
-            self._gone_down = down
-            self._to_below.adopt(Parcel.of(down, self.wire))
+            self._to_below.hold(down.micro_batch, Parcel.of(down, self.wire))
 
     def awaited(self, items: Iterable[Item]) -> Iterable[Item]:
         if not self.world.first or not self._to_above:
@@ -121,9 +114,19 @@ class ProcessLinks(Links):
             end.images = images
 
     def finish(self) -> None:
-        for outlet in (self._to_above, self._to_below):
-            if outlet:
-                outlet.finish()
+        for outlet in self._outlets:
+            outlet.finish()
+
+
+def _up(message: Unpacked) -> Up:
+    number, tensors, _ = message
+    *streams, labels = _present(tensors)
+    return Up(number, tuple(streams), labels.clone())  # labels are handed to the user
+
+
+def _down(message: Unpacked) -> Down:
+    number, tensors, streams = message
+    return Down(number, _present(tensors[:streams]), tuple(tensors[streams:]))  # only gradients may be missing
 
 
 def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
