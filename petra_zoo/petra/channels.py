@@ -6,8 +6,8 @@ queue behind the receive that it has posted ahead, and so on through all ranks: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from typing import Protocol
@@ -75,9 +75,6 @@ class Channels:
     to_above: Channel | None = None
     from_above: Channel | None = None
     to_below: Channel | None = None
-
-    def __iter__(self) -> Iterator[Channel]:
-        return (channel for f in fields(self) if (channel := getattr(self, f.name)))
 
 
 def open_channels(

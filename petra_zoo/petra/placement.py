@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Self
 
@@ -13,6 +13,7 @@ import torch
 from torch.distributed import Store
 
 from petra_zoo.errors import UserError
+from petra_zoo.wording import counted
 
 
 class PlacementError(UserError):
@@ -57,7 +58,6 @@ class Placement:
     indices: tuple[int | None, ...]
     nccl: bool
     transport: str
-    hosts: tuple[str, ...] = field(default=())
 
     @classmethod
     def of(cls, places: Sequence[Surroundings]) -> Self:
@@ -66,8 +66,7 @@ class Placement:
         Raises:
             PlacementError: they do not compute alike, or some were told to share a GPU though there are others.
         """
-        hosts = tuple(dict.fromkeys(place.host for place in places))
-        where = f"{len(places)} processes on {_count(len(hosts), 'machine')}"
+        where = f"{len(places)} processes on {counted(len({place.host for place in places}), 'machine')}"
         kinds = {place.kind for place in places}
         if len(kinds) > 1:
             one, other = (next(r for r, p in enumerate(places) if p.kind == kind) for kind in sorted(kinds)[:2])
@@ -76,15 +75,15 @@ class Placement:
                 f"({places[other].host}) on {places[other].kind}: set device=cpu, or make a GPU visible to each process"
             )
         if kinds != {"cuda"}:
-            return cls((None,) * len(places), False, f"{where}, messages by gloo", hosts)
+            return cls((None,) * len(places), False, f"{where}, messages by gloo")
         indices = [_index(rank, places) for rank in range(len(places))]
         taken = [(place.host, place.gpus[i]) for place, i in zip(places, indices, strict=True)]
         shared = [rank for rank, gpu in enumerate(taken) if taken.count(gpu) > 1]
         if not shared:
-            return cls(tuple(indices), True, f"{where}, a GPU each, messages by NCCL", hosts)
+            return cls(tuple(indices), True, f"{where}, a GPU each, messages by NCCL")
         others = [rank for rank in shared if taken[rank] == taken[shared[0]]]
         why = f"ranks {', '.join(map(str, others))} share a GPU of {places[shared[0]].host}, which NCCL refuses"
-        return cls(tuple(indices), False, f"{where}, messages by gloo through the host's memory: {why}", hosts)
+        return cls(tuple(indices), False, f"{where}, messages by gloo through the host's memory: {why}")
 
 
 def _index(rank: int, places: Sequence[Surroundings]) -> int:
@@ -118,7 +117,3 @@ def exchange_places(store: Store, rank: int, size: int, place: Surroundings, tim
     store.wait(keys, timeout)
     found = [json.loads(store.get(key)) for key in keys]
     return [Surroundings(**{**row, "gpus": tuple(row["gpus"])}) for row in found]
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' if n > 1 else ''}"

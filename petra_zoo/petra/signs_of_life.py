@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
-from petra_zoo.petra.links import LinkError
-
-Item = TypeVar("Item")
+from petra_zoo.petra.links import Item, LinkError
 
 
 def awaited(items: Iterable[Item], say: Callable[[], None], every: float) -> Iterator[Item]:

@@ -185,6 +185,11 @@ def _meet(device: torch.device, rank: int, size: int) -> Placement:
         taken = "EADDRINUSE" in str(error) or "in use" in str(error)
         what = "is in use: set MASTER_PORT to a free port on every rank" if taken else f"cannot be reached: {error}"
         raise UserError(f"the rendezvous at {address} {what}") from error
+    except dist.DistStoreError as error:
+        raise UserError(
+            f"not all of the {size} processes have come within {START_TIMEOUT}: start as many, with the same "
+            "MASTER_ADDR and MASTER_PORT"
+        ) from error
     except UserError:
         raise
     except (KeyError, ValueError) as error:
