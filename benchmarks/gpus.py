@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
 from petra_zoo.bench.pipeline_contenders import build_network, make_contender, task_data
@@ -43,8 +43,8 @@ TICKS, UPDATES = 24, 6
 LINK_TIMEOUT = 5  # seconds, of the run in which a process is stopped
 
 
-def sgd(named: object) -> torch.optim.Optimizer:
-    return torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)  # type: ignore[attr-defined]
+def sgd(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for _, p in named], 0.01, momentum=0.9)
 
 
 def losses(world: World, task: PipelineTask, stages: int) -> list[float]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import heapq
 import json
 import os
 import select
@@ -21,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from multiprocessing import Process
 from pathlib import Path
 from typing import Any
@@ -84,29 +84,26 @@ class Way:
     def __init__(self, into: int, latency: float) -> None:
         self.into, self.latency = into, latency
         self.free = 0.0  # when what was sent so far has left
-        self.packets: list[tuple[float, int, bytes]] = []
+        self.packets = deque[tuple[float, bytes]]()  # and when each is due
 
-    def take(self, packet: bytes, number: int) -> None:
-        now = time.perf_counter()
-        self.free = max(self.free, now) + len(packet) / BANDWIDTH
-        heapq.heappush(self.packets, (self.free + self.latency, number, packet))
+    def take(self, packet: bytes) -> None:
+        self.free = max(self.free, time.perf_counter()) + len(packet) / BANDWIDTH
+        self.packets.append((self.free + self.latency, packet))
 
     def deliver(self) -> float:
         """Hands on what is due; seconds until the next is."""
         while self.packets and self.packets[0][0] <= time.perf_counter():
-            os.write(self.into, heapq.heappop(self.packets)[2])
+            os.write(self.into, self.packets.popleft()[1])
         return max(0.0, self.packets[0][0] - time.perf_counter()) if self.packets else 1.0
 
 
 def carry(fds: tuple[int, int], latency: float) -> None:
     """The link: takes packets at both ends until it is stopped."""
     ways = {fds[0]: Way(fds[1], latency), fds[1]: Way(fds[0], latency)}
-    number = 0
     while True:
         wait = min(way.deliver() for way in ways.values())
         for fd in select.select(list(fds), [], [], wait)[0]:
-            number += 1
-            ways[fd].take(os.read(fd, 65536), number)
+            ways[fd].take(os.read(fd, 65536))
 
 
 def sh(*command: str) -> None:

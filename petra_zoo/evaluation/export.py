@@ -112,9 +112,8 @@ def export_model(
     height, width = image_size or size
     check_image_size(model, source, min(height, width))
     if int8 is not None:
-        DataPlace.of(source, int8.dataset, int8.data_dir, "--calibrate").open(
-            "train"
-        )  # which may be missing: before the work
+        place = DataPlace.of(source, int8.dataset, int8.data_dir, "--calibrate")
+        place.open("train")  # which may be missing: before the work
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
             new, scores = Path(folder) / "model", None
