@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Collection, Sequence
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,6 +20,7 @@ from petra_zoo.petra.waiting import wait_for
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import Unit, UnitModel, units_of
 
+LARGE = 2**28  # bytes: smaller models are put together in memory
 TAG = 128  # apart from the links' messages, which may be on their way
 Model = TypeVar("Model", bound=UnitModel)
 
@@ -41,16 +46,19 @@ def _drop(module: nn.Module, needed: Collection[nn.Module]) -> None:
             _drop(child, needed)
 
 
-def whole_model(model: Model, layout: Layout, world: World) -> Model | None:
+def whole_model(model: Model, layout: Layout, world: World, scratch: Path | None = None) -> Model | None:
     """A complete copy of a model whose stages are spread over ranks, on the CPU.
 
     Args:
         model: this rank's, with the other ranks' units on the meta device.
         layout: whose units are where.
         world: this rank's place.
+        scratch: a folder with room for a large model, which need not fit into this process's memory: it lies in files
+            there, without names, for as long as it is used.
 
     Raises:
         LinkError: a tensor did not arrive within the wire's timeout.
+        OSError: there is no room in `scratch`.
 
     Returns:
         The copy on the last rank, None on the others. Its modes are the model's.
@@ -63,26 +71,41 @@ def whole_model(model: Model, layout: Layout, world: World) -> Model | None:
     rank_of: dict[int, int] = {}
     for rank in range(world.size):
         rank_of |= {id(x): rank for i in layout.units_of_rank(rank) for x in _tensors(units[i])}
-    found, limit = {}, timedelta(seconds=world.wire.timeout)
-    for name, x in _module(model).state_dict(keep_vars=True).items():  # every rank has the same names in the same order
+    limit = timedelta(seconds=world.wire.timeout)
+    named = _module(model).state_dict(keep_vars=True)  # every rank has the same names in the same order
+    found: dict[str, Tensor] = {}
+    make = partial(_in_file, scratch) if scratch and sum(x.nbytes for x in named.values()) >= LARGE else _in_memory
+    for name, x in named.items():
         rank = rank_of.get(id(x), world.size - 1)
-        if rank == world.rank:
-            found[name] = x.detach().to("cpu", memory_format=torch.contiguous_format)
-        if rank == world.size - 1:
-            continue
-        if rank == world.rank:
-            work = dist.isend(found[name], world.peers[-1], world.pipe, TAG)
+        if world.last:
+            found[name] = make(x)
+        if rank == world.rank == world.size - 1:
+            found[name].copy_(x.detach())
+        elif rank == world.rank:
+            sent = x.detach().to("cpu", memory_format=torch.contiguous_format)
+            work = dist.isend(sent, world.peers[-1], world.pipe, TAG)
             wait_for(work, limit, f"rank {world.peers[-1]} did not take {name} from rank {world.peers[rank]}")
         elif world.last:
-            found[name] = torch.empty(x.shape, dtype=x.dtype)
             work = dist.irecv(found[name], world.peers[rank], world.pipe, TAG)
             wait_for(work, limit, f"rank {world.peers[-1]} waits for {name} from rank {world.peers[rank]}")
     if not world.last:
         return None
     whole = copy.deepcopy(model)
-    _module(whole).to_empty(device="cpu")
-    whole.load_state_dict(found)
+    _module(whole).load_state_dict(found, assign=True)  # the tensors themselves: there is no room for others
     return whole
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+def _in_file(folder: Path, x: Tensor) -> Tensor:
+    """A tensor of that shape and type in a file that is gone when the tensor is."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".gathering-") as file:
+        if x.numel() == 0:
+            return _in_memory(x)
+        os.posix_fallocate(file.fileno(), 0, x.nbytes)  # else a full disk would be found where it is written to
+        return torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
 
 def _tensors(unit: Unit) -> list[Tensor]:

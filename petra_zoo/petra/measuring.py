@@ -8,12 +8,12 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from petra_zoo.petra.counting import forget_hooks
 from petra_zoo.petra.generator import own_generators
@@ -40,6 +40,7 @@ def measure(
     budget: float = 30.0,
     autocast: torch.dtype | None = None,
     fed: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> Profile:
     """Measures the units of a model on the device and with the number of threads it would be trained with.
 
@@ -48,32 +49,38 @@ def measure(
     the median over the repeats is kept, after one walk to warm up. Never holds the graph of more than one unit.
 
     Args:
-        model: whose units are measured.
+        model: whose units are measured. Tensors on the meta device have stand-ins while their unit is: times do not
+            depend on values, and the whole network need not be here. Its live bytes are counted without autocast.
         batch_size: images per micro-batch.
         input_size: [C, H, W] of an image.
         repeats: how often every unit is timed.
         budget: seconds after which no other repeat is begun.
         autocast: run units under autocast to this type.
         fed: type in which images are fed, and wait for their backward; default: the model's.
+        device: that is measured; default: the model's.
     """
     name = type(model).__name__
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or name
+    first = next(model.parameters())
+    device = device or first.device
     model = copy.deepcopy(model).train()
     forget_hooks(model)
-    first = next(model.parameters())
     units = units_of(model)
-    walker = _Walker(units, first.device, autocast)
+    for unit in units:
+        unit._apply(lambda x: x if x.is_meta else x.to(device))
+    walker = _Walker(units, device, autocast)
     channels, height, width = input_size
     size = (int(channels), int(height), int(width))
-    with own_generators(first.device):
-        images = torch.randn(batch_size, *size, device=first.device, dtype=first.dtype)
+    with own_generators(device):
+        images = torch.randn(batch_size, *size, device=device, dtype=first.dtype)
         walker.walk(images)
         start = time.perf_counter()
         walks = [walker.walk(images)]
         while len(walks) < repeats and time.perf_counter() - start < budget:
             walks.append(walker.walk(images))
         # Live bytes grow linearly with the batch, apart from statistics: two small batches give them exactly.
-        two, four = walker.count_bytes(images.new_zeros(2, *size)), walker.count_bytes(images.new_zeros(4, *size))
+        counter, images = _counter(model, walker, images)
+        two, four = counter.count_bytes(images.new_zeros(2, *size)), counter.count_bytes(images.new_zeros(4, *size))
     live = [
         tuple(b + (c - b) // 2 * (batch_size - 2) for b, c in zip(of_two, of_four, strict=True))
         for of_two, of_four in zip(two, four, strict=True)
@@ -86,7 +93,7 @@ def measure(
         batch_size=batch_size,
         input_size=size,
         autocast=None if autocast is None else str(autocast).removeprefix("torch."),
-        device=torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else first.device.type,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         versions=_versions("petra-zoo", "torch", "timm"),
@@ -130,7 +137,6 @@ class _Walker:
         self.units = units
         for unit in units:
             unit.same_parameters = False  # nor the generator
-        self.parameters = [[p for p in unit.parameters() if p.requires_grad] for unit in units]
         self.device = device
         self.autocast = autocast
 
@@ -142,23 +148,25 @@ class _Walker:
         streams: Streams = (images,)
         for i, unit in enumerate(self.units):
             inputs = streams
-            with self.clock(seconds[i]), torch.no_grad(), self.precision():
+            with self.present(unit), self.clock(seconds[i]), torch.no_grad(), self.precision():
                 streams, residue = unit.evaluate(*inputs)
             kept.append(residue if unit.reversible else inputs)
             sizes.append(sum(x.nbytes for x in streams))
         gradients: Gradients = tuple(torch.randn_like(x) for x in streams)
         for i in reversed(range(len(self.units))):
-            with self.clock(seconds[i]):
+            with self.present(self.units[i]), self.clock(seconds[i]):
                 reversal = self.reverse(i, kept.pop(), streams, gradients)
             streams, gradients = reversal.inputs, reversal.input_gradients
         streams = (images,)
         for i, unit in enumerate(self.units):
             inputs = tuple(x.detach().requires_grad_(i > 0) for x in streams)
-            with self.clock(seconds[i]), self.precision():
-                outputs = unit(*inputs)
-            gradients = tuple(torch.randn_like(x) for x in outputs)
-            with self.clock(seconds[i]):
-                gradients_of(outputs, gradients, [*(x for x in inputs if x.requires_grad), *self.parameters[i]])
+            with self.present(unit):
+                with self.clock(seconds[i]), self.precision():
+                    outputs = unit(*inputs)
+                gradients = tuple(torch.randn_like(x) for x in outputs)
+                with self.clock(seconds[i]):
+                    wanted = [*(x for x in inputs if x.requires_grad), *_trained(unit)]
+                    gradients_of(outputs, gradients, wanted)
             streams = tuple(x.detach() for x in outputs)
         return _Walk(seconds, sizes[:-1], sizes[1:])
 
@@ -193,12 +201,28 @@ class _Walker:
         unit = self.units[i]
         with self.precision():
             if unit.reversible:
-                return unit.reverse(streams, gradients, self.parameters[i], residue=kept)
-            return unit.recompute(kept, gradients, self.parameters[i], needs_input_gradient=i > 0)
+                return unit.reverse(streams, gradients, _trained(unit), residue=kept)
+            return unit.recompute(kept, gradients, _trained(unit), needs_input_gradient=i > 0)
+
+    @contextmanager
+    def present(self, unit: Unit) -> Iterator[None]:
+        """Inside, what is missing of a unit has a stand-in of the same size."""
+        missing: list[tuple[nn.Module, str, Tensor]] = [
+            (module, name, x)
+            for module in unit.modules()
+            for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if x.is_meta
+        ]
+        for module, name, x in missing:
+            stand_in = torch.full_like(x, 0.01, device=self.device)
+            setattr(module, name, nn.Parameter(stand_in, x.requires_grad) if isinstance(x, nn.Parameter) else stand_in)
+        yield
+        for module, name, x in missing:
+            setattr(module, name, x)
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(self.device.type, dtype=self.autocast) if self.autocast else nullcontext():
             yield
 
     @contextmanager
@@ -210,6 +234,25 @@ class _Walker:
         yield
         wait(self.device)
         seconds.append(time.perf_counter() - start)
+
+
+def _counter(model: UnitModel, walker: _Walker, images: Tensor) -> tuple[_Walker, Tensor]:
+    """What counts live bytes, and of which images.
+
+    The graph of all units is alive at once: that of a model that is not whole stays on the meta device, where autocast
+    does nothing.
+    """
+    if not any(x.is_meta for unit in walker.units for x in (*unit.parameters(), *unit.buffers())):
+        return walker, images
+    on_meta = copy.deepcopy(model)
+    units = units_of(on_meta)
+    for unit in units:
+        unit.to("meta")
+    return _Walker(units, torch.device("meta"), None), images.to("meta")
+
+
+def _trained(unit: Unit) -> list[nn.Parameter]:
+    return [p for p in unit.parameters() if p.requires_grad]
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -256,12 +257,12 @@ class Pipeline:
         running = self.fed > 0
         return predict_batches(model, batches, count, self.layout, self.world, autocast, running, self.prepare)
 
-    def whole_model(self, model: UnitModel | None = None) -> UnitModel | None:
+    def whole_model(self, model: UnitModel | None = None, scratch: Path | None = None) -> UnitModel | None:
         """The model, or a moving average of it, complete and on the CPU, on the rank that owns the head; else None.
 
-        Every rank calls it.
+        Every rank calls it. A large one lies in files in `scratch`, a folder, where there is one; see `gather`.
         """
-        return whole_model(model or self.model, self.layout, self.world)
+        return whole_model(model or self.model, self.layout, self.world, scratch)
 
     @contextmanager
     def probe(self, every: int = 1) -> Iterator[Probe]:

@@ -19,6 +19,7 @@ from petra_zoo.data.loader import ImageLoader, Reading, Sharding, create_loader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import Classifier, UnitClassifier
+from petra_zoo.models.deferred import Deferred
 from petra_zoo.models.memory_modes import MemoryModes
 from petra_zoo.petra import World
 from petra_zoo.reversible import CoupledUnit, units_of
@@ -77,6 +78,21 @@ def build_model(recipe: Recipe, train: ImageDataset, device: torch.device | str 
     set_image_size(model, recipe.model, size, size)
     freeze(recipe, model, size)
     return model.to(device).to(memory_format=memory_format(recipe))
+
+
+def build_in_parts(recipe: Recipe, train: ImageDataset) -> tuple[UnitClassifier, Deferred | None]:
+    """The same model on the CPU, for a process that will keep a part of it.
+
+    Returns:
+        The zoo's own networks without their large tensors, and what fills them, so that networks larger than a
+        process's memory can be trained; others complete, because their units are still to be checked.
+    """
+    with Deferred.building() as deferred:
+        model = build_model(recipe, train)
+    if type(model).__module__.startswith("petra_zoo."):
+        return model, deferred
+    deferred.fill(model)
+    return model, None
 
 
 def set_streams(recipe: Recipe, model: nn.Module) -> None:

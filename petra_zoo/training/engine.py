@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import UnitClassifier
+from petra_zoo.models.deferred import Deferred
 from petra_zoo.petra import Costs, Layout, Method, Optimization, Pipeline, Profile, Wire, World, find_method, measure
 from petra_zoo.petra.part import Loss
 from petra_zoo.petra.preparing import Prepare
@@ -40,9 +41,8 @@ def profile_for_run(
     given = recipe.split is not None or recipe.stages in (1, units)
     if recipe.balance == "operations" or given or (recipe.balance == "auto" and world.size == 1):
         return None
-    measured = copy.deepcopy(model).to(world.device)
-    autocast = autocast_type(recipe)
-    return measure(measured, recipe.batch_size, preprocessing.input_size, autocast=autocast, fed=torch.uint8)
+    size, autocast = preprocessing.input_size, autocast_type(recipe)
+    return measure(model, recipe.batch_size, size, autocast=autocast, fed=torch.uint8, device=world.device)
 
 
 def share_profile(found: Profile | None, world: World) -> Profile | None:
@@ -59,8 +59,19 @@ def build_pipeline(
     profile: Profile | None = None,
     loss: Loss = F.cross_entropy,
     prepare: Prepare | None = None,
+    deferred: Deferred | None = None,
 ) -> Pipeline:
     """The engine for a recipe.
+
+    Args:
+        recipe: the settings.
+        model: complete, or built by `deferred`.
+        batches_per_epoch: micro-batches of this replica.
+        preprocessing: of its images.
+        world: this process's place; default: alone.
+        profile: measured costs of the units.
+        loss, prepare: as `Pipeline` takes them.
+        deferred: fills the parts of the model that are this rank's; None where it is complete.
 
     Raises:
         UserError: stages, split or the number of processes do not fit the model.
@@ -68,6 +79,9 @@ def build_pipeline(
     up, down = (getattr(torch, name) if name else None for name in (recipe.wire_up, recipe.wire_down))
     world = replace(world or World(device=next(model.parameters()).device), wire=Wire(up, down, recipe.link_timeout))
     method = _method(recipe)
+    layout = lay_out(recipe, model, preprocessing, world.size, profile)
+    if deferred:
+        _fill_own(model, deferred, layout.units_of_rank(world.rank))
     optimization = Optimization(
         optimizer_factory(recipe, model),
         scheduler_factory(recipe, batches_per_epoch),
@@ -77,7 +91,7 @@ def build_pipeline(
     )
     return Pipeline(
         model,
-        lay_out(recipe, model, preprocessing, world.size, profile),
+        layout,
         method=method,
         optimization=optimization,
         loss=loss,
@@ -88,6 +102,14 @@ def build_pipeline(
         graphs=recipe.cuda_graphs,
         on_nonfinite=recipe.on_nonfinite,
     )
+
+
+def _fill_own(model: UnitClassifier, deferred: Deferred, own: Collection[int]) -> None:
+    """Fills what stays in this process: its units, and what belongs to none."""
+    units = units_of(model)
+    here = {module for i in own for module in units[i].modules()}
+    others = {module for unit in units for module in unit.modules()} - here
+    deferred.fill(model, leave=others)
 
 
 def lay_out(

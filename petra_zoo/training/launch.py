@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from torch.distributed import run as torchrun
@@ -15,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 
 from petra_zoo.errors import Failure
+from petra_zoo.evaluation.watch import is_out_of_memory
 from petra_zoo.petra import LinkError, global_rank, world_size
 from petra_zoo.training.ranks import SharedError, SharedFailure
 from petra_zoo.training.stopping import STOPPED, RunStopped
@@ -58,7 +61,8 @@ def launch(processes: int, arguments: Sequence[str], restarts: int = 0) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode in (2, STOPPED):  # the process has said why
             return int(failure.exitcode)
-        what = failure.message.strip().splitlines()[-1] if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        code = failure.exitcode
+        what = f"exit code {code}" if code >= 0 else f"Signal {-code} ({signal.Signals(-code).name})"
         print(f"petra-zoo: rank {rank} failed ({what}); the other ranks were ended", file=sys.stderr)
         return 1
     except (SignalException, KeyboardInterrupt):
@@ -73,10 +77,14 @@ def launch(processes: int, arguments: Sequence[str], restarts: int = 0) -> int:
 def as_worker(work: Callable[[], T]) -> T:
     """Does work of the command line in this process; in one of several, failures are told so that the cause stands out.
 
-    Training that has diverged is said by the rank that found it; a mistake that all of them found by rank 0; a lost
-    neighbour in one line, because it is a consequence; anything else with its traceback, which torch.distributed.run is
-    told too.
+    Training that has diverged or ran out of memory is said by the rank that found it; a mistake that all of them found
+    by rank 0; a lost neighbour in one line, because it is a consequence; anything else with its traceback, which
+    torch.distributed.run is told too.
+
+    Raises:
+        Failure: there is no memory for it; what the work raises.
     """
+    work = partial(_in_memory, work)
     if world_size() == 1:
         try:
             return work()
@@ -106,6 +114,19 @@ def as_worker(work: Callable[[], T]) -> T:
         os._exit(1)  # torch's process group would wait for the neighbour
     assert result is not None  # as it would be of work that leaves with sys.exit(0)
     return result
+
+
+def _in_memory(work: Callable[[], T]) -> T:
+    """Does work; that memory did not suffice is a line, and no traceback."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, LinkError) or not is_out_of_memory(error):
+            raise
+        raise Failure(
+            "out of memory: smaller micro-batches (batch_size, or max_delay with update_size) or more processes "
+            "(--nproc) take less, and petra-zoo plan says how much; what was saved before is kept"
+        ) from error
 
 
 def _leave_note() -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, repeat
@@ -19,11 +20,12 @@ from petra_zoo.data.loader import ImageLoader
 from petra_zoo.data.preprocessing import Preprocessing
 from petra_zoo.device import choose_device, require_compiler
 from petra_zoo.models.classifier import Classifier, UnitClassifier
+from petra_zoo.models.deferred import Deferred
 from petra_zoo.petra import Pipeline, Profile, World
-from petra_zoo.petra.gather import keep_only
-from petra_zoo.reversible import CompileOptions, compile_branches, units_of
+from petra_zoo.reversible import CompileOptions, compile_branches
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import (
+    build_in_parts,
     build_loaders,
     build_model,
     check_batches,
@@ -138,15 +140,18 @@ class _Parts:
     preprocessing: Preprocessing
     loaders: tuple[ImageLoader, ImageLoader]
     profile: Profile | None  # on the rank that measures
+    deferred: Deferred | None  # fills this rank's part of the model; None where it is complete
 
 
 def _build_parts(recipe: Recipe, data: Splits | None, world: World, goes_on: bool) -> _Parts:
     """What depends on no other process."""
     train, val = data or open_data(recipe)
-    # A rank of several builds the whole model on the CPU and keeps its own stages.
-    model = build_model(recipe, train, world.device if world.size == 1 else torch.device("cpu"))
+    model, deferred = (
+        (build_model(recipe, train, world.device), None) if world.size == 1 else build_in_parts(recipe, train)
+    )
     preprocessing = preprocessing_for(recipe, train, model)
-    check_units(recipe, model, preprocessing)
+    if deferred is None:
+        check_units(recipe, model, preprocessing)
     threads = None if goes_on else threads_for(recipe, model, preprocessing.input_size, world.device)
     if threads:  # a run that goes on has taken those that it had
         torch.set_num_threads(threads)
@@ -155,7 +160,8 @@ def _build_parts(recipe: Recipe, data: Splits | None, world: World, goes_on: boo
         check_batches(recipe, loaders[0])
         check_run_length(recipe, len(loaders[0]))
         check_norms(recipe, model, preprocessing)
-    return _Parts(train, model, preprocessing, loaders, profile_for_run(recipe, model, preprocessing, world))
+    profile = profile_for_run(recipe, model, preprocessing, world)
+    return _Parts(train, model, preprocessing, loaders, profile, deferred)
 
 
 def _assemble(
@@ -174,13 +180,10 @@ def _assemble(
     distillation = build_distillation(recipe, teacher, model.num_classes, preprocessing, parts.data, loss)
     loss = distillation.loss if distillation else loss
     transform = BatchTransform(preprocessing, world.device)
-    # Of the whole model: timm asks where the first parameter is, which other ranks leave on the meta device.
-    ema = ModelEmaV3(model, decay=recipe.model_ema_decay) if recipe.model_ema and world.size > 1 else None
-    pipeline = build_pipeline(recipe, model, len(train_loader), preprocessing, world, profile, loss, transform)
-    if ema:
-        keep_only(units_of(ema.module), pipeline.layout.units_of_rank(world.rank), world.device)
-    elif recipe.model_ema:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay)
+    pipeline = build_pipeline(
+        recipe, model, len(train_loader), preprocessing, world, profile, loss, transform, parts.deferred
+    )
+    ema = _moving_average(model, recipe.model_ema_decay, world.device) if recipe.model_ema else None
     return Prepared(
         recipe=recipe,
         name=name,
@@ -197,3 +200,10 @@ def _assemble(
         distillation=distillation,
         schedule=schedule,
     )
+
+
+def _moving_average(model: UnitClassifier, decay: float, device: torch.device) -> ModelEmaV3:
+    """timm's, of a model whose first parameter may be on the meta device, which it asks for its device."""
+    average = ModelEmaV3(torch.nn.Linear(1, 1, device=device), decay=decay)
+    average.module = copy.deepcopy(model).eval()
+    return average

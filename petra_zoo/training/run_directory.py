@@ -145,7 +145,8 @@ class RunDirectory:
         """
         if (name := first_not_finite(model)) is not None:
             raise Failure(f"{name} is not finite: the model is not saved, {self.what_is_kept()}")
-        model = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format)  # safetensors' condition
+        if any(x.device.type != "cpu" or not x.is_contiguous() for x in model.state_dict().values()):
+            model = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format)  # safetensors' condition
         # Else the tag, and the sizes to test at, of other weights: the architecture's.
         others = {"tag": None, "test_input_size": None, "test_crop_pct": None}
         if not self._from_other_weights:  # whoever trained it from nothing has not chosen the architecture's licence

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from petra_zoo.errors import UserError
 from petra_zoo.evaluation.scores import Scores, score
 from petra_zoo.models.classifier import as_classifier
 from petra_zoo.training.adapters import merge_adapters
@@ -30,6 +31,7 @@ def validate(run: Prepared, observer: Observer) -> Scores | None:
 
     Raises:
         Failure: the model or its loss is not finite; it is not saved.
+        UserError: there is no room to save it.
     """
     model = run.ema.module if run.ema else run.model
     average_statistics(model, run.world)
@@ -42,7 +44,11 @@ def validate(run: Prepared, observer: Observer) -> Scores | None:
         predicted = run.pipeline.predict(batches, len(run.val_loader), model)
         scores = score(_telling(alive, predicted), run.model.num_classes)
         run.model.train()
-        whole = run.pipeline.whole_model(model)
+        scratch = observer.directory.path if observer.directory else None
+        try:
+            whole = run.pipeline.whole_model(model, scratch)
+        except OSError as error:
+            raise UserError(f"no room in {scratch} to put the model together: {error.strerror}") from error
         if whole is None:
             return None
         assert isinstance(whole, nn.Module)

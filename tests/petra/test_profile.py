@@ -11,6 +11,7 @@ import torch
 import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.errors import UserError
 from petra_zoo.models import PetraPaperRevNet
+from petra_zoo.models.deferred import Deferred
 from petra_zoo.petra import Profile, measure
 from petra_zoo.reversible import LiveBytes
 
@@ -54,6 +55,26 @@ def test_bytes_of_streams_parameters_and_graphs_are_exact(model: torch.nn.Module
     with LiveBytes() as memory:
         reverse(outputs, gradients, list(units[2].parameters()))
     assert profile.units[2].working_bytes == memory.peak
+
+
+def test_a_network_that_is_not_here_is_measured_unit_by_unit() -> None:
+    torch.manual_seed(0)
+    with Deferred.building(least=500) as deferred:
+        model = PetraPaperRevNet((3, 2), (8, 8), stem_type="cifar", num_classes=10)
+    missing = [name for name, x in model.named_parameters() if x.is_meta]
+    assert missing
+    found = measure(model, 6, (3, 8, 8), repeats=1, device=torch.device("cpu"))
+    assert [name for name, x in model.named_parameters() if x.is_meta] == missing
+    deferred.fill(model)
+    whole = measure(model, 6, (3, 8, 8), repeats=1)
+
+    def sizes(profile: Profile) -> list[tuple[int, ...]]:
+        return [
+            (u.parameter_bytes, u.input_bytes, u.output_bytes, u.graph_bytes, u.working_bytes) for u in profile.units
+        ]
+
+    assert sizes(found) == sizes(whole)
+    assert all(unit.forward > 0 for unit in found.units)
 
 
 @pytest.mark.parametrize("training", [True, False])

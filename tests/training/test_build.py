@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import CoupledUnit, FunctionUnit, Unit
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.training.build import build_model, check_units, open_data, preprocessing_for
+from petra_zoo.training.build import build_in_parts, build_model, check_units, open_data, preprocessing_for
 from tests.training.test_train import QUICK, quick
 
 
@@ -59,6 +59,35 @@ def test_units_that_are_not_the_model_are_refused(
     monkeypatch.setitem(entrypoints, "own", lambda num_classes, **_: Own(num_classes, head, forward))
     with pytest.raises(UserError, match=message):
         quick(tmp_path, model="own", stages=2)
+
+
+def test_a_process_of_several_builds_the_large_tensors_of_its_part_later() -> None:
+    recipe = Recipe(**{**QUICK, "model": "petra_revnet18_cifar"})
+    data, _ = open_data(recipe)
+    model, deferred = build_in_parts(recipe, data)
+    assert deferred is not None
+    missing = {name for name, x in model.named_parameters() if x.is_meta}
+    assert "layer4.1.conv2.weight" in missing
+    whole = build_model(recipe, data)
+    deferred.fill(model)
+    assert all(torch.equal(x, whole.get_parameter(name)) for name, x in model.named_parameters())
+
+
+def test_somebodys_own_network_is_built_whole_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    entrypoints = timm.models._registry._model_entrypoints
+    wide = 2**14  # its head is a large tensor
+    monkeypatch.setattr(Own, "num_features", wide)
+
+    def make(num_classes: int, **_: Any) -> Own:
+        own = Own(num_classes, lambda x: (x,), same)
+        own.head = nn.Linear(wide, num_classes)
+        return own
+
+    monkeypatch.setitem(entrypoints, "own", make)
+    recipe = Recipe(**{**QUICK, "model": "own"})
+    model, deferred = build_in_parts(recipe, open_data(recipe)[0])
+    assert deferred is None
+    assert not any(x.is_meta for x in model.parameters())
 
 
 def test_looking_at_units_draws_no_random_number() -> None:
