@@ -92,6 +92,15 @@ def resolve_source(source: str) -> str:
     return source
 
 
+def check_source(source: str) -> None:
+    """Refuses what names no model, before anything is loaded.
+
+    Raises:
+        UserError: as `resolve_source`; or there is no such model, with the nearest.
+    """
+    _check_known(resolve_source(source), timm.list_models)
+
+
 def run_path(source: str) -> Path:
     """Where a run's model is: the best one's directory, or that of the last one for RUN@last."""
     run = Path(source.removesuffix(f"@{LAST}"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
 import typer
+
+_SEPARATORS = re.compile(r"[\t\r\n]+")  # of plain tables, which a class may have in its name
 
 
 def on_terminal() -> bool:
@@ -20,7 +23,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     if not on_terminal():
         for line in ([title] if title else [], columns, *rows):
             if line:
-                typer.echo("\t".join(line))
+                typer.echo("\t".join(_SEPARATORS.sub(" ", cell) for cell in line))
         return
     from rich import box
     from rich.console import Console

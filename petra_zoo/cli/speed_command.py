@@ -10,6 +10,7 @@ from petra_zoo.cli.completion import complete_model
 from petra_zoo.cli.output import print_table
 from petra_zoo.cli.sizes import image_size
 from petra_zoo.strict_json import to_json
+from petra_zoo.wording import counted
 
 if TYPE_CHECKING:
     from petra_zoo.evaluation.speed import InferenceWay
@@ -44,6 +45,7 @@ def time_model(
     Of inference alone, with images at hand: no reading, no preprocessing. Compiling
     and writing an ONNX file come before the clock starts.
     """
+    from petra_zoo.checkpoints.load import check_source
     from petra_zoo.evaluation.speed import INFERENCE_WAYS, TimingOptions, time_inference
     from petra_zoo.machine import describe_machine, describe_versions
 
@@ -58,6 +60,8 @@ def time_model(
         amp=amp,
         repeats=repeats,
     )
+    for source in sources:  # all of them, before minutes are spent on the first
+        check_source(source)
     found = [row for source in sources for row in time_inference(source, options)]
     machine = describe_machine()
     if as_json:
@@ -78,4 +82,4 @@ def time_model(
             for row in found
         ],
     )
-    typer.echo(f"{machine['processor']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")
+    typer.echo(f"{machine['processor']}, {counted(int(str(machine['threads'])), 'thread')}")

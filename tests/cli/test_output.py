@@ -33,3 +33,8 @@ def test_what_a_terminal_shows_is_no_wider_than_it(
     assert max(map(len, lines)) <= width
     assert any(line.split()[:2] == ["name", "licence"] for line in lines) is is_table
     assert is_table or "  licence apache-2.0, from weights here" in lines
+
+
+def test_a_plain_table_has_a_row_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("class", "share"), [("a cat\nor\ttwo", "1.0"), ("dog", "0.5")])
+    assert capsys.readouterr().out == "class\tshare\na cat or two\t1.0\ndog\t0.5\n"

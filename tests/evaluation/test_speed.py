@@ -61,6 +61,12 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], said: str) ->
     assert done.stderr.count("\n") == 1
 
 
+def test_all_names_are_looked_at_before_the_first_is_timed() -> None:
+    done = petra_zoo("speed", "petra_revnet_tiny", "petra_revnet_tini")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "petra_revnet_tini" in done.stderr
+
+
 def test_a_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(UserError, match="petra_revnet_tini"):
         time_inference("petra_revnet_tini")
