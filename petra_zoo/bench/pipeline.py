@@ -39,8 +39,8 @@ class PipelineStudy(BuiltInStudy):
     kind: ClassVar[str] = "pipeline"
     task: PipelineTask = field(default_factory=PipelineTask)
     ms: tuple[int, ...] = (4, 8)
-    rounds: int = 6
-    updates: int = 2
+    rounds: int = 10
+    updates: int = 1
     memory_processes: tuple[int, ...] = (2, 4)
 
     @classmethod

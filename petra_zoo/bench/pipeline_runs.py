@@ -77,7 +77,7 @@ def measure_speed(job: PipelineJob, world: World) -> JsonObject:
         "images_per_second_best": max(own),
         "over_backprop": median_ratio(own, rates[BASELINE]),
         "of_capacity": median_ratio(own, rates[CAPACITY]),
-        "of_capacity_best": max(own) / max(rates[CAPACITY]),
+        "of_capacity_rounds": [mine / whole for mine, whole in zip(own, rates[CAPACITY], strict=True)],
         "images_per_update": made[job.contender].images,
         "split": _split(made[job.contender]),
     }
