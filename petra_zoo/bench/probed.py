@@ -40,10 +40,13 @@ class _Seen:
 
 
 def probe_table(plan: AccuracyPlan, results: Results) -> str:
-    """Per stage, over all seeds: in the first tenth of training, in its middle tenth and in the last."""
+    """Of the stages that the chart shows, and the last: in the first, the middle and the last tenth of training."""
     rows = []
     for contender in plan.contenders:
+        shown = {*_shown_stages(contender.stages), contender.stages - 1}
         for stage, seen in _by_stage(plan.runs(contender, results)).items():
+            if stage not in shown:
+                continue
             cells = [" / ".join(_shown(_within(seen[name], *part)) for part in _PARTS) for name in _MEASURES]
             rows.append([contender.name, str(stage), *cells])
     measures = [f"{name}, early / middle / late" for name in ("cosine", "norm ratio", "reconstruction error")]
@@ -56,16 +59,21 @@ def probe_chart(plan: AccuracyPlan, results: Results) -> Chart:
     for contender in plan.contenders:
         if not contender.delay:
             continue
-        seen, late = _by_stage(plan.runs(contender, results)), contender.stages - 1  # the last stage's is exact
+        seen, shown = _by_stage(plan.runs(contender, results)), _shown_stages(contender.stages)
         for name, (label, scale) in _MEASURES.items():
             series = []
-            for color, (place, where) in enumerate(_PLACES.items()):
-                stage = place * (late - 1)  # a few stages have none at a quarter
-                if stage in seen and (points := _binned(seen[int(stage)][name])):
-                    series.append(Series(where, color, 0, points))
+            for stage, where in shown.items():
+                if stage in seen and (points := _binned(seen[stage][name])):
+                    series.append(Series(where, list(_PLACES.values()).index(where), 0, points))
             title = contender.name if name == "cosine" else ""
             panels.append(Panel(title, "training, %", label, tuple(series), scale=scale))
     return Chart(tuple(panels), columns=len(_MEASURES))
+
+
+def _shown_stages(stages: int) -> dict[int, str]:
+    """Some of those with a delay, and where they are: a few stages have none at a quarter."""
+    late = max(0, stages - 2)  # the last stage's gradient is exact
+    return {int(place * late): where for place, where in _PLACES.items() if (place * late).is_integer()}
 
 
 def _by_stage(runs: Sequence[Record]) -> dict[int, dict[str, list[_Seen]]]:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from unittest.mock import patch
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -51,10 +51,13 @@ class Deferred(TorchDispatchMode):
     @contextmanager
     def building(cls, least: int = LARGE) -> Iterator[Deferred]:
         """Everything within is built that way."""
-        deferred = cls(least)
-        # safetensors has no lazy one, and timm calls it by this name.
-        with deferred, patch("safetensors.torch.load_file", deferred._load_file):
-            yield deferred
+        deferred, load_file = cls(least), safetensors.torch.load_file
+        safetensors.torch.load_file = deferred._load_file  # it has no lazy one, and timm calls it by this name
+        try:
+            with deferred:
+                yield deferred
+        finally:
+            safetensors.torch.load_file = load_file
         deferred._scratch = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
@@ -119,14 +122,20 @@ class Deferred(TorchDispatchMode):
         generator: torch.Generator | None = None,
         state: Tensor | None = None,
     ) -> None:
-        """Keeps an operation for later, apart from the objects that it was called with: these may change."""
+        """Keeps an operation for later, apart from the objects that it was called with: these may change.
+
+        But large tensors with values are kept as they are, for want of memory: weights of a file that is read at once.
+        """
 
         def kept(x: object) -> object:
-            return x if not isinstance(x, Tensor) else x.detach() if x.is_meta else x.clone()
+            if not isinstance(x, Tensor):
+                return x
+            return x.detach() if x.is_meta else x.clone() if x.numel() < self.least else x
 
         storages = {_storage(x) for x in [*_tensors((args, kwargs)), *made] if x.is_meta}
         args, kwargs, made = tree_map(kept, (args, dict(kwargs), made))
-        step = _Step(next(self._numbers), func, args, kwargs, made, frozenset(storages), generator, state)
+        versions = _versions(args, kwargs)
+        step = _Step(next(self._numbers), func, args, kwargs, made, frozenset(storages), versions, generator, state)
         for storage in storages:
             self._steps.setdefault(storage, []).append(step)
 
@@ -142,12 +151,13 @@ class Deferred(TorchDispatchMode):
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return _view(x, self._scratch.untyped_storage()).zero_()
 
-    def _at_once(self, func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    def _at_once(self, func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Calls a function with the values that its arguments have by now."""
 
         def of(x: object) -> object:
             return self._value(x) if isinstance(x, Tensor) and self.holds(x) else x
 
+        assert not any(self.holds(x) for x in _written(func, args, kwargs))  # together with tensors that have values
         return func(*tree_map(of, args), **tree_map(of, dict(kwargs)))
 
     def _value(self, x: Tensor) -> Tensor:
@@ -193,6 +203,7 @@ class _Step:
         function, args, kwargs: what to call; tensors without values are on the meta device.
         made: what it gave there.
         storages: of the tensors without values that it took or gave.
+        versions: of the tensors with values that it took.
         generator, state: in front of it, where it draws.
     """
 
@@ -202,6 +213,7 @@ class _Step:
     kwargs: Mapping[str, object]
     made: list[Tensor]
     storages: frozenset[int]
+    versions: list[int]
     generator: torch.Generator | None
     state: Tensor | None
 
@@ -211,6 +223,7 @@ class _Step:
         def of(x: object) -> object:
             return _view(x, real[_storage(x)]) if isinstance(x, Tensor) and x.is_meta else x
 
+        assert self.versions == _versions(self.args, self.kwargs)  # else their values are others by now
         args, kwargs = tree_map(of, self.args), tree_map(of, dict(self.kwargs))
         if self.generator is not None and self.state is not None:
             now = self.generator.get_state()
@@ -236,6 +249,10 @@ def _read_into(x: Tensor, filename: str | Path, name: str, dtype: torch.dtype | 
 
 def _tensors(tree: object) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def _versions(args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[int]:
+    return [x._version for x in _tensors((args, dict(kwargs))) if not x.is_meta]
 
 
 def _storage(x: Tensor) -> int:
