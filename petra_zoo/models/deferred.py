@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
+from os import PathLike
 
 import safetensors.torch
 import torch
@@ -178,7 +178,7 @@ class Deferred(TorchDispatchMode):
                 seen |= step.storages
         return [found[number] for number in sorted(found)]
 
-    def _load_file(self, filename: str | Path, device: str | int = "cpu") -> dict[str, Tensor]:
+    def _load_file(self, filename: str | PathLike[str], device: str | int = "cpu", **_: str) -> dict[str, Tensor]:
         """As `safetensors.torch.load_file`, for the CPU; large tensors are read when they are filled."""
         found = {}
         with safe_open(filename, framework="np") as file:
@@ -237,13 +237,13 @@ class _Step:
             real.setdefault(_storage(x), value.untyped_storage())
 
 
-def _read(filename: str | Path, name: str, dtype: torch.dtype | None) -> Tensor:
+def _read(filename: str | PathLike[str], name: str, dtype: torch.dtype | None) -> Tensor:
     """A tensor of a safetensors file. With numpy no memory is taken for the others, which a limit would count."""
     with safe_open(filename, framework="np" if dtype else "pt") as file:
         return torch.from_numpy(file.get_tensor(name)) if dtype else file.get_tensor(name)
 
 
-def _read_into(x: Tensor, filename: str | Path, name: str, dtype: torch.dtype | None) -> None:
+def _read_into(x: Tensor, filename: str | PathLike[str], name: str, dtype: torch.dtype | None) -> None:
     x.copy_(_read(filename, name, dtype))
 
 
