@@ -63,7 +63,10 @@ def probe_chart(plan: AccuracyPlan, results: Results) -> Chart:
         for name, (label, scale) in _MEASURES.items():
             series = []
             for stage, where in shown.items():
-                if stage in seen and (points := _binned(seen[stage][name])):
+                points = _binned(seen[stage][name]) if stage in seen else ()
+                if scale == "log":  # which has no place for what is exact
+                    points = tuple(point for point in points if point.y > 0)
+                if points:
                     series.append(Series(where, list(_PLACES.values()).index(where), 0, points))
             title = contender.name if name == "cosine" else ""
             panels.append(Panel(title, "training, %", label, tuple(series), scale=scale))
