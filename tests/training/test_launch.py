@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
 
-from petra_zoo.training.launch import launch
+from petra_zoo.errors import Failure
+from petra_zoo.training.launch import as_worker, launch
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -69,6 +70,23 @@ def test_a_launched_run_saves_the_bits_of_a_run_in_one_process(tmp_path: Path) -
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     summaries = [(tmp_path / name / "summary.csv").read_text() for name in ("one", "two")]
     assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2.00 GiB", "can't allocate memory: 16 bytes"])
+def test_a_run_that_is_out_of_memory_says_so_in_a_line(words: str) -> None:
+    def work() -> None:
+        raise RuntimeError(words)
+
+    with pytest.raises(Failure, match=r"^out of memory: smaller micro-batches .* what was saved before is kept$"):
+        as_worker(work)
+
+
+def test_other_errors_of_a_run_keep_their_traceback() -> None:
+    def work() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        as_worker(work)
 
 
 def test_the_launcher_needs_no_option_that_torch_2_11_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
