@@ -9,8 +9,8 @@ batch takes as long as its dispatches, and sizes are those of the real thing, th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeGuard, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from petra_zoo.reversible.operands import Operand
-
-_Result = TypeVar("_Result")
+from petra_zoo.reversible.shape_memo import ShapeMemo
 
 
 class LiveBytes(TorchDispatchMode):
@@ -46,20 +45,21 @@ class LiveBytes(TorchDispatchMode):
         self._meta: dict[int, int] = {}  # bytes of those without content, whose size nobody changes
         self._meta_bytes = 0  # their sum: a step on the meta device makes thousands
         self._apart: set[int] = set()
+        self._memo = ShapeMemo()
         for x in apart:
             self._set_apart(x.untyped_storage())
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., _Result],
+        func: torch._ops.OpOverload,
         types: Sequence[type],
         args: tuple[Operand, ...] = (),
         kwargs: dict[str, Operand] | None = None,
-    ) -> _Result:
+    ) -> object:
         for x in tree_iter((args, kwargs)):
             if _is_tensor(x):
                 self._set_apart(x.untyped_storage())  # unless made inside: a batch, a parameter
-        out = func(*args, **(kwargs or {}))
+        out = self._memo.call(func, args, kwargs or {})
         for x in tree_iter(out):
             if _is_tensor(x):
                 self._watch(x.untyped_storage())
