@@ -65,9 +65,9 @@ def measure(
     device = device or first.device
     model = copy.deepcopy(model).train()
     forget_hooks(model)
+    assert isinstance(model, nn.Module)  # which a protocol cannot say
+    model._apply(lambda x: x if x.is_meta else x.to(device))
     units = units_of(model)
-    for unit in units:
-        unit._apply(lambda x: x if x.is_meta else x.to(device))
     walker = _Walker(units, device, autocast)
     channels, height, width = input_size
     size = (int(channels), int(height), int(width))
