@@ -104,7 +104,8 @@ def _in_file(folder: Path, x: Tensor) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".gathering-") as file:
         if x.numel() == 0:
             return _in_memory(x)
-        os.posix_fallocate(file.fileno(), 0, x.nbytes)  # else a full disk would be found where it is written to
+        if hasattr(os, "posix_fallocate"):  # else a full disk would be found where it is written to
+            os.posix_fallocate(file.fileno(), 0, x.nbytes)
         return torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
 
