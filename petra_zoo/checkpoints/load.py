@@ -92,7 +92,7 @@ def resolve_source(source: str) -> str:
     return source
 
 
-def check_source(source: str) -> None:
+def check_named(source: str) -> None:
     """Refuses what names no model, before anything is loaded.
 
     Raises:

@@ -45,7 +45,7 @@ def time_model(
     Of inference alone, with images at hand: no reading, no preprocessing. Compiling
     and writing an ONNX file come before the clock starts.
     """
-    from petra_zoo.checkpoints.load import check_source
+    from petra_zoo.checkpoints.load import check_named
     from petra_zoo.evaluation.speed import INFERENCE_WAYS, TimingOptions, time_inference
     from petra_zoo.machine import describe_machine, describe_versions
 
@@ -61,7 +61,7 @@ def time_model(
         repeats=repeats,
     )
     for source in sources:  # all of them, before minutes are spent on the first
-        check_source(source)
+        check_named(source)
     found = [row for source in sources for row in time_inference(source, options)]
     machine = describe_machine()
     if as_json:

@@ -84,7 +84,7 @@ def test_weights_that_are_plain_attributes_get_gradients() -> None:
             block.conv1.weight = weight * scale
         model(X).square().sum().backward()
         found.append([scale.grad, *gradients(model)])
-    assert worst(*found) < 1e-10
+    assert worst(*found) < 1e-9  # the scale's gradient is a sum that nearly cancels
 
 
 def replica(model: nn.Module) -> nn.Module:
