@@ -73,6 +73,14 @@ def test_a_process_of_several_builds_the_large_tensors_of_its_part_later() -> No
     assert all(torch.equal(x, whole.get_parameter(name)) for name, x in model.named_parameters())
 
 
+def test_any_chain_of_blocks_is_built_whole() -> None:
+    blocks = {"source": "mixer_s32_224", "img_size": 64}
+    recipe = Recipe(**{**QUICK, "model": "petra_any", "model_kwargs": blocks, "img_size": 64})
+    model, deferred = build_in_parts(recipe, open_data(recipe)[0])
+    assert deferred is None
+    assert not any(x.is_meta for x in model.parameters())
+
+
 def test_somebodys_own_network_is_built_whole_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     entrypoints = timm.models._registry._model_entrypoints
     wide = 2**14  # its head is a large tensor
