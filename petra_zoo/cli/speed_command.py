@@ -82,4 +82,6 @@ def time_model(
             for row in found
         ],
     )
-    typer.echo(f"{machine['processor']}, {counted(int(str(machine['threads'])), 'thread')}")
+    threads = machine["threads"]
+    assert isinstance(threads, int)
+    typer.echo(f"{machine['processor']}, {counted(threads, 'thread')}")
