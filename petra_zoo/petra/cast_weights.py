@@ -9,7 +9,7 @@ weights now: one that is called with autocast off keeps its own. Both round alik
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -154,3 +154,9 @@ def _cast_by_autocast(unit: Unit) -> Iterator[tuple[nn.Module, str, nn.Parameter
         for name, p in module._parameters.items():
             if p is not None and p.dtype == torch.float32 and not p.is_meta:
                 yield module, name, p
+
+
+def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[torch.autocast | None]:
+    """Inside, branches compute under autocast to a type; None: as it was outside."""
+    # Without its cache, which would outlive the weights that it has cast.
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)

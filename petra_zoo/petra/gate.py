@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from petra_zoo.petra.finite import pooled
 from petra_zoo.petra.part import StageSettings
 from petra_zoo.petra.waiting import reduce_within
-from petra_zoo.petra.window import average
+from petra_zoo.petra.window import Averaging
 from petra_zoo.petra.world import START_TIMEOUT
 from petra_zoo.reversible import Gradients, Unit
 
@@ -35,8 +35,10 @@ class Gate:
 
     def __init__(self, settings: StageSettings) -> None:
         self.finite, self.across = settings.finite, settings.across
+        self._begins = self.across is not None and not settings.static  # a captured tick has nothing to wait for later
         self._timeout = max(START_TIMEOUT, timedelta(seconds=settings.timeout))  # of the first update
         self._timeout_from_then_on = timedelta(seconds=settings.timeout)
+        self._under_way: Averaging | None = None
 
     @property
     def dropped(self) -> int:
@@ -58,6 +60,17 @@ class Gate:
     def watch(self, norms: Iterable[_BatchNorm]) -> None:
         """Batch norms beside those of the units."""
 
+    def begin_average(self, gradients: list[Tensor], count: int) -> None:
+        """Sends the sums of a window to the other replicas, ahead of `average`: other stages work meanwhile.
+
+        Args:
+            gradients: the sums, which stay as they are until then.
+            count: micro-batches in the window.
+        """
+        if self._begins and self.across is not None and gradients:
+            _divide(gradients, count)
+            self._under_way = Averaging(gradients, self.across)
+
     def average(self, gradients: list[Tensor], count: int, what: str, last: int) -> Tensor | None:
         """Turns the sums of a window into what an update goes by.
 
@@ -69,16 +82,16 @@ class Gate:
         Returns:
             A number, 0-d, that is finite where the update may be made; None where the host knows that it may not.
         """
-        if count > 1:
-            torch._foreach_div_(gradients, float(count))
+        if self._under_way is None:
+            _divide(gradients, count)
         self._average_over_replicas(gradients)
         number = pooled(gradients)
         return number if self.finite.see(number, what, gradients, last, count) else None
 
     def _average_over_replicas(self, gradients: list[Tensor]) -> None:
-        if self.across is not None:
-            average(gradients, self.across, self._timeout)
-            self._timeout = self._timeout_from_then_on
+        if self.across is not None and gradients:
+            (self._under_way or Averaging(gradients, self.across)).finish(self._timeout)
+            self._under_way, self._timeout = None, self._timeout_from_then_on
 
     def state_dict(self) -> dict[str, int] | None:
         """What it counts between two ticks."""
@@ -146,14 +159,17 @@ class SkippingGate(Gate):
     def watch(self, norms: Iterable[_BatchNorm]) -> None:
         self.norms += norms
 
+    def begin_average(self, gradients: list[Tensor], count: int) -> None:
+        """Nothing: what is divided by, and whether at all, the replicas settle when the window is closed."""
+
     def average(self, gradients: list[Tensor], count: int, what: str, last: int) -> Tensor | None:
         kept = self._close(count)
         if isinstance(kept, Tensor):
             torch._foreach_div_(gradients, kept)  # by 0 where there are none: that is no number, and held back
         elif kept == 0:
             return None
-        elif kept > 1:
-            torch._foreach_div_(gradients, float(kept))
+        else:
+            _divide(gradients, kept)
         self._average_over_replicas(gradients)
         number = pooled(gradients)
         if isinstance(kept, Tensor) or number.isfinite():
@@ -222,6 +238,11 @@ def holding_back(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor], 
         yield
     finally:
         del vars(optimizer)["found_inf"]
+
+
+def _divide(sums: list[Tensor], count: int) -> None:
+    if count > 1:
+        torch._foreach_div_(sums, float(count))
 
 
 def _joined(buffers: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 from petra_zoo.errors import UserError
 from petra_zoo.petra.assembly import first_trainable, make_stages, require_all_parameters, require_one_stage_each
 from petra_zoo.petra.capture import CapturedTicks, Graphs, graphs_for
+from petra_zoo.petra.cast_weights import precision
 from petra_zoo.petra.clock import Clock
 from petra_zoo.petra.finite import FiniteCheck, OnNonfinite
 from petra_zoo.petra.gather import keep_only, whole_model
@@ -42,7 +43,6 @@ from petra_zoo.petra.prediction import Batches, predict_batches
 from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
-from petra_zoo.petra.stage import precision
 from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.tick import run_tick
 from petra_zoo.petra.world import World

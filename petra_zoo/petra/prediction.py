@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from petra_zoo.errors import UserError
+from petra_zoo.petra.cast_weights import precision
 from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.links import Wire
 from petra_zoo.petra.messages import Up
 from petra_zoo.petra.preparing import Images, Prepare, fed_streams, prepared_units
 from petra_zoo.petra.process_links import make_links
-from petra_zoo.petra.stage import precision
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from petra_zoo.petra.cast_weights import CastWeights
+from petra_zoo.petra.cast_weights import CastWeights, precision
 from petra_zoo.petra.fifo import Fifo, filled
 from petra_zoo.petra.finite import StreamRanges
 from petra_zoo.petra.gate import gate_for, holding_back
@@ -67,8 +67,8 @@ class Stage:
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: LearningRateSchedule | None = None
         self.rates: Rates | None = None  # where updates can be captured
-        # In flight, by unit: inputs of units without an inverse, in the order of their forwards, 2 (J - 1 - j) of them
-        # between two ticks; residues by micro-batch, of those reversible units that give any.
+        # In flight, by unit: inputs of units without an inverse, in the order of their forwards, 2 (J - 1 - j) of
+        # them between two ticks; residues of reversible units that have any, by micro-batch.
         self.make_fifo = part.fifo
         self.fifos: list[Fifo] = [self.make_fifo() for _ in self.units]
         self.residues: list[dict[int, Residue]] = [{} for _ in self.units]
@@ -109,7 +109,7 @@ class Stage:
 
     def _reverse(self, micro_batch: int, streams: Streams, gradients: Gradients) -> Down:
         """The same from x~_j and delta_{j+1} on."""
-        device, found = _device(gradients), dict[int, Tensor]()
+        device, found = next(g.device for g in gradients if g is not None), dict[int, Tensor]()
         lent = Lent([*streams, *gradients])  # in one process a message is the sender's too
         with self.precision(device):
             for i in reversed(range(self._lowest(), len(self.units))):
@@ -167,7 +167,7 @@ class Stage:
         self.finite.see_ranges(self.ranges, f"stage {self.index}")
         if self.optimizer is None:
             return True
-        gradients = [p.grad for p in self.own_parameters() if p.grad is not None]
+        gradients = self._sums()
         # Looked at before clipping, which would spread one infinite value over all gradients as nan.
         what = f"the gradient of stage {self.index}'s parameters"
         number = self.gate.average(gradients, count, what, self._last_backward)
@@ -185,6 +185,9 @@ class Stage:
     def own_parameters(self) -> list[nn.Parameter]:
         """What the stage trains, each parameter once."""
         return list({id(p): p for group in self.parameters for p in group}.values())
+
+    def _sums(self) -> list[Tensor]:
+        return [p.grad for p in self.own_parameters() if p.grad is not None]
 
     def start_optimizer(self, names: Mapping[int, str]) -> None:
         """Makes optimizer and schedule, where there is something to train.
@@ -334,6 +337,11 @@ class Stage:
         self.window.add(self.own_parameters(), found)
         self.gradients_in_window += 1
         self._last_backward = micro_batch
+        full = self.gradients_in_window == self.settings.optimization.accumulation_steps
+        if (
+            full and self.optimizer and not self.settings.static
+        ):  # in a captured tick there would be nothing to wait for
+            self.gate.begin_average(self._sums(), self.gradients_in_window)
         return Down(micro_batch, inputs if self.sends_streams else (), gradients if self.sends_gradients else ())
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -383,18 +391,8 @@ def leaves(streams: Streams, needs_gradient: bool) -> Streams:
     return tuple(x.detach().requires_grad_(needs_gradient) for x in streams)
 
 
-def precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[torch.autocast | None]:
-    """Inside, branches compute under autocast to a type; None: as it was outside."""
-    # Without its cache, which would outlive the weights that it has cast.
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-
-
 def _collect(found: dict[int, Tensor], parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
     """Adds gradients to those found so far: a parameter may stand in several units of a stage."""
     for p, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             found[id(p)] = found[id(p)].to(p.dtype) + gradient.to(p.dtype) if id(p) in found else gradient
-
-
-def _device(gradients: Gradients) -> torch.device:
-    return next(g.device for g in gradients if g is not None)

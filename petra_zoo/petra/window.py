@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from petra_zoo.petra.waiting import reduce_within
-from petra_zoo.petra.world import START_TIMEOUT
+from petra_zoo.petra.waiting import wait_for
 
 
 class Window:
@@ -69,18 +68,29 @@ class Window:
         return home
 
 
-@torch.no_grad()
-def average(
-    tensors: Sequence[Tensor], group: ProcessGroup, timeout: timedelta = START_TIMEOUT, what: str = "gradients"
-) -> None:
-    """Averages gradients over the replicas of a stage, in one message; or other tensors of one type.
+class Averaging:
+    """The average of tensors of one type over the replicas of a stage, in one message that is under way.
 
-    Raises:
-        LinkError: a replica is silent for longer than the timeout.
+    Args:
+        tensors: become the averages when it has ended, and stay as they are until then.
+        group: the stage's process in each replica.
     """
-    if tensors:
-        flat = torch.cat([x.flatten() for x in tensors])
-        reduce_within(timeout, flat, group, f"rank {dist.get_rank()} waits for the {what} of other replicas")
-        flat /= dist.get_world_size(group)
-        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+        self.tensors, self.group = tensors, group
+        self.flat = torch.cat([x.flatten() for x in tensors])
+        self._work = dist.all_reduce(self.flat, group=group, async_op=True)
+
+    @torch.no_grad()
+    def finish(self, timeout: timedelta, what: str = "gradients") -> None:
+        """Waits until it has ended.
+
+        Raises:
+            LinkError: a replica has gone, or is silent for longer than the timeout (where NCCL does not watch over it).
+        """
+        limit = None if self.flat.is_cuda else timeout
+        wait_for(self._work, limit, f"rank {dist.get_rank()} waits for the {what} of other replicas")
+        self.flat /= dist.get_world_size(self.group)
+        for x, mean in zip(self.tensors, self.flat.split([x.numel() for x in self.tensors]), strict=True):
             x.copy_(mean.view_as(x))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,10 +20,11 @@ from petra_zoo.errors import Failure, UserError
 from petra_zoo.petra import World, join
 from petra_zoo.petra.placement import PlacementError
 from petra_zoo.petra.waiting import wait_for
-from petra_zoo.petra.window import average
+from petra_zoo.petra.window import Averaging
 from petra_zoo.settings.recipe import Recipe
 
 T = TypeVar("T")
+SEEN_WITHIN = 5.0  # seconds, in which a network's file system shows what another machine has written
 HELD_TAG = 192  # apart from the links' messages and those of `petra_zoo.petra.gather`
 
 
@@ -78,6 +83,38 @@ def together(world: World, prepare: Callable[[], T]) -> T:
     return result
 
 
+def require_shared(directory: Path, world: World) -> None:
+    """Makes sure that all processes see one directory: each of them writes its part of a checkpoint there.
+
+    Found at the start, and not when the first checkpoint is lost.
+
+    Raises:
+        UserError: a process does not see what the reporting one has just written there; the first such one.
+        OSError: the directory cannot be written.
+    """
+    if world.alone:
+        return
+    host, mark = world.from_reporter((socket.gethostname(), directory / f".seen-{uuid.uuid4().hex}"))
+    if world.reports:
+        mark.touch()
+
+    def look() -> None:
+        until = time.monotonic() + SEEN_WITHIN
+        while not mark.exists():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{directory} on {host}, where the run is written, is not what {socket.gethostname()} has under "
+                    "that name: choose an output=DIR that all machines share, or checkpoint_every=null"
+                )
+            time.sleep(0.05)
+
+    try:
+        together(world, look)
+    finally:
+        if world.reports:
+            mark.unlink(missing_ok=True)
+
+
 def average_statistics(model: nn.Module, world: World) -> None:
     """Averages running statistics over the replicas, whose batch norms have seen different images.
 
@@ -89,7 +126,8 @@ def average_statistics(model: nn.Module, world: World) -> None:
     world.gather(None)
     running = ("running_mean", "running_var")
     statistics = [x for name, x in model.named_buffers() if name.endswith(running) and not x.is_meta]
-    average(statistics, world.across, timedelta(seconds=world.wire.timeout), "statistics")
+    if statistics:
+        Averaging(statistics, world.across).finish(timedelta(seconds=world.wire.timeout), "statistics")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.observer import ADVICE, Observer
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
-from petra_zoo.training.ranks import SharedFailure, enter, together
+from petra_zoo.training.ranks import SharedFailure, enter, require_shared, together
 from petra_zoo.training.resuming import Start, adopt, find_start, finished_result, remember_launch
 from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
@@ -172,6 +172,8 @@ class Run:
         together(world, lambda: observer.open_directory(start.directory))
         path = world.from_reporter(observer.directory.path if observer.directory else None)
         assert path is not None
+        if self.recipe.checkpoint_every is not None:
+            require_shared(path, world)
         with held_by_this_run(path) if world.reports else nullcontext():
             self.saver = Saver(self.prepared, observer, path)
             if world.reports:

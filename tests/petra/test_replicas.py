@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 
 import petra_zoo  # noqa: F401 - registers the models
 from petra_zoo.petra import World
+from petra_zoo.petra.messages import Down
+from petra_zoo.petra.stage import Stage
 from tests.petra.processes import own_world, run_processes
 from tests.petra.test_pipeline import batches, make_pipeline, sgd
 
@@ -85,3 +88,33 @@ def test_replicas_equal_a_larger_batch_or_ghost_batches(tmp_path: Path) -> None:
         assert error < 1e-9
     for first, second in zip(found[1], found[3], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)), "replicas stay equal"
+
+
+def what_a_tick_does() -> list[str]:
+    """Of a process with four stages of a replica: backwards, and averages that begin, in the order of a full tick."""
+    events: list[str] = []
+    begin, backward = dist.all_reduce, Stage.backward
+
+    def all_reduce(*args: Any, **kwargs: Any) -> Any:
+        events.append("average")
+        return begin(*args, **kwargs)
+
+    def go_backward(stage: Stage, down: Down) -> Down:
+        events.append(f"backward {stage.index}")
+        return backward(stage, down)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "all_reduce", all_reduce)
+        patched.setattr(Stage, "backward", go_backward)
+        torch.manual_seed(0)
+        world = own_world(REPLICAS)
+        pipeline = make_pipeline(make_model("batchnorm2d"), 4, optimizer=sgd(0.02), world=world)
+        for batch in batches(16)[world.replica :: REPLICAS]:
+            events.clear()
+            pipeline.step(*batch)
+    return events
+
+
+def test_a_stages_average_over_replicas_is_under_way_while_the_stages_below_go_backward(tmp_path: Path) -> None:
+    expected = ["average", "backward 2", "average", "backward 1", "average", "backward 0", "average"]
+    assert run_processes(REPLICAS, tmp_path, what_a_tick_does) == [expected] * REPLICAS

@@ -38,8 +38,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(*overrides: list[str]) -> list[subprocess.CompletedProcess[str]]:
-    """One process per list of overrides, started by hand, as on several machines."""
+def run_ranks(*overrides: list[str], places: list[Path] | None = None) -> list[subprocess.CompletedProcess[str]]:
+    """One process per list of overrides, started by hand, as on several machines; each in a place of its own."""
     shared = {"WORLD_SIZE": str(len(overrides)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [
         subprocess.Popen(
@@ -48,6 +48,7 @@ def run_ranks(*overrides: list[str]) -> list[subprocess.CompletedProcess[str]]:
             stderr=subprocess.PIPE,
             text=True,
             env={**ENVIRONMENT, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=places[rank] if places else None,
         )
         for rank, own in enumerate(overrides)
     ]
@@ -70,6 +71,27 @@ def test_a_launched_run_saves_the_bits_of_a_run_in_one_process(tmp_path: Path) -
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     summaries = [(tmp_path / name / "summary.csv").read_text() for name in ("one", "two")]
     assert summaries[0] == summaries[1]
+
+
+def test_processes_that_do_not_see_one_run_directory_end_before_they_train(tmp_path: Path) -> None:
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:  # as two machines with disks of their own, where such a directory may be, too
+        (place / "runs").mkdir(parents=True)
+    done = run_ranks(*(["output=runs/first"] for _ in places), places=places)
+    assert [process.returncode for process in done] == [2, 2]
+    said = "".join(process.stderr for process in done)
+    assert re.search(r"runs/first on \S+, where the run is written, is not what \S+ has under that name", said)
+    assert "epoch" not in done[-1].stdout
+
+
+@pytest.mark.slow
+def test_a_run_without_checkpoints_needs_no_shared_directory(tmp_path: Path) -> None:
+    places = [tmp_path / "here", tmp_path / "there"]
+    for place in places:
+        place.mkdir()
+    done = run_ranks(*(["output=runs/first", "checkpoint_every=null"] for _ in places), places=places)
+    assert [process.returncode for process in done] == [0, 0], done[-1].stderr
+    assert [(place / "runs/first/model.safetensors").exists() for place in places] == [False, True]
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2.00 GiB", "can't allocate memory: 16 bytes"])
