@@ -10,7 +10,7 @@ import typer
 from petra_zoo.cli.output import on_terminal, print_lines, print_table
 from petra_zoo.strict_json import to_json
 
-MOST = 40  # networks in a table: each is built, without content, for its sizes
+MOST = 40  # networks in a table: with another timm than the zoo was made with, each is built for its sizes
 
 
 def list_models(

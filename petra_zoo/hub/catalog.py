@@ -16,7 +16,8 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from petra_zoo.checkpoints.load import FROM_A_CONFIG, load_model, run_path
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import as_unit_classifier, config_of
-from petra_zoo.models.describe import Description, create_meta, describe_model
+from petra_zoo.models.describe import Description, describe_model
+from petra_zoo.models.known_networks import describe_with_memory
 from petra_zoo.models.training_memory import ActivationMemory, activation_memory
 from petra_zoo.strict_json import JsonObject
 
@@ -90,10 +91,8 @@ def look_up(name: str) -> Facts:
         saved = as_unit_classifier(load_model(name, torch.device("cpu")))
         found = replace(describe_model(saved, str(config_of(saved).get("architecture"))), name=name)
         return Facts(found, activation_memory(saved, found.input_size), [], saved=True)
-    model = create_meta(name)
-    network = describe_model(model, name)
     architecture, _, tag = name.partition(".")
-    return Facts(network, activation_memory(model, network.input_size), _tags(f"{architecture}.{tag or '*'}"))
+    return Facts(*describe_with_memory(name), _tags(f"{architecture}.{tag or '*'}"))
 
 
 def pretrained_tags(pattern: str = "*") -> list[Tag]:

@@ -47,7 +47,7 @@ class Entry:
 
 
 def entry(name: str) -> Entry:
-    """Looks a network up; takes some seconds, its memory is computed.
+    """Looks a network up; takes a second or two for each accuracy, whose memory is computed.
 
     Raises:
         UserError: no such network.
