@@ -136,7 +136,9 @@ def set_image_size(model: Classifier, name: str, height: int, width: int) -> Non
     check_image_size(model, name, min(height, width))
     config = get_model_input_config(model)
     resize: Callable[..., None] | None = getattr(model, "set_input_size", None)
-    if resize is None or not config["fixed_input_size"] or tuple(config["input_size"][-2:]) == (height, width):
+    # A network that takes any size has one of its own all the same, which rotary embeddings in its units go by.
+    has_one = config["fixed_input_size"] or getattr(model, "dynamic_img_size", False)
+    if resize is None or not has_one or tuple(config["input_size"][-2:]) == (height, width):
         return
     patch: tuple[int, int] = to_2tuple(model.feature_info[-1]["reduction"])
     if height % patch[0] or width % patch[1]:

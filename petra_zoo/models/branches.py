@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 
 from timm.models.vision_transformer import Block
@@ -67,15 +67,44 @@ def parted_branch(block: nn.Module, name: str, parts: int) -> PartedBranch | Non
     return None if parted is None else parted(block, name, parts)
 
 
+class _Some(MutableMapping[str, nn.Parameter | None]):
+    """Some of a module's own parameters: what somebody puts here is put there, too.
+
+    Args:
+        of: its dict of them.
+        names: which.
+    """
+
+    def __init__(self, of: dict[str, nn.Parameter | None], names: Collection[str]) -> None:
+        self.of, self.names = of, names
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.of[name]
+
+    def __setitem__(self, name: str, p: nn.Parameter | None) -> None:
+        self.of[name] = p
+
+    def __delitem__(self, name: str) -> None:
+        del self.of[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.of if name in self.names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 class _Part(nn.Module):
-    """Some of a block's modules and parameters, under their names and as they are now."""
+    """Some of a block's modules, as they are now, and parameters, which both have."""
 
     def __init__(self, block: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         vars(self)["block"] = block  # beside the modules, of which it is none
         self.training = block.training
         self._modules = {name: module for name, module in block._modules.items() if name in names}
-        self._parameters = {name: p for name, p in block._parameters.items() if name in names}
+        vars(self)["_parameters"] = _Some(block._parameters, frozenset(names))
 
     @property
     def compiled(self) -> CompileOptions | None:

@@ -111,7 +111,8 @@ def example_of(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
         UserError: nobody says.
     """
     if example is not None:
-        return example if isinstance(example, tuple) else (example,)
+        given = example if isinstance(example, tuple) else (example,)
+        return tuple(_as_its_weights(model, x) for x in given)
     if not (getattr(model, "pretrained_cfg", None) or {}).get("input_size"):
         raise UserError(
             f"{type(model).__name__} does not say what it takes: give example=, a tensor of one input, "
@@ -120,6 +121,14 @@ def example_of(model: nn.Module, example: Example | None) -> tuple[Tensor, ...]:
     weight = next(model.parameters())
     size = get_model_input_config(model)["input_size"]  # as it was built, say with img_size=
     return (torch.zeros(1, *size, device=weight.device, dtype=weight.dtype),)
+
+
+def _as_its_weights(model: nn.Module, x: Tensor) -> Tensor:
+    """Numbers in the type of a model's weights, and where they are; anything else as it is."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.to(weight.device, weight.dtype)
 
 
 # -- watching ---------------------------------------------------------------------------------------------------------

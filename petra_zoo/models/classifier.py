@@ -68,7 +68,7 @@ class Classifier(nn.Module):
     feature_info: Sequence[Feature]
     forward_features: Callable[[Tensor], Tensor]
     forward_head: Callable[..., Tensor]
-    get_classifier: Callable[[], nn.Module]
+    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
     reset_classifier: Callable[[int], None]
     set_grad_checkpointing: Callable[[], None]
 
@@ -105,6 +105,12 @@ def as_unit_classifier(model: nn.Module) -> UnitClassifier:
     as_classifier(model)
     assert _has_units(model)
     return model
+
+
+def heads_of(model: Classifier) -> list[nn.Module]:
+    """What gives its logits: one module, or those of each of several heads (distilled networks have two)."""
+    found = model.get_classifier()
+    return list(found) if isinstance(found, tuple) else [found]
 
 
 def config_of(model: nn.Module) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -135,12 +136,14 @@ class ReversibleChains(MemoryModes):
         """Sets g of every chain."""
         for layer in self.coupled_layers():
             layer.set_coupling(coupling)
+        self._is_built_with("coupling", None)  # the state dict has it
 
     @torch.jit.unused
     def set_gain(self, gain: float) -> None:
         """Sets s of every chain."""
         for layer in self.coupled_layers():
             layer.set_gain(gain)
+        self._is_built_with("gain", None)
 
     @torch.jit.unused
     def set_anchors(self, anchor_every: int | Sequence[int]) -> None:
@@ -148,7 +151,7 @@ class ReversibleChains(MemoryModes):
         layers = self.coupled_layers()
         for layer, apart in zip(layers, _one_per_chain(anchor_every, len(layers)), strict=True):
             layer.anchor_every = apart
-        self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": anchor_every}  # for config.json
+        self._is_built_with("anchor_every", anchor_every)
 
     @torch.jit.unused
     def choose_grids(self, images: Tensor, headroom: float = 4.0) -> None:
@@ -213,7 +216,7 @@ class _Made(type):
     """The class of classes that are made here, so that copies and pickles make them again."""
 
 
-_FEATURES = "forward_intermediates"
+_FEATURES, _RESET = "forward_intermediates", "reset_classifier"
 _classes: dict[tuple[type[nn.Module], bool], _Made] = {}
 
 
@@ -228,6 +231,8 @@ def _reversible_class(source: type[nn.Module], passed_by: bool) -> _Made:
         own = {_FEATURES: torch.jit.ignore(_checked_features(source)), "__module__": source.__module__}
         if not passed_by:
             del own[_FEATURES]
+        if hasattr(source, _RESET):
+            own[_RESET] = torch.jit.ignore(_watched_reset(source))
         bases = (ReversibleChains, source)
         _classes[source, passed_by] = _Made(f"Reversible{source.__name__}", bases, own)
     return _classes[source, passed_by]
@@ -246,6 +251,22 @@ def _checked_features(source: type[nn.Module]) -> Callable[..., Given]:
         return inherited(self, *args, **kwargs)
 
     return forward_intermediates
+
+
+def _watched_reset(source: type[nn.Module]) -> Callable[..., None]:
+    """The `reset_classifier` of a class: with another pooling a network may be made of other modules."""
+    inherited: Callable[..., None] = getattr(source, _RESET)
+
+    @functools.wraps(inherited)
+    def reset_classifier(self: ReversibleChains, *args: Given, **kwargs: Given) -> None:
+        inherited(self, *args, **kwargs)
+        assert isinstance(self, nn.Module)
+        try:
+            self._spine = _spine(self, list(self.named_layers()), None)
+        except UserError:  # nobody knows what to call it with: it is one unit
+            self._spine = ("",)
+
+    return reset_classifier
 
 
 copyreg.pickle(_Made, lambda made: (_reversible_class, next(key for key, kind in _classes.items() if kind is made)))

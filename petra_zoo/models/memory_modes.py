@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.reversible import (
     CompileOptions,
     StreamKind,
@@ -16,6 +17,7 @@ from petra_zoo.reversible import (
     compile_branches,
     kept_units,
     needs_plain_path,
+    units_of,
 )
 
 Memory = Literal["reversible", "recompute", "plain"]
@@ -80,8 +82,13 @@ class MemoryModes:
             UserError: no such kind, or one that does not go with exact inversion.
         """
         self._use_streams(streams)
-        arguments = {key: value for key, value in getattr(self, "_model_args", {}).items() if key != "streams"}
-        self._model_args = arguments if streams == "auto" else {**arguments, "streams": streams}  # for config.json
+        self._is_built_with("streams", None if streams == "auto" else streams)
+
+    @torch.jit.unused
+    def _is_built_with(self, name: str, value: Argument | None) -> None:
+        """Notes an argument for timm's config.json, which a network like this one is built by; None: none is needed."""
+        arguments = {key: other for key, other in getattr(self, "_model_args", {}).items() if key != name}
+        self._model_args = arguments if value is None else {**arguments, name: value}
 
     @torch.jit.unused
     def _use_streams(self, streams: StreamKind) -> None:
@@ -93,6 +100,30 @@ class MemoryModes:
         reconstruct = self.memory == "reversible"
         kept = kept_units(units, x) if reconstruct else 0
         return backpropagate(units, (x,), reconstruct=reconstruct, kept=kept)
+
+    @torch.jit.unused
+    def _goes_by_units(self, x: Tensor) -> bool:
+        """Whether a training step stores what its units need, stem and head included, and nothing else."""
+        assert isinstance(self, nn.Module)
+        return (
+            not self._goes_beyond_units("forward_features", "forward_head")
+            and saves_memory(self, x)
+            and self._is_all_in_units()
+        )
+
+    @torch.jit.unused
+    def _is_all_in_units(self) -> bool:
+        """Whether the units have all parameters; a subclass may use some of its own in its stem or head."""
+        if "units" in vars(type(self)):
+            return True
+        assert isinstance(self, nn.Module)
+        known = {id(p) for unit in self._all_units() for p in unit.parameters()}
+        return all(id(p) in known for p in self.parameters())
+
+    @torch.jit.unused
+    def _all_units(self) -> list[Unit]:
+        assert isinstance(self, nn.Module)
+        return units_of(self)
 
     @torch.jit.unused
     def _goes_beyond_units(self, *names: str) -> bool:

@@ -163,7 +163,7 @@ class PetraPaperRevNet(MemoryModes, WeightsType):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x):
+            if self._goes_by_units(x):
                 return self._run(self.units(), (x,))[0]
         return self.forward_head(self.forward_features(x))
 

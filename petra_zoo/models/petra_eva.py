@@ -95,7 +95,19 @@ class PetraEva(ReversibleTransformer, Eva):
         """
         self._check_rotation()
         reads = {} if self.rope is None else {"rope": self.rope}
-        return self._list_units(Portion(self.embed, STEM), Portion(self.forward_head, HEAD), self._rotation, reads)
+        return self._list_units(Portion(self._embed_own, STEM), Portion(self.forward_head, HEAD), self._rotation, reads)
+
+    @torch.jit.unused
+    def _embed_own(self, x: Tensor) -> Tensor:
+        """`embed` of images of the network's own size: blocks that see tokens alone know the grid by nothing else."""
+        own = self.patch_embed.img_size
+        if self.rope is not None and self.dynamic_img_size and own is not None and tuple(x.shape[-2:]) != tuple(own):
+            size, expected = ("x".join(map(str, shape)) for shape in (x.shape[-2:], own))
+            raise UserError(
+                f"units() of this network are for images of {expected}, not {size}: call "
+                f"set_input_size(img_size={tuple(x.shape[-2:])}) first"
+            )
+        return self.embed(x)
 
     @torch.jit.unused
     def _check_rotation(self) -> None:

@@ -25,7 +25,7 @@ from petra_zoo.models.coupled_layer import CoupledLayer
 from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_arguments import Argument, Arguments, from_words
 from petra_zoo.models.layer_parts import Enter, first_stream
-from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
+from petra_zoo.models.memory_modes import Memory, MemoryModes
 from petra_zoo.models.resnet_weights import choose_couplings, couple_weights, has_couplings
 from petra_zoo.models.timm_twins import twin_cfgs
 from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit
@@ -159,8 +159,7 @@ class PetraRevNet(MemoryModes, ResNet):
         """Keeps the streams every so many blocks of each layer's run, in this network and in copies that are saved."""
         for layer, anchor_every in zip(self.coupled_layers(), anchors, strict=True):
             layer.anchor_every = anchor_every
-        if any(anchors):  # timm writes _model_args into config.json
-            self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": list(anchors)}
+        self._is_built_with("anchor_every", list(anchors) if any(anchors) else None)
 
     @torch.jit.unused
     def _use_streams(self, streams: StreamKind) -> None:
@@ -185,6 +184,7 @@ class PetraRevNet(MemoryModes, ResNet):
         values = _one_per_layer(coupling, "coupling")
         for layer, g in zip(self.coupled_layers(), values, strict=False):
             layer.set_coupling(g)
+        self._is_built_with("coupling", None)  # the state dict has it
 
     @torch.jit.ignore
     def init_weights(self, *args: Argument, **kwargs: Argument) -> None:
@@ -229,7 +229,7 @@ class PetraRevNet(MemoryModes, ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
-            if not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x):
+            if self._goes_by_units(x):
                 return self._run_units(self.units(), x)[0]
         return self.forward_head(self.forward_features(x))
 

@@ -110,6 +110,8 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
                 a = x
                 x = b
             x = scripted_merge(x, a, g)
+        elif attn_mask is None and not is_causal:
+            x = self.blocks(x)  # as timm does: a block that somebody has put there may take nothing else
         else:
             x = self.blocks(x, attn_mask, is_causal)
         return self.norm(x)
@@ -143,7 +145,8 @@ class PetraVit(ReversibleTransformer, VisionTransformer):
         options = Intermediates(
             indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict
         )
-        return self._intermediates(self.embed(x), x, options, attn_mask, is_causal)
+        masked = () if attn_mask is None and not is_causal else (attn_mask, is_causal)
+        return self._intermediates(self.embed(x), x, options, *masked)
 
 
 for _source, _builder in (

@@ -97,7 +97,7 @@ class ReversibleSequential(CallsBranches, RunBuffers):
         self.chunks = check_chunks(chunks)
         if chunks > 1 and units != "branch":
             raise UserError(f"chunks={chunks} are of branches: use units='branch'")
-        self.opening = tuple(opening)
+        self.opening = self._named(list(opening))
         self.steps()  # an unknown block is refused at once
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class ReversibleSequential(CallsBranches, RunBuffers):
         steps: list[Step] = []
         in_front = -1  # blocks of this run in front of the block
         for index, (key, block) in enumerate(self._modules.items()):
-            opens = any(block is other for other in self.opening)
+            opens = key in self.opening
             in_front = -1 if opens else in_front + 1
             whole = opens or self.unit_kind != "branch"
             parts: Sequence[tuple[str, Branch]] = [("", block)] if whole else branches_of(block)

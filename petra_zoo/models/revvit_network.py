@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from petra_zoo.errors import UserError
 from petra_zoo.models.layer_arguments import Argument
-from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
+from petra_zoo.models.memory_modes import Memory, MemoryModes
 from petra_zoo.models.revvit_weights import from_published, is_published
 from petra_zoo.models.transformer import Intermediates, OwnParameters, as_asked
 from petra_zoo.models.two_stream_blocks import TwoStreamBlock, TwoStreamBlocks
@@ -146,7 +146,7 @@ class PetraRevViT(MemoryModes, VisionTransformer):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if not torch.jit.is_scripting():  # TorchScript compiles this test away, and the rest with it
-            if attn_mask is None and not is_causal and self._runs_by_units(x):
+            if attn_mask is None and not is_causal and self._goes_by_units(x):
                 return self._forward_units(x)
         return self.forward_head(self.forward_features(x, attn_mask, is_causal))
 
@@ -205,10 +205,6 @@ class PetraRevViT(MemoryModes, VisionTransformer):
     @torch.jit.unused
     def _head(self, *streams: Tensor) -> Streams:
         return (self.forward_head(self.norm(self.blocks.join(*streams))),)
-
-    @torch.jit.unused
-    def _runs_by_units(self, x: Tensor) -> bool:
-        return not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x)
 
     @torch.jit.unused
     def _forward_units(self, x: Tensor) -> Tensor:

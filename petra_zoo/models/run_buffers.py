@@ -55,16 +55,17 @@ class RunBuffers(RunSlices):
         self.grid = grid
         self.kind: str  # TorchScript knows no literals
         self.set_streams(streams)
-        self.asked_for = coupling
+        # As it was built; and what a checkpoint has to say: that, or the last word since then. None: whatever it says.
+        self.asked_for = self._required = coupling
         g = self._checked(1.0 if coupling is None else coupling)
         self._g = BufferReading(g, nearest_coupling)
         self._exponent = BufferReading(FIXED_EXPONENT, float)
         self._saturation = Saturation()
-        weight = next(self.parameters())
+        weight = next(self.parameters(), torch.empty(()))
         self.register_buffer("coupling", torch.full((), g, device=weight.device, dtype=weight.dtype))
         self.register_buffer("exponent", torch.full((), FIXED_EXPONENT, device=weight.device, dtype=torch.int64))
         self.has_gain = has_gain
-        self.asked_for_gain = gain
+        self.asked_for_gain = self._required_gain = gain
         s = check_gain(1.0 if gain is None else gain)
         self._gain = BufferReading(s, nearest_gain)
         if has_gain:
@@ -112,7 +113,7 @@ class RunBuffers(RunSlices):
     def spacing(self, units: int = 1) -> int:
         """Every so many blocks the streams of a run are kept; 0: never.
 
-        That is `anchor_every`, but less where branches compute in 16 bits now (see `inversions_in_a_row`).
+        That is `anchor_every`, but less where the inverse would be off by too much (see `inversions_in_a_row`).
 
         Args:
             units: in a block.
@@ -155,6 +156,7 @@ class RunBuffers(RunSlices):
         with torch.no_grad():
             self.coupling.fill_(self._checked(g))
         self._g.value = g
+        self._required = None if self._required is None else g
 
     @torch.jit.unused
     def _checked(self, g: float) -> float:
@@ -203,6 +205,7 @@ class RunBuffers(RunSlices):
         with torch.no_grad():
             self.gain.fill_(check_gain(s))
         self._gain.value = s
+        self._required_gain = None if self._required_gain is None else s
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.g()  # on the meta device it could not be read any more
@@ -228,8 +231,8 @@ class RunBuffers(RunSlices):
         g = self._loaded(state_dict, prefix + "coupling", self._nearest, error_msgs)
         s = self._loaded(state_dict, prefix + "gain", nearest_gain, error_msgs) if self.has_gain else None
         asked = [
-            (g, self.asked_for, "coupling", " (0: a plain network)"),
-            (s, self.asked_for_gain, "gain", ""),
+            (g, self._required, "coupling", " (0: a plain network)"),
+            (s, self._required_gain, "gain", ""),
         ]
         for value, wanted, name, note in asked:
             if wanted is not None and value is not None and value != wanted:

@@ -20,7 +20,7 @@ from petra_zoo.errors import UserError
 from petra_zoo.models.grids import choose_grids
 from petra_zoo.models.layer_arguments import Argument
 from petra_zoo.models.layer_parts import first_stream
-from petra_zoo.models.memory_modes import Memory, MemoryModes, saves_memory
+from petra_zoo.models.memory_modes import Memory, MemoryModes
 from petra_zoo.models.reversible_sequential import ReversibleSequential, Units
 from petra_zoo.reversible import FunctionUnit, StreamKind, Streams, Unit
 
@@ -93,8 +93,9 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         Raises:
             UserError: the source is of another class.
         """
-        if type(source) not in cls.__mro__:
-            raise UserError(f"{cls.__name__} is no {type(source).__name__} with coupled blocks")
+        timms = (kind for kind in cls.__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, MemoryModes))
+        if type(source) is not (of := next(timms)):
+            raise UserError(f"{cls.__name__} is a {of.__name__} with coupled blocks, and no {type(source).__name__}")
         model = copy.deepcopy(source)
         model.__class__ = cls
         assert isinstance(model, cls)
@@ -156,19 +157,20 @@ class ReversibleTransformer(MemoryModes, nn.Module):
     def set_coupling(self, coupling: float) -> None:
         """Sets g, a multiple of 1/256 in [0, 1]; the gain stays as it is."""
         self.coupled_blocks().set_coupling(coupling)
+        self._is_built_with("coupling", None)  # the state dict has it
 
     @torch.jit.unused
     def set_gain(self, gain: float) -> None:
         """Sets s, which scales the branches of all blocks but the first."""
         self.coupled_blocks().set_gain(gain)
+        self._is_built_with("gain", None)
 
     @torch.jit.unused
     def set_anchors(self, anchors: Sequence[int]) -> None:
         """Keeps the streams every so many blocks of each run, in this network and in copies that are saved."""
         for layer, anchor_every in zip(self.coupled_layers(), anchors, strict=True):
             layer.anchor_every = anchor_every
-        if any(anchors):  # timm writes _model_args into config.json
-            self._model_args = {**getattr(self, "_model_args", {}), "anchor_every": anchors[0]}
+        self._is_built_with("anchor_every", anchors[0] or None)
 
     @torch.jit.ignore
     def set_memory(self, memory: Memory) -> None:
@@ -242,15 +244,6 @@ class ReversibleTransformer(MemoryModes, nn.Module):
     @torch.jit.unused
     def _named(self, names: Sequence[str]) -> dict[str, nn.Module]:
         return {name: module for name in names if (module := getattr(self, name, None)) is not None}
-
-    @torch.jit.unused
-    def _goes_by_units(self, x: Tensor) -> bool:
-        """Whether a training step stores what its units need, stem and head included, and nothing else."""
-        return not self._goes_beyond_units("forward_features", "forward_head") and saves_memory(self, x)
-
-    @torch.jit.unused
-    def _all_units(self) -> list[Unit]:
-        raise NotImplementedError
 
     @torch.jit.unused
     def _by_units(self, x: Tensor) -> Argument:

@@ -76,9 +76,10 @@ torch.fx.wrap("saturated")
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, grid: float, most: float, saturation: Saturation | None) -> Tensor:
-        steps = (x / grid).round_()  # `rounded`, in one tensor
+        # `rounded`, in one tensor; float16 holds what is in range, but not how many steps it is.
+        steps = (x.float() if x.dtype == torch.float16 else x).div(grid).round_()
         in_range = saturation is not None and saturation.note(largest_of(steps), grid, most)
-        return (steps if in_range else steps.clamp_(-most, most)).mul_(grid)
+        return (steps if in_range else steps.clamp_(-most, most)).mul_(grid).to(x.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:

@@ -57,7 +57,9 @@ def _has_hooks_or_loose_weights(module: nn.Module) -> bool:
             return True
         values = vars(m).values()
         if not _NO_TENSORS.issuperset(map(type, values)):  # else done without a look at each
-            if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            loose = [name for name, value in vars(m).items() if isinstance(value, Tensor) and value.requires_grad]
+            if loose:
+                _say_that_it_is_stored(m, loose[0])
                 return True
     return False
 
@@ -65,6 +67,18 @@ def _has_hooks_or_loose_weights(module: nn.Module) -> bool:
 def carries_hook(m: nn.Module) -> bool:
     """Whether a module has a hook of its own that a call would run."""
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _say_that_it_is_stored(m: nn.Module, name: str) -> None:
+    """Says once for a class that nothing is saved, and why; of DataParallel's replicas everybody knows."""
+    if vars(m).get("_is_replica") or (type(m), name) in _told:
+        return
+    _told.add((type(m), name))
+    logging.getLogger("petra_zoo").warning(
+        f"{type(m).__name__} holds a tensor with gradients in its attribute {name!r}, which no recomputation knows: "
+        "activations are stored. A loss that a block adds should leave it as an output, or train with "
+        "memory='plain' from the first step on"
+    )
 
 
 @torch.compiler.assume_constant_result  # runs while torch.compile traces, so it is said once per compilation
@@ -77,3 +91,4 @@ def _say_that_compile_stores() -> bool:
 
 
 _said = False
+_told = set[tuple[type[nn.Module], str]]()

@@ -252,10 +252,12 @@ class StreamType:
 
 
 FLOAT_STREAMS = StreamType()
-# By how much inverses may multiply a rounding until branches in 16 bits make noise of it that counts beside their own,
-# and how many there may be in a row, for that noise adds up as well (benchmarks/exact: bfloat16; float16 by its bits).
-_ERROR_BORNE = {torch.bfloat16: 2.0**12, torch.float16: 2.0**15}
-_MOST_IN_A_ROW = 8
+# By how much inverses may multiply a rounding between two anchors. In 16 bits until a branch makes noise of it that
+# counts beside its own, and how many inverses there may be in a row, for that noise adds up as well (benchmarks/exact:
+# bfloat16; float16 by its bits). In float32 and float64 until a gradient is off by about a thousandth of what it is.
+_ERROR_BORNE = {torch.bfloat16: 2.0**12, torch.float16: 2.0**15, torch.float32: 2.0**14, torch.float64: 2.0**43}
+_ERROR_BORNE_BY_STREAMS = 2.0  # in bfloat16 themselves
+_MOST_IN_A_ROW = {torch.bfloat16: 8, torch.float16: 8}
 
 
 def rectifies(activate: Callable[[Tensor], Tensor]) -> bool:
@@ -311,12 +313,12 @@ def compute_type(module: nn.Module) -> torch.dtype | None:
 
 
 def inversions_in_a_row(g: float, streams: StreamType, computes: torch.dtype | None) -> int | None:
-    """How many units can be inverted from one another's outputs where branches compute in 16 bits; None: any number.
+    """How many units can be inverted from one another's outputs; None: any number.
 
-    In float32 an inverse is off by a rounding error divided by g, and all of them by 1/g per unit. A branch in 16 bits
-    of an activation that is off by so little rounds differently in places: it is off by its own rounding at once, and
-    behind a few units at a small g there is as much noise as gradient. On a grid nothing is off, and at g = 1 nothing
-    grows.
+    An inverse divides by g what b' is off by and what the branch is off by for it: up to 1 + 1/g per unit. A branch in
+    16 bits of an activation that is off by a little rounds differently in places: it is off by its own rounding at
+    once, which the next inverses divide by g, and behind a few units at a small g there is as much noise as gradient.
+    On a grid nothing is off, and at g = 1 nothing grows.
 
     Args:
         g: the coupling.
@@ -325,7 +327,10 @@ def inversions_in_a_row(g: float, streams: StreamType, computes: torch.dtype | N
     """
     if computes is None or computes not in _ERROR_BORNE or streams.on_grid or not 0.0 < g < 1.0:
         return None
-    return min(_MOST_IN_A_ROW, max(1, math.floor(math.log2(_ERROR_BORNE[computes]) / -math.log2(g))))
+    borne = _ERROR_BORNE_BY_STREAMS if streams.kind == "bfloat16" else _ERROR_BORNE[computes]
+    growth = 1 / g if computes in _MOST_IN_A_ROW else 1 + 1 / g
+    bearable = max(1, math.floor(math.log(borne) / math.log(growth) + 1e-9))
+    return min(bearable, _MOST_IN_A_ROW.get(computes, bearable))
 
 
 def weight_of(module: nn.Module) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier
+from petra_zoo.models.classifier import Classifier, heads_of
 from petra_zoo.models.run_buffers import RunBuffers
 from petra_zoo.settings.recipe import Recipe
 
@@ -47,8 +47,8 @@ def add_adapters(recipe: Recipe, model: Classifier, image_size: int) -> None:
         target_modules="|".join(map(re.escape, names)),
     )
     inject_adapter_in_model(config, model)  # freezes everything else
-    for p in model.get_classifier().parameters():
-        p.requires_grad_(True)
+    for head in heads_of(model):
+        head.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -79,8 +79,8 @@ def _is_adapted(module: nn.Module) -> TypeGuard[_Adapted]:
 
 def _layers_to_adapt(recipe: Recipe, model: Classifier, image_size: int) -> list[str]:
     """Names of layers: those asked for, else all in reversible blocks."""
-    asked, head = recipe.lora_targets, set(model.get_classifier().modules())
-    possible = {name: module for name, module in _adaptable(model) if module not in head}
+    asked, heads = recipe.lora_targets, {module for head in heads_of(model) for module in head.modules()}
+    possible = {name: module for name, module in _adaptable(model) if module not in heads}
     called = _called(possible.values(), model, (1, recipe.in_chans, image_size, image_size))
     if asked is None:
         blocks = {module for run in model.modules() if isinstance(run, RunBuffers) for module in run.modules()}

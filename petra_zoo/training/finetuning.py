@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.data.labels import all_named, names_of, positions
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier
+from petra_zoo.models.classifier import Classifier, heads_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.adapters import adapted_layers, add_adapters
 
@@ -75,7 +75,7 @@ def arrange_head(model: Classifier, class_names: Sequence[str]) -> None:
     rows = [next(left) if row is None else row for row in found]
     if rows == list(range(len(rows))) or all(row is None for row in found):
         return
-    for parameter in model.get_classifier().parameters():
+    for parameter in (p for head in heads_of(model) for p in head.parameters()):
         parameter.copy_(parameter[rows])
 
 
@@ -91,7 +91,7 @@ def freeze(recipe: Recipe, model: Classifier, image_size: int) -> None:
         UserError: the model has no such part, or nothing is left to train.
     """
     if recipe.freeze == BACKBONE:
-        head = {id(p) for p in model.get_classifier().parameters()}
+        head = {id(p) for module in heads_of(model) for p in module.parameters()}
         for p in model.parameters():
             p.requires_grad_(id(p) in head)
         keep_statistics(model)

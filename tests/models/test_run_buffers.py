@@ -98,12 +98,26 @@ def test_below_1_streams_are_kept_every_few_blocks_where_branches_compute_in_16_
     assert spacing == {1: 8, 2: 6, 3: 4, 5: 2}
 
 
+def test_below_1_they_are_kept_where_the_error_of_a_longer_row_would_count() -> None:
+    spacing = {bits: anchors(2.0**-bits, autocast=False)[0] for bits in (2, 3, 5, 8)}
+    assert spacing == {2: 6, 3: 4, 5: 2, 8: 1}
+    assert anchors(0.5, autocast=False) == [8]
+    assert anchors(0.25, autocast=False, anchor_every=5) == [5, 10]
+    assert set(anchors(0.5, autocast=False, streams="bfloat16")) == set(range(1, 12))
+
+
+def test_a_float64_network_is_inverted_further() -> None:
+    blocks = [nn.Linear(4, 4).double() for _ in range(24)]
+    units, _ = ReversibleSequential(blocks, coupling=0.25).units("blocks")
+    assert [i for i, unit in enumerate(units) if unit.anchor] == [18]
+
+
 @pytest.mark.parametrize(
     ("g", "autocast", "kwargs"),
     [
         (1.0, True, {}),
         (0.0, True, {}),
-        (0.25, False, {}),
+        (0.25, False, {"exact": True}),
         (0.25, True, {"exact": True}),
         (0.25, True, {"streams": "fixed16"}),
     ],
@@ -114,7 +128,7 @@ def test_elsewhere_they_are_kept_as_often_as_is_asked_for(g: float, autocast: bo
 
 
 def test_a_pipeline_keeps_them_as_its_autocast_asks() -> None:
-    model = tiny(coupling=1 / 64).train()
+    model = tiny(coupling=1 / 64).double().train()  # which inverts further than 16 bits do
     kept = []
     for autocast in (None, torch.bfloat16):
         pipeline = Pipeline(model, [len(model.units())], method="reversible", autocast=autocast)

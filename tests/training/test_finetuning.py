@@ -15,7 +15,7 @@ from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import load_recipe, make_recipe
 from petra_zoo.training.build import build_model, open_data, preprocessing_for
 from petra_zoo.training.engine import build_pipeline
-from petra_zoo.training.finetuning import start_lines
+from petra_zoo.training.finetuning import freeze, start_lines
 from petra_zoo.training.run import train
 from tests.cli.test_main import petra_zoo
 from tests.hub.saved_models import DIGITS, save
@@ -248,3 +248,15 @@ def test_what_is_frozen_survives_a_copy(tmp_path: Path) -> None:
     _, model = build(freeze_bn=True)
     twin = copy.deepcopy(model).train()
     assert not any(m.training for m in twin.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("changes", [{"freeze": "backbone"}, {"lora_rank": 2}])
+def test_both_heads_of_a_distilled_network_are_trained(changes: dict[str, Any]) -> None:
+    if "lora_rank" in changes:
+        pytest.importorskip("peft")
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("petra_deit_tiny_distilled_patch16_224", **sizes)
+    recipe = Recipe(model="petra_deit_tiny_distilled_patch16_224", dataset="shapes", img_size=16, **changes)
+    freeze(recipe, model, 16)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
