@@ -67,6 +67,7 @@ class CapturedTick:
             self.before.restore(self.pipeline.links)
             raise
         self.after = HostSide.of(self.pipeline.stages, self.pipeline.links)
+        self.went_backward = [(stage, stage.last_backward) for stage in self.pipeline.stages]
         return self._do(fed)
 
     def finds_gradients(self) -> bool:
@@ -81,6 +82,8 @@ class CapturedTick:
             stage.updates += updates - earlier
         for message, number in self.after.numbers:
             message.micro_batch = number + fed.micro_batch - self.fed
+        for stage, number in self.went_backward:
+            stage.last_backward = number + fed.micro_batch - self.fed
         for ring in self.places.rings:
             ring.turn()
         if not again:

@@ -16,6 +16,9 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 WeightPrediction = Literal["none", "head", "backward"]
 
 
+_HOW_IT_COMPUTES = ("capturable", "foreach", "fused", "differentiable")
+
+
 class StepSchedule(Protocol):
     """A learning-rate schedule as torch has it: told of every update."""
 
@@ -83,9 +86,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Restores what `optimizer_state` gave, types included: torch casts to those of the parameters."""
-    functions = [{key: x for key, x in group.items() if callable(x)} for group in optimizer.param_groups]
-    groups = [{**group, **made} for group, made in zip(state["param_groups"], functions, strict=False)]
+    """Restores what `optimizer_state` gave, types included: torch casts to those of the parameters.
+
+    How a step is computed stays this optimizer's own: the state may have come from another device.
+    """
+    own = [
+        {key: x for key, x in group.items() if callable(x) or key in _HOW_IT_COMPUTES}
+        for group in optimizer.param_groups
+    ]
+    groups = [{**group, **made} for group, made in zip(state["param_groups"], own, strict=False)]
     optimizer.load_state_dict({**state, "param_groups": groups})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [n for group in state["param_groups"] for n in group["params"]]

@@ -13,6 +13,7 @@ from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from petra_zoo.errors import UserError
 from petra_zoo.petra.clock import Clock
@@ -93,6 +94,7 @@ def restore(pipeline: Running, state: PipelineState) -> None:
         if its != mine:
             raise UserError(f"the state is of a pipeline with {key}={its}, this one has {key}={mine}")
     clock, layout, links = pipeline.clock, pipeline.layout, pipeline.links
+    state = _on_device(state, pipeline.world.device)
     clock.tick, clock.fed, pipeline.fed = state["tick"], dict(state["feeds"]), state["fed"]
     load_tensors(shared_tensors(pipeline.model), state["shared"])
     for stage in pipeline.stages:  # before what they keep: graphs in flight are built of these modules
@@ -113,6 +115,19 @@ def restore(pipeline: Running, state: PipelineState) -> None:
     for stage in pipeline.stages:
         stage.load_state_dict(state["stages"][stage.index])
         stage.ranges.forget()
+
+
+def _on_device(state: PipelineState, device: torch.device) -> PipelineState:
+    """What a state has in flight, on the device that goes on with it: a file gives all of it on the CPU.
+
+    Weights and what an optimizer keeps are copied into what is there already.
+    """
+
+    in_flight = {j: {**own, "optimizer": None} for j, own in state["stages"].items()}
+    stages, sent = tree_map_only(Tensor, lambda x: x.to(device), (in_flight, state["sent"]))
+    for j, own in state["stages"].items():
+        stages[j]["optimizer"] = own["optimizer"]
+    return {**state, "stages": stages, "sent": sent}
 
 
 def not_finite_in(state: PipelineState, *, in_flight: bool) -> str | None:

@@ -78,7 +78,7 @@ class Stage:
         self.finite = settings.finite
         self.ranges = StreamRanges(self.units, self.finite)
         self.gate, self.scale = gate_for(self.units, settings), scale_for(settings.autocast)
-        self._last_backward = 0  # its micro-batch
+        self.last_backward = 0  # its micro-batch
 
     # -- one tick: forward of a young micro-batch, backward of an old one, update ---------------------------------
 
@@ -170,7 +170,7 @@ class Stage:
         gradients = self._sums()
         # Looked at before clipping, which would spread one infinite value over all gradients as nan.
         what = f"the gradient of stage {self.index}'s parameters"
-        number = self.gate.average(gradients, count, what, self._last_backward)
+        number = self.gate.average(gradients, count, what, self.last_backward)
         if number is None:
             self.optimizer.zero_grad(set_to_none=True)
             return False
@@ -336,7 +336,7 @@ class Stage:
         found, gradients = self.gate.let_in(found, gradients)
         self.window.add(self.own_parameters(), found)
         self.gradients_in_window += 1
-        self._last_backward = micro_batch
+        self.last_backward = micro_batch
         full = self.gradients_in_window == self.settings.optimization.accumulation_steps
         if (
             full and self.optimizer and not self.settings.static

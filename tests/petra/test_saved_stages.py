@@ -10,6 +10,7 @@ import pytest
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from petra_zoo.checkpoints.packing import from_safetensors, to_safetensors
 from petra_zoo.checkpoints.pipeline_files import from_files, to_files
@@ -44,7 +45,10 @@ def pipeline_of(world: World | None, case: Case) -> Pipeline:
     model = make_model(torch.float32, drop_rate=0.1, drop_path_rate=0.2, coupling=[1.0, 0.5, 0.0, 1.0])
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    world = replace(world or World(), wire=Wire(torch.bfloat16, torch.bfloat16 if channels_last else None))
+    world = world or World()
+    if world.device.type == "meta":
+        model = model.to(world.device)
+    world = replace(world, wire=Wire(torch.bfloat16, torch.bfloat16 if channels_last else None))
     return make_pipeline(model, 4, method=method, world=world, **options)
 
 
@@ -165,3 +169,29 @@ def test_the_state_of_an_optimizer_around_another_is_restored() -> None:
         first.step()
         second.step()
     assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case[0])
+def test_what_is_in_flight_goes_on_where_the_pipeline_computes(case: Case, tmp_path: Path) -> None:
+    """Files give all of it on the CPU; the meta device stands for a GPU."""
+    pipeline = pipeline_of(None, case)
+    run(pipeline, feed(False)[:SAVED_BEHIND])
+    files, elsewhere = saved(pipeline), pipeline_of(World(device=torch.device("meta")), case)
+    load(elsewhere, files, tmp_path)
+    state = elsewhere.state_dict()
+    kept = [(own["gradients"], own["in_flight"]) for own in state["stages"].values()]
+    tensors = [x for x in tree_leaves([kept, state["sent"]]) if isinstance(x, Tensor)]
+    assert len(tensors) > 10
+    assert {x.device.type for x in tensors} == {"meta"}
+
+
+def test_an_optimizer_goes_on_by_the_ways_of_its_own_device() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = torch.optim.NAdam([p])
+    optimizer.step()
+    state = copy.deepcopy(optimizer_state(optimizer))
+    state["param_groups"][0]["capturable"] = True  # as it is on a GPU
+    load_optimizer(optimizer, state)
+    optimizer.step()
+    assert optimizer.param_groups[0]["capturable"] is False
