@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from petra_zoo.errors import UserError
 from petra_zoo.petra.channels import Channels, open_channels
 from petra_zoo.petra.links import LinkError, Wire
+from petra_zoo.petra.meeting import fresh_store
 from petra_zoo.petra.placement import Placement, Surroundings, exchange_places
 
 T = TypeVar("T")
@@ -175,8 +176,7 @@ def _meet(device: torch.device, rank: int, size: int) -> Placement:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))  # SLURM and MPI say it otherwise
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        # A launcher that starts its workers again keeps its store, and in it where those before them were to be found.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = fresh_store(store, rank, size, START_TIMEOUT)
         placement = Placement.of(exchange_places(store, rank, size, Surroundings.here(device), START_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if placement.nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
@@ -185,7 +185,7 @@ def _meet(device: torch.device, rank: int, size: int) -> Placement:
         taken = "EADDRINUSE" in str(error) or "in use" in str(error)
         what = "is in use: set MASTER_PORT to a free port on every rank" if taken else f"cannot be reached: {error}"
         raise UserError(f"the rendezvous at {address} {what}") from error
-    except dist.DistStoreError as error:
+    except (dist.DistStoreError, TimeoutError) as error:
         raise UserError(
             f"not all of the {size} processes have come within {START_TIMEOUT}: start as many, with the same "
             "MASTER_ADDR and MASTER_PORT"
