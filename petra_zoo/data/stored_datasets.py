@@ -2,12 +2,14 @@
 
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
 from timm.data.readers import set_img_extensions
@@ -67,15 +69,33 @@ def open_digits(split: Split) -> ArrayDataset:
     return ArrayDataset(images, digits.target[index], names, mean=(0.305,) * 3, std=(0.376,) * 3)
 
 
+@contextmanager
+def _one_download_at_a_time(data_dir: Path | None, download: bool) -> Iterator[None]:
+    """Inside, of all processes that fetch into a folder one does, and the others find what it has fetched."""
+    lock = FileLock(data_dir / ".download.lock") if download and data_dir else None
+    if lock and data_dir:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError:  # not writable: nothing is fetched there, and what is there may do
+            lock = None
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
 def open_cifar(name: str, split: Split, data_dir: Path, *, download: bool, verify: bool = True) -> ArrayDataset:
     """Opens CIFAR-10 or CIFAR-100 from the folder torchvision keeps it in; `val` is the official test set."""
     kind = CIFAR[name] if verify else _without_checksums(CIFAR[name])
     try:
-        source = kind(data_dir, train=split == "train", download=download)
+        with _one_download_at_a_time(data_dir, download):
+            source = kind(data_dir, train=split == "train", download=download)
     except RuntimeError as error:  # torchvision says so when a file is missing or its checksum is wrong
-        raise DataError(
-            f"no complete {name} in {data_dir} (expected {data_dir / kind.base_folder}); set dataset_download=true"
-        ) from error
+        folder = data_dir / kind.base_folder
+        fix = f"what was fetched is damaged: remove {folder}" if download else "set dataset_download=true"
+        raise DataError(f"no complete {name} in {data_dir} (expected {folder}); {fix}") from error
     mean, std = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     if name == "cifar100":
         mean, std = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -151,7 +171,8 @@ class TimmDataset(ImageDataset):
         set_img_extensions(sorted(image_endings()))  # else its folders lose what is neither PNG nor JPEG without a word
         try:
             root = None if data_dir is None else str(data_dir)
-            source = create_dataset(name, root=root, split=split_name, download=download)
+            with _one_download_at_a_time(data_dir, download):
+                source = create_dataset(name, root=root, split=split_name, download=download)
         except Exception as error:  # whatever timm, torchvision, datasets or the network raises
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"timm cannot open data set '{name}', split '{split_name}': {reason}") from error

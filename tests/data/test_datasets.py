@@ -3,6 +3,7 @@
 import builtins
 import pickle
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 from torchvision.datasets import CIFAR10
 
+from petra_zoo.data import stored_datasets
 from petra_zoo.data.datasets import DATASETS, DataError, ImageDataset, open_dataset, register_dataset
 from petra_zoo.data.drawn_datasets import ShapesDataset
 from petra_zoo.errors import UserError
@@ -316,3 +318,35 @@ def test_a_registered_data_set_that_needs_a_folder_says_so() -> None:
 def test_a_variant_that_does_not_exist_is_unknown(name: str) -> None:
     with pytest.raises(DataError, match=f"unknown data set '{name}'"):
         open_dataset(name, "train")
+
+
+def test_of_processes_that_fetch_into_one_folder_one_does_at_a_time(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    def fetch() -> None:
+        nonlocal inside, most
+        with stored_datasets._one_download_at_a_time(tmp_path / "data", True):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert most == 1
+
+
+def test_data_that_were_fetched_and_are_damaged_say_what_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Dataset not found or corrupted.")
+
+    monkeypatch.setattr(stored_datasets.CIFAR["cifar10"], "__init__", damaged)
+    with pytest.raises(DataError, match=r"what was fetched is damaged: remove .*cifar-10-batches-py"):
+        open_dataset("cifar10", "train", data_dir=tmp_path, download=True)
+    with pytest.raises(DataError, match="set dataset_download=true"):
+        open_dataset("cifar10", "train", data_dir=tmp_path)
