@@ -80,9 +80,10 @@ class Laboratory:
         return self._two_of_which(rank, tick, signal.SIGKILL)
 
     def freeze(self, seed: int) -> JsonObject:
-        """Freezes one of two processes: the other ends by itself."""
+        """Freezes one of two processes behind a save: the other ends by itself, at the next message of a tick."""
         draw = random.Random(seed)
-        tick, rank = draw.randrange(2, TICKS + 1), draw.randrange(2)
+        first = (TICKS - 1) // EVERY * EVERY - EVERY + 1  # late: until 2 J + k ticks are over, it waits for minutes
+        tick, rank = draw.randrange(first, first + EVERY - 1), draw.randrange(2)
         return self._two_of_which(rank, tick, signal.SIGSTOP)
 
     def stop(self, seed: int) -> JsonObject:

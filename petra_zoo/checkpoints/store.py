@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 from petra_zoo.checkpoints.disk import Disk
@@ -126,6 +127,25 @@ class Store:
             except CheckpointError as error:
                 _log.warning("checkpoint %s is passed over: %s", name, error)
         return None
+
+    def set_aside_behind(self, name: str) -> list[str]:
+        """Takes later checkpoints than one out of the way of a run that goes on from it: they are of another future.
+
+        Nothing is lost: they keep their files, under names that no run goes on from and none removes.
+
+        Returns:
+            What they are called now.
+
+        Raises:
+            OSError: one cannot be renamed.
+        """
+        aside = []
+        for later in self.names():
+            if later > name:
+                names = chain([f"aside-{later}"], (f"aside-{later}-{n}" for n in count(2)))
+                aside.append(next(new for new in names if not (self.folder / new).exists()))
+                self.disk.rename(self.folder / later, self.folder / aside[-1])
+        return aside
 
     # -- keeping --------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ from petra_zoo.petra.finite import pooled
 from petra_zoo.petra.part import StageSettings
 from petra_zoo.petra.waiting import reduce_within
 from petra_zoo.petra.window import Averaging
-from petra_zoo.petra.world import START_TIMEOUT
 from petra_zoo.reversible import Gradients, Unit
 
 Found = dict[int, Tensor]  # gradients by parameter's id
@@ -36,8 +34,7 @@ class Gate:
     def __init__(self, settings: StageSettings) -> None:
         self.finite, self.across = settings.finite, settings.across
         self._begins = self.across is not None and not settings.static  # a captured tick has nothing to wait for later
-        self._timeout = max(START_TIMEOUT, timedelta(seconds=settings.timeout))  # of the first update
-        self._timeout_from_then_on = timedelta(seconds=settings.timeout)
+        self._patience = settings.patience
         self._under_way: Averaging | None = None
 
     @property
@@ -90,8 +87,8 @@ class Gate:
 
     def _average_over_replicas(self, gradients: list[Tensor]) -> None:
         if self.across is not None and gradients:
-            (self._under_way or Averaging(gradients, self.across)).finish(self._timeout)
-            self._under_way, self._timeout = None, self._timeout_from_then_on
+            (self._under_way or Averaging(gradients, self.across)).finish(self._patience)
+            self._under_way = None
 
     def state_dict(self) -> dict[str, int] | None:
         """What it counts between two ticks."""
@@ -191,7 +188,7 @@ class SkippingGate(Gate):
         if self.across is None:
             return 1
         found = here.to(torch.int32)
-        reduce_within(self._timeout, found, self.across, "this rank waits for other replicas", dist.ReduceOp.MIN)
+        reduce_within(self._patience, found, self.across, "this rank waits for other replicas", dist.ReduceOp.MIN)
         return found
 
     def state_dict(self) -> dict[str, int]:

@@ -6,7 +6,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Collection, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -57,7 +56,7 @@ def whole_model(model: Model, layout: Layout, world: World, scratch: Path | None
             there, without names, for as long as it is used.
 
     Raises:
-        LinkError: a tensor did not arrive within the wire's timeout.
+        LinkError: a tensor did not arrive in `World.patience`.
         OSError: there is no room in `scratch`.
 
     Returns:
@@ -71,7 +70,7 @@ def whole_model(model: Model, layout: Layout, world: World, scratch: Path | None
     rank_of: dict[int, int] = {}
     for rank in range(world.size):
         rank_of |= {id(x): rank for i in layout.units_of_rank(rank) for x in _tensors(units[i])}
-    limit = timedelta(seconds=world.wire.timeout)
+    limit = world.patience
     named = _module(model).state_dict(keep_vars=True)  # every rank has the same names in the same order
     found: dict[str, Tensor] = {}
     make = partial(_in_file, scratch) if scratch and sum(x.nbytes for x in named.values()) >= LARGE else _in_memory

@@ -51,6 +51,7 @@ class _End:
         self.laid_out: tuple[Body, Slots] | None = None  # when the first message is known
         self.tick = 0
         self.running = False  # whether a message has passed
+        self.patient = False  # whether the other end may still be about what it does for the first time
         self.images = 0  # of a full micro-batch, where the first to travel may be smaller
 
     def adopt(self, parcel: Parcel) -> None:
@@ -82,7 +83,7 @@ class _End:
         Raises:
             LinkError: it did not end in time, or the other rank has gone.
         """
-        limit = self.timeout if self.running else max(self.timeout, START_TIMEOUT)
+        limit = self.timeout if self.running and not self.patient else max(self.timeout, START_TIMEOUT)
         wait_for(work, limit if part != BODY or self.channel.timed else None, str(self))
 
 

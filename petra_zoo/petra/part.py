@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class StageSettings:
         first_trainable: index of the first unit with a parameter to train; nobody wants gradients below it.
         last_keeps_graph: whether the last stage keeps its graph within the tick.
         across: process group of a stage in every replica of the pipeline; None where there is one.
-        timeout: seconds for which another replica may be silent.
+        patience: for how long another replica may be silent: it may wait for data.
         static: whether everything lies at fixed addresses, so that ticks may be captured.
         finite: looks at losses and gradients.
     """
@@ -38,7 +39,7 @@ class StageSettings:
     first_trainable: int = 0
     last_keeps_graph: bool = True
     across: ProcessGroup | None = None
-    timeout: float = 60.0
+    patience: timedelta = timedelta(minutes=10)
     static: bool = False
     finite: FiniteCheck = field(default_factory=FiniteCheck)
 

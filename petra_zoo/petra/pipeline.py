@@ -122,7 +122,7 @@ class Pipeline:
             first_trainable=first_trainable(units),
             last_keeps_graph=self.method.last_stage_keeps_graph,
             across=self.world.across,
-            timeout=self.world.wire.timeout,
+            patience=self.world.patience,
             static=make_graph is not None,
             finite=FiniteCheck(make_graph is not None, skips=skips, replicas=self.world.replicas),
         )
@@ -134,7 +134,9 @@ class Pipeline:
                 self.streams.require_float32()
         parts = prepared_units(units, prepare)
         self.stages = make_stages(model, parts, self.layout, self.world.rank, self.method, self.settings, self.clock)
-        self.links = make_links(self.world, self.layout.ranks[self.world.rank])
+        # Until every stage has gone backward and updated once: what is done for the first time may take long.
+        first_works = 2 * len(self.layout.stages) + self.optimization.accumulation_steps
+        self.links = make_links(self.world, self.layout.ranks[self.world.rank], patient=first_works)
         self.captured = CapturedTicks(self, make_graph, self.world.device) if make_graph else None
         self.fed = 0
         self._probe: Probe | None = None

@@ -15,25 +15,41 @@ from petra_zoo.petra.world import World
 
 
 def make_links(
-    world: World, owned: range, wire: Wire | None = None, evaluation: bool = False, running: bool = False
+    world: World,
+    owned: range,
+    wire: Wire | None = None,
+    *,
+    evaluation: bool = False,
+    running: bool = False,
+    patient: int = 0,
 ) -> Links:
     """A rank's links: queues where it is alone; the arguments are those of `ProcessLinks`."""
-    return Links(wire or world.wire) if world.size == 1 else ProcessLinks(world, owned, wire, evaluation, running)
+    if world.size == 1:
+        return Links(wire or world.wire)
+    return ProcessLinks(world, owned, wire, evaluation=evaluation, running=running, patient=patient)
 
 
 class ProcessLinks(Links):
     """Links of a rank's stages: queues inside it, channels to the ranks beside it.
 
     Args:
-        world: this rank's place; its wire's timeout holds once the first tick is over.
+        world: this rank's place; its wire's timeout holds once the first ticks are over.
         owned: its stages.
         wire: types of messages; default: the world's.
         evaluation: whether they take the evaluation's channels, where nothing of the training is under way.
         running: whether the first tick is over: the timeout holds from the first message on.
+        patient: for how many ticks it does not hold yet.
     """
 
     def __init__(
-        self, world: World, owned: range, wire: Wire | None = None, evaluation: bool = False, running: bool = False
+        self,
+        world: World,
+        owned: range,
+        wire: Wire | None = None,
+        *,
+        evaluation: bool = False,
+        running: bool = False,
+        patient: int = 0,
     ) -> None:
         super().__init__(wire or world.wire)
         self.world, self.owned = world, owned
@@ -46,15 +62,17 @@ class ProcessLinks(Links):
         ends = (self._from_below, self._from_above, self._to_above, self._to_below)
         self._ends = [end for end in ends if end]
         self._outlets = [end for end in ends if isinstance(end, Outlet)]
+        self._patient = patient
         for end in self._ends:
             end.running = running
 
     def expect(self, tick: int, ups: Iterable[int], downs: Iterable[int]) -> None:
         for outlet in self._outlets:
             outlet.next_tick()
-        if any(end.running for end in self._ends):  # the other ranks have begun as well
-            for end in self._ends:
-                end.running = True
+        self._patient -= 1
+        begun = any(end.running for end in self._ends)  # the other ranks have, then, as well
+        for end in self._ends:
+            end.running, end.patient = begun, self._patient >= 0
         if self._from_below and self.owned[0] in ups:
             self._from_below.post(tick)
         if self._from_above and self.owned[-1] in downs:

@@ -22,7 +22,7 @@ from petra_zoo.petra.meeting import fresh_store
 from petra_zoo.petra.placement import Placement, Surroundings, exchange_places
 
 T = TypeVar("T")
-START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and the first tick is over
+START_TIMEOUT = timedelta(minutes=10)  # until every rank has built its model and made its first updates
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class World:
         evaluation_channels: likewise, of an evaluation, beside which messages of the training are under way.
         pipe: process group of this pipeline's ranks.
         across: process group of the same rank in every replica; None where there is one replica.
-        meeting: process group of all processes, which may have a timeout of its own; None: torch's, with a long one.
+        meeting: process group of all processes; None: torch's, whose timeout is `START_TIMEOUT`.
         nccl: whether CUDA tensors travel by NCCL.
         transport: how messages travel and why, in words.
         wire: the types in which messages travel, and how long one may take.
@@ -75,6 +75,14 @@ class World:
     def alone(self) -> bool:
         """Whether there is no other process."""
         return self.size * self.replicas == 1
+
+    @property
+    def patience(self) -> timedelta:
+        """How long another process may be about something else than a tick: data, a disk, somebody's callback.
+
+        Who owes a message of a tick says so when it waits for data; of everything else nobody hears.
+        """
+        return max(START_TIMEOUT, timedelta(seconds=self.wire.timeout))
 
     @property
     def reports(self) -> bool:

@@ -15,6 +15,7 @@ from petra_zoo.models.deferred import Deferred
 from petra_zoo.petra import Costs, Layout, Method, Optimization, Pipeline, Profile, Wire, World, find_method, measure
 from petra_zoo.petra.part import Loss
 from petra_zoo.petra.preparing import Prepare
+from petra_zoo.petra.world import START_TIMEOUT
 from petra_zoo.reversible import units_of
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.optimization import optimizer_factory, scheduler_factory
@@ -77,7 +78,9 @@ def build_pipeline(
         UserError: stages, split or the number of processes do not fit the model.
     """
     up, down = (getattr(torch, name) if name else None for name in (recipe.wire_up, recipe.wire_down))
-    world = replace(world or World(device=next(model.parameters()).device), wire=Wire(up, down, recipe.link_timeout))
+    # A branch that is compiled anew, for the smaller last batch, takes a minute or more.
+    timeout = max(recipe.link_timeout, START_TIMEOUT.total_seconds()) if recipe.compile else recipe.link_timeout
+    world = replace(world or World(device=next(model.parameters()).device), wire=Wire(up, down, timeout))
     method = _method(recipe)
     layout = lay_out(recipe, model, preprocessing, world.size, profile)
     if deferred:

@@ -90,7 +90,7 @@ def as_worker(work: Callable[[], T]) -> T:
             return work()
         except RunStopped as stopped:
             print(f"petra-zoo: {stopped}", file=sys.stderr)
-            raise SystemExit(STOPPED) from None  # it is no interruption any more
+            raise SystemExit(_leave_note()) from None  # it is no interruption any more
     try:
         result = record(work)()
     except SharedError:
@@ -130,7 +130,10 @@ def _in_memory(work: Callable[[], T]) -> T:
 
 
 def _leave_note() -> int:
-    """Tells the launcher that the run was told to stop; gives the exit code with which it starts nothing again."""
+    """Tells the launcher that the run was told to stop; gives the exit code with which it starts nothing again.
+
+    Ours is one, recipes/launch/slurm.sbatch another: any code but 0 would end the processes that are still saving.
+    """
     note = os.environ.get(_NOTE)
     if note is None:  # somebody else's launcher
         return STOPPED

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,9 +76,12 @@ def together(world: World, prepare: Callable[[], T]) -> T:
         result = prepare()
     except UserError as error:
         found = error
-    mistakes = [mistake for mistake in world.gather(str(found) if found else None) if mistake]
+    told = world.gather((str(found) if found else None, socket.gethostname()))
+    mistakes = [(rank, host, mistake) for rank, (mistake, host) in enumerate(told) if mistake]
     if mistakes:
-        raise SharedError(mistakes[0]) from found
+        rank, host, mistake = mistakes[0]
+        alike = all(other == mistake for other, _ in told)
+        raise SharedError(mistake if alike else f"rank {rank} ({host}): {mistake}") from found
     return result
 
 
@@ -127,7 +129,7 @@ def average_statistics(model: nn.Module, world: World) -> None:
     running = ("running_mean", "running_var")
     statistics = [x for name, x in model.named_buffers() if name.endswith(running) and not x.is_meta]
     if statistics:
-        Averaging(statistics, world.across).finish(timedelta(seconds=world.wire.timeout), "statistics")
+        Averaging(statistics, world.across).finish(world.patience, "statistics")
 
 
 @contextmanager
@@ -139,7 +141,7 @@ def held(world: World) -> Iterator[Callable[[], None]]:
     and the waiting ends; where it freezes, its signs of life stop.
 
     Yields:
-        What the first replica calls now and then, more often than a link's timeout: a sign of life.
+        What the first replica calls now and then: a sign of life.
 
     Raises:
         LinkError: the first replica's rank has gone, or is silent for too long.
@@ -147,7 +149,7 @@ def held(world: World) -> Iterator[Callable[[], None]]:
     if world.across is None:
         yield lambda: None
         return
-    timeout, reporter = timedelta(seconds=world.wire.timeout), world.size - 1  # sees what comes out, and ends last
+    timeout, reporter = world.patience, world.size - 1  # sees what comes out, and ends last
     if world.replica > 0:
         yield lambda: None
         over = torch.zeros(1)

@@ -215,14 +215,22 @@ def with_the_launchs_directory(recipe: Recipe) -> Recipe:
     launch = _launch()
     if recipe.output is not None or launch is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return recipe
-    found = [path.parent for path in Path("runs").glob(f"*/{_LAUNCH}") if path.read_text(encoding="utf-8") == launch]
-    return recipe.model_copy(update={"output": found[0]}) if found else recipe
+    found = [path for path in Path("runs").glob(f"*/{_LAUNCH}") if path.read_text(encoding="utf-8") == launch]
+    if not found:
+        return recipe
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)  # launches may share a name, as torchrun's --rdzv-id
+    return recipe.model_copy(update={"output": newest.parent})
 
 
 def remember_launch(directory: Path) -> None:
     """Leaves in a run's directory which launch it is of, where there is a launcher that may start it again."""
     if launch := _launch():
         (directory / _LAUNCH).write_text(launch, encoding="utf-8")
+
+
+def forget_launch(directory: Path) -> None:
+    """At the end of a run: no later launch of that name is to take it for its own."""
+    (directory / _LAUNCH).unlink(missing_ok=True)
 
 
 def _launch() -> str | None:

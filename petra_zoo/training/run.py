@@ -26,7 +26,14 @@ from petra_zoo.training.observer import ADVICE, Observer
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.ranks import SharedFailure, enter, require_shared, together
-from petra_zoo.training.resuming import Start, adopt, find_start, finished_result, remember_launch
+from petra_zoo.training.resuming import (
+    Start,
+    adopt,
+    find_start,
+    finished_result,
+    forget_launch,
+    remember_launch,
+)
 from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
 from petra_zoo.training.saving import Place, Saver
@@ -108,7 +115,7 @@ def train(
         settings, name = load_recipe(str(recipe), overrides), name or str(recipe)
     deadline = Deadline(max_seconds)
     with threads_restored(), listening() as told:
-        world = enter(settings)
+        world, lost = enter(settings), False
         try:
             settings = world.from_reporter(fixed(settings))
             together(world, lambda: require_log_writers(settings.log_to) if world.reports else None)
@@ -125,10 +132,12 @@ def train(
                 run = Run(prepared, reporter or Reporter(quiet=not world.reports), callbacks)
                 return run.train(start, told, deadline)
         except LinkError:
-            abort()  # leaving would wait for what will never come
+            lost = True
+            abort()
             raise
         finally:
-            leave()
+            if not lost:  # leaving would wait for what will never come
+                leave()
 
 
 class Run:
@@ -188,6 +197,8 @@ class Run:
         scores = self.world.from_reporter(observer.best)
         assert scores is not None
         observer.end(scores)
+        if world.reports:
+            forget_launch(path)
         delay = self.pipeline.delay[0]
         skipped = max(self.world.gather(self.pipeline.skipped))
         return Result(path, scores, observer.training_seconds, delay, False, bad_images, skipped, ended)
@@ -203,6 +214,8 @@ class Run:
                 raise UserError(f"{checkpoint.path} has trained {at}, which is all that there are to train")
             if over := self.world.from_reporter(observer.patience.over) if finished else None:
                 raise UserError(f"{checkpoint.path} has ended by {over}: there is nothing more to train with it")
+            if here:
+                together(self.world, lambda: self.saver.set_aside_behind(checkpoint))
             self.reporter.line(f"goes on from {checkpoint.path}: epoch {at.epoch + 1}, micro-batch {at.batch}")
         observer.start()
         return at

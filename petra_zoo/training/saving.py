@@ -110,6 +110,20 @@ class Saver:
             raise
         self.saved_at = time.monotonic()
 
+    def set_aside_behind(self, checkpoint: RunCheckpoint) -> None:
+        """Takes what this run has saved behind a checkpoint out of its way.
+
+        Raises:
+            UserError: it cannot be renamed.
+        """
+        if not self.run.world.reports:
+            return
+        try:
+            for name in Store(self.path / CHECKPOINTS).set_aside_behind(checkpoint.path.name):
+                self.observer.reporter.line(f"set aside, it was saved behind what the run goes on from: {name}")
+        except OSError as error:
+            raise UserError(f"cannot rename in {self.path / CHECKPOINTS}: {error.strerror or error}") from error
+
     def kept(self) -> str:
         """For messages about training that cannot go on."""
         names = Store(self.path / CHECKPOINTS).names()

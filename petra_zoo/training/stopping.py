@@ -28,7 +28,6 @@ from torch.distributed import ProcessGroup, Work
 from petra_zoo.errors import UserError
 from petra_zoo.petra import World
 from petra_zoo.petra.waiting import wait_for
-from petra_zoo.petra.world import START_TIMEOUT
 
 STOPPED = 75  # exit code: EX_TEMPFAIL of sysexits.h, to be tried again
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -119,37 +118,29 @@ class Agreement:
         world: this process's place.
 
     Attributes:
-        world: the same, with gatherings in which nobody may be silent for longer than a link: for when all have ended
-            their first tick.
+        world: the same, with gatherings in which nobody may be silent for longer than its patience.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._timeout = timedelta(seconds=world.wire.timeout)
-        self._heard = False
         # As late as a message from the farthest rank may be anyway: nobody waits for it in a steady pipeline.
         self.late = world.size
         self._said: deque[tuple[Tensor, Work]] = deque()
-        self._exchanges = 0
         self._group: ProcessGroup | None = None
-        self._steady: ProcessGroup | None = None
         if not world.alone:
-            self._group = _new_group(max(self._timeout, START_TIMEOUT))
-            # A process that leaves waits for what it has begun in a group, for as long as the group allows.
-            self._steady = _new_group(self._timeout)
-            self.world = replace(world, meeting=_new_group(self._timeout))
+            self._group, meeting = (_new_group(world.patience) for _ in range(2))
+            self.world = replace(world, meeting=meeting)
 
     def exchange(self, word: Word) -> Word:
         """Says something after a tick and gives what was said by anybody some ticks ago.
 
         Raises:
-            LinkError: another process has gone, or is silent for longer than a link may be.
+            LinkError: another process has gone, or is silent for longer than `World.patience`.
         """
         if self._group is None:
             return word
-        flags, self._exchanges = torch.tensor(word, dtype=torch.int32), self._exchanges + 1
-        begun = self._exchanges > self.late + 1  # whoever says this has heard from all
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._steady if begun else self._group, async_op=True)
+        flags = torch.tensor(word, dtype=torch.int32)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._said.append((flags, work))
         return self._hear() if len(self._said) > self.late else Word()
@@ -163,9 +154,7 @@ class Agreement:
 
     def _hear(self) -> Word:
         flags, work = self._said.popleft()
-        timeout = self._timeout if self._heard else max(self._timeout, START_TIMEOUT)
-        wait_for(work, timeout, "this rank waits for the others to end a tick")
-        self._heard = True
+        wait_for(work, self.world.patience, "this rank waits for the others to end a tick")
         stop, save, failed, skipped = flags.tolist()
         return Word(bool(stop), bool(save), bool(failed), skipped)
 

@@ -56,6 +56,19 @@ def test_a_run_measures_a_contender_beside_its_references() -> None:
     assert "| layer | petra-zoo reversible |" in speed_tables(results)["step"]
 
 
+def test_a_transformer_is_measured_beside_its_plain_step() -> None:
+    study, results = SpeedStudy.small(), Results("speed", "speed")
+    trials = [trial for trial in study.trials(results) if trial.settings.get("part") == "transformer"]
+    assert "g = 1, branches" in {trial.contender for trial in trials}
+    trial = trials[-1]
+    result = study.run(trial)
+    assert result["least_over_reference"] <= result["over_reference"] <= result["most_over_reference"]
+    results.add(Record(trial.contender, 0, trial.settings, study.command(trial), result))
+    tables = speed_tables(results)
+    assert f"| test_vit | 2 | {trial.contender} |" in tables["transformers"]
+    assert "test_vit" not in tables["step"]
+
+
 def test_a_reference_is_measured_once() -> None:
     study = SpeedStudy.small()
     (trial,) = (trial for trial in study.trials(Results("speed", "speed")) if trial.contender == "plain")

@@ -199,6 +199,15 @@ def test_an_optimizer_that_cannot_be_captured_updates_outside(
     assert len(said) == (0 if inside else 1)
 
 
+def test_a_replayed_tick_knows_whose_gradients_it_has_found() -> None:
+    captured, plain = (pipeline_of("petra", 2, on) for on in (True, False))
+    for pipeline in (captured, plain):
+        for batch in batches(*[4] * 9):
+            pipeline.step(*batch)
+    assert replayed(captured) > 2
+    assert [stage.last_backward for stage in captured.stages] == [stage.last_backward for stage in plain.stages]
+
+
 def test_the_learning_rate_of_a_replayed_tick_is_the_schedules() -> None:
     pipeline = pipeline_of("backprop", 1, scheduler=lambda _: None, clip_grad=None)
     data = batches(*[4] * 8)

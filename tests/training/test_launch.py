@@ -230,15 +230,16 @@ def test_killing_a_worker_ends_all_others(victim: int, tmp_path: Path) -> None:
 @needs_proc
 @pytest.mark.slow  # a stopped process does not hear that it is to end: the launcher kills it after 30 seconds
 def test_a_stage_that_hangs_is_named_with_the_message_that_is_missing(tmp_path: Path) -> None:
-    with start_three("link_timeout=4", f"output={tmp_path / 'run'}") as launcher:
+    long = "dataset=synthetic:10x8x60000"  # an epoch: at its end others are waited for longer
+    with start_three("link_timeout=4", long, f"output={tmp_path / 'run'}") as launcher:
+        assert launcher.stdout is not None
+        for _ in range(20):  # beyond the first ticks, which may take long
+            launcher.stdout.readline()
         workers = workers_of(launcher.pid)
         os.kill(workers[1], signal.SIGSTOP)
         said = launcher.communicate(timeout=120)[1]
     assert launcher.returncode == 1
-    # Usually a message of a tick; while the model is put together for saving, one of its tensors.
-    assert re.search(r"rank (0|2): .*(stage \d \(rank \d\)|rank 2) .* (rank 1|rank 0).*: nothing within 4 s", said), (
-        said
-    )
+    assert re.search(r"rank (0|2): .*stage \d \(rank \d\) .* rank (0|1|2).*: nothing within 4 s", said), said
     assert gone(workers.values())
 
 
@@ -261,7 +262,7 @@ except LinkError as error:
 @pytest.mark.slow
 def test_train_gives_the_error_of_a_frozen_peer_within_the_time_of_its_links(tmp_path: Path) -> None:
     """From Python nobody ends the process: what is on its way must not hold it up for the minutes of a start."""
-    settings = [*SETTINGS, "link_timeout=3", "log_interval=4", f"output={tmp_path / 'run'}"]
+    settings = [*SETTINGS, "link_timeout=3", "log_interval=16", f"output={tmp_path / 'run'}"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command, pipe = [sys.executable, "-c", FROZEN, *settings], subprocess.PIPE
     first, last = (

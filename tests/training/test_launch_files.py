@@ -35,16 +35,18 @@ def test_they_are_no_recipes() -> None:
     assert not [name for name in list_recipes() if name.startswith("launch/")]
 
 
-def slurm(folder: Path, code: int) -> tuple[int, list[str]]:
+def slurm(folder: Path, code: int, stopped: bool = False) -> tuple[int, list[str]]:
     """Runs the batch script where `srun` ends with a code; its exit code, and what was called."""
     log = folder / "calls"
+    note = 'echo stopped >> "$PETRA_ZOO_STOPPED";' if stopped else ""
     for name, does in {
-        "srun": f'echo "srun $* at $MASTER_ADDR:$MASTER_PORT with $OMP_NUM_THREADS" >> {log}; exit {code}',
+        "srun": f'echo "srun $* at $MASTER_ADDR:$MASTER_PORT with $OMP_NUM_THREADS" >> {log}; {note} exit {code}',
         "scontrol": f'if [ "$1" = show ]; then echo first; echo second; else echo "scontrol $*" >> {log}; fi',
     }.items():
         (folder / name).write_text(f"#!/bin/bash\n{does}\n")
         (folder / name).chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x[1-2]"}
+    env |= {"TMPDIR": str(folder)}
     done = subprocess.run(["bash", FILES / "slurm.sbatch", *RUN], env=env | {"SLURM_CPUS_PER_TASK": "8"}, check=False)
     return done.returncode, log.read_text().splitlines()
 
@@ -56,13 +58,66 @@ def test_slurm_starts_the_run_at_the_first_machine(tmp_path: Path) -> None:
 
 
 def test_slurm_queues_a_run_again_that_was_told_to_stop(tmp_path: Path) -> None:
-    code, calls = slurm(tmp_path, 75)
+    code, calls = slurm(tmp_path, 0, stopped=True)
     assert (code, calls[1:]) == (0, ["scontrol requeue 7"])
+    (tmp_path / "calls").unlink()
+    code, calls = slurm(tmp_path, 0)  # queued again, it runs to its end
+    assert (code, calls[1:]) == (0, [])
 
 
 def test_slurm_does_not_queue_a_failed_run_again(tmp_path: Path) -> None:
     code, calls = slurm(tmp_path, 1)
     assert (code, calls[1:]) == (1, [])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_slurm_queues_again_what_it_has_told_to_stop(tmp_path: Path) -> None:
+    """Real processes, under the rule of srun --kill-on-bad-exit=1: one that ends with another code than 0 ends all."""
+    srun = tmp_path / "srun"
+    srun.write_text(f"#!{sys.executable}\n" + _SRUN)
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/bash\n[ "$1" = show ] && echo 127.0.0.1 || echo "$*" >> {tmp_path}/calls\n'
+    )
+    (tmp_path / "petra-zoo").write_text(f'#!/bin/bash\nexec {sys.executable} -m petra_zoo "$@"\n')
+    for name in ("srun", "scontrol", "petra-zoo"):
+        (tmp_path / name).chmod(0o755)
+    env = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    env |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "x"}
+    run = ["digits/petra_revnet_tiny", "epochs=300", "stages=4", "balance=operations", f"output={tmp_path / 'run'}"]
+    done = subprocess.run(["bash", FILES / "slurm.sbatch", *run], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text() == f"requeue {os.getpid()}\n"
+    assert list((tmp_path / "run" / "checkpoints").glob("tick-*"))
+
+
+_SRUN = """
+import os, signal, subprocess, sys, time
+RANKS = 4
+started = [
+    subprocess.Popen(sys.argv[2:], env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(RANKS),
+                                        "SLURM_LOCALID": str(rank), "RANK": str(rank), "WORLD_SIZE": str(RANKS)})
+    for rank in range(RANKS)
+]
+run = next(word.split("=")[1] for word in sys.argv if word.startswith("output="))
+while not os.path.exists(os.path.join(run, "metrics.jsonl")) and all(p.poll() is None for p in started):
+    time.sleep(0.2)
+for process in started:
+    process.send_signal(signal.SIGUSR1)
+told = False
+while any(process.poll() is None for process in started):
+    if not told and any(process.poll() for process in started):
+        told = True
+        [process.terminate() for process in started if process.poll() is None]
+    time.sleep(0.01)
+sys.exit(max(code if code >= 0 else 128 - code for code in (process.poll() for process in started)))
+"""
 
 
 def test_kubernetes_starts_the_same_pod_everywhere() -> None:

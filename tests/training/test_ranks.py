@@ -1,5 +1,6 @@
 """What processes settle among themselves beside the training."""
 
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,27 @@ def read_a_missing_profile(folder: str) -> str:
 def test_a_profile_that_one_rank_cannot_read_is_an_error_in_every_process(tmp_path: Path) -> None:
     for said in run_processes(2, tmp_path, read_a_missing_profile, str(tmp_path)):
         assert said.startswith("SharedError: cannot read the profile")
+
+
+def find_a_mistake(everywhere: bool) -> str:
+    world = own_world()
+
+    def look() -> None:
+        if everywhere or world.last:
+            raise UserError("data folder data does not exist")
+
+    try:
+        together(world, look)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_mistake_that_one_process_finds_says_which_and_where(tmp_path: Path) -> None:
+    mistake = "data folder data does not exist"
+    alone = run_processes(2, tmp_path, find_a_mistake, False)
+    assert alone == [f"rank 1 ({socket.gethostname()}): {mistake}"] * 2
+    assert run_processes(2, tmp_path, find_a_mistake, True) == [mistake] * 2

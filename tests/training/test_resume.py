@@ -288,6 +288,39 @@ def test_a_restart_by_the_launcher_finds_the_default_directory_of_its_launch(
     assert with_the_launchs_directory(recipe).output is None
 
 
+def test_of_launches_of_one_name_a_restart_finds_the_last_which_is_not_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "petra-zoo")
+    for number, name in enumerate(("runs/b", "runs/c", "runs/a")):
+        Path(name).mkdir(parents=True)
+        remember_launch(Path(name))
+        os.utime(Path(name) / ".launch", (number, number))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert with_the_launchs_directory(Recipe(**SMALL)).output == Path("runs/a")
+    go(tmp_path / "runs" / "d", {"epochs": 1})
+    assert not (tmp_path / "runs" / "d" / ".launch").exists()
+
+
+def test_what_was_saved_behind_the_checkpoint_that_a_run_goes_back_to_is_set_aside(
+    tmp_path: Path, die_in_tick: Callable[[int], None]
+) -> None:
+    settings = {"epochs": 3, "keep_last": 3}
+    go(tmp_path / "run", settings)
+    store = Store(tmp_path / "run" / "checkpoints")
+    first, *later = store.names()
+    die_in_tick(9)
+    with pytest.raises(Died):
+        go(tmp_path / "run", {**settings, "lr": 0.01}, resume=str(store.folder / first), allow_change=["lr"])
+    assert sorted(path.name for path in store.folder.glob("aside-*")) == [f"aside-{name}" for name in later]
+    newest = store.names()[-1]
+    assert newest == later[0], "the new branch's"
+    assert store.open(newest).manifest.recipe["lr"] == 0.01
+    go(tmp_path / "run", {**settings, "lr": 0.01})
+    assert [store.open(name).manifest.recipe["lr"] for name in store.names()] == [0.05, 0.01, 0.01]
+
+
 def test_a_directory_in_which_another_process_trains_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").touch()
