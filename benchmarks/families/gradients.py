@@ -25,7 +25,7 @@ from petra_zoo.models.reversible_sequential import ReversibleSequential
 from petra_zoo.models.unfilled import build_unfilled
 
 BATCH = 2
-MOST_VALUES = 2**24  # of a block's input or its parameters: what is larger is named, not computed
+MOST_VALUES = 2**28  # of a block's input or its parameters: what is larger is named, not computed
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def read_a_missing_profile(folder: str) -> str:
 @pytest.mark.timeout(120)
 def test_a_profile_that_one_rank_cannot_read_is_an_error_in_every_process(tmp_path: Path) -> None:
     for said in run_processes(2, tmp_path, read_a_missing_profile, str(tmp_path)):
-        assert said.startswith("SharedError: cannot read the profile")
+        assert said.startswith(f"SharedError: rank 0 ({socket.gethostname()}): cannot read the profile")
 
 
 def find_a_mistake(everywhere: bool) -> str:
