@@ -81,7 +81,7 @@ class ResNetRun(BlockRun):
     def couple(self, g: float) -> None:
         layer = self.container
         layer.set_coupling(g)
-        layer.asked_for = None  # a coupling that was chosen or measured may be replaced by a checkpoint's
+        layer.take_any_coupling()
         with torch.no_grad():
             for name, weight in self._unscaled.items():
                 layer.get_parameter(name).copy_(weight)

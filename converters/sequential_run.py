@@ -37,7 +37,7 @@ class SequentialRun(BlockRun):
         container = self.container
         container.set_coupling(g)
         container.set_gain(1.0 + g)
-        container.asked_for = container.asked_for_gain = None  # a checkpoint may have others
+        container.take_any_coupling()
 
     def units(self, call: Call) -> tuple[list[Unit], Streams]:
         x, *shared = call.args

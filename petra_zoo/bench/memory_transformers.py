@@ -17,6 +17,8 @@ from petra_zoo.bench.results import Record, Trial
 from petra_zoo.strict_json import JsonObject
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from petra_zoo.models.layer_arguments import Arguments
 
 MIB = 2**20
@@ -79,19 +81,27 @@ def transformer_step(trial: Trial) -> TransformerStep:
 
 def measured_step(step: TransformerStep) -> JsonObject:
     """Bytes per image that are stored between forward and backward, and at the peak."""
-    import timm
     import torch
 
-    from petra_zoo.models.classifier import as_classifier
     from petra_zoo.models.training_memory import step_bytes
+
+    with torch.device("meta"):
+        model = build_transformer(step)
+    return {**step_bytes(model, (3, step.img_size, step.img_size))._asdict()}
+
+
+def build_transformer(step: TransformerStep) -> nn.Module:
+    """A step's network, untrained."""
+    import timm
+
+    from petra_zoo.models.classifier import as_classifier
 
     arguments = {**REVERSIBLE, **TWO_STREAMS}.get(step.way, {})
     name = f"petra_{step.network}" if step.way in REVERSIBLE else step.network
-    with torch.device("meta"):
-        model = timm.create_model(name, img_size=step.img_size, **arguments)
+    model = timm.create_model(name, img_size=step.img_size, **arguments)
     if step.way == CHECKPOINTED:
         as_classifier(model).set_grad_checkpointing()
-    return {**step_bytes(model, (3, step.img_size, step.img_size))._asdict()}
+    return model
 
 
 def transformer_table(runs: Sequence[Record]) -> str:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
+import torch
 from torch import Tensor, nn
 
+from petra_zoo.bench.memory_transformers import PLAIN, TransformerStep, build_transformer
 from petra_zoo.bench.step_contenders import build_contender
 from petra_zoo.bench.steps import FAMILY, LIBRARIES, REFERENCES, StepShape
 from petra_zoo.bench.turns import median_ratio, take_turns
@@ -36,6 +38,21 @@ def measure_step(contender: str, shape: StepShape, rounds: int) -> JsonObject:
         "batch_norm_updates": norm_updates(*made[contender]),
         "bytes_per_block": more / shape.blocks,
         **({"release": version(contender)} if contender in LIBRARIES else {}),
+    }
+
+
+def measure_transformer_step(step: TransformerStep, batch_size: int, rounds: int) -> JsonObject:
+    """A whole network's step beside that of timm's plain one, in float32."""
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, step.img_size, step.img_size)
+    made = {way: build_transformer(replace(step, way=way)).train() for way in dict.fromkeys((step.way, PLAIN))}
+    seconds = take_turns({way: _timed(model, images) for way, model in made.items()}, rounds, warm_up=1)
+    ratios = [own / plain for own, plain in zip(seconds[step.way], seconds[PLAIN], strict=True)]
+    return {
+        "step_ms": 1e3 * statistics.median(seconds[step.way]),
+        "over_reference": statistics.median(ratios),
+        "least_over_reference": min(ratios),
+        "most_over_reference": max(ratios),
     }
 
 

@@ -169,6 +169,11 @@ class RunBuffers(RunSlices):
         return check_exact_coupling(g) if self.grid > 0.0 else g
 
     @torch.jit.unused
+    def take_any_coupling(self) -> None:
+        """Lets a checkpoint replace coupling and gain: they were chosen or measured, and not asked for."""
+        self.asked_for = self.asked_for_gain = self._required = self._required_gain = None
+
+    @torch.jit.unused
     def reset_coupling(self) -> None:
         """Sets g as a newly built layer has it."""
         self.set_coupling(1.0 if self.asked_for is None else self.asked_for)
