@@ -22,7 +22,7 @@ from petra_zoo.petra.channels import BODY, HEADER, LAYOUT, Channel
 from petra_zoo.petra.links import Direction, LinkError
 from petra_zoo.petra.parcels import Body, Form, Parcel
 from petra_zoo.petra.slots import Slots
-from petra_zoo.petra.waiting import wait_for
+from petra_zoo.petra.waiting import OneBehind, recorded_event, wait_for
 from petra_zoo.petra.world import START_TIMEOUT, World
 
 Unpacked = tuple[int, list[Tensor | None], int]  # a message: its number, tensors, how many of them are streams
@@ -77,14 +77,18 @@ class _End:
         except RuntimeError as error:
             raise LinkError(f"{self}: that rank has gone ({str(error).strip().splitlines()[0][:160]})") from error
 
+    @property
+    def limit(self) -> timedelta:
+        """For how long the other end may be silent now."""
+        return self.timeout if self.running and not self.patient else max(self.timeout, START_TIMEOUT)
+
     def wait(self, work: Work | None, part: int) -> None:
         """Waits for a send or a receive.
 
         Raises:
             LinkError: it did not end in time, or the other rank has gone.
         """
-        limit = self.timeout if self.running and not self.patient else max(self.timeout, START_TIMEOUT)
-        wait_for(work, limit if part != BODY or self.channel.timed else None, str(self))
+        wait_for(work, self.limit if part != BODY or self.channel.timed else None, str(self))
 
 
 @dataclass
@@ -223,6 +227,7 @@ class Inlet(_End):
         self._layout = torch.empty(LAYOUT_BYTES, dtype=torch.uint8)
         # Its receive; never posted where nothing comes, or it would take another link's.
         self._first: Work | None = None
+        self._behind = OneBehind(recorded_event) if self.device.type == "cuda" and not channel.timed else None
 
     def __str__(self) -> str:
         return (
@@ -264,6 +269,8 @@ class Inlet(_End):
             slots.has_been_read(self._used)
         for part, work in message.works:
             self.wait(work, part)
+        if self._behind:
+            self._behind.follow(self.limit, str(self))
         self.running = True
         self._used = message.slot
         assert message.slot is not None
