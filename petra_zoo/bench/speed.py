@@ -30,7 +30,7 @@ RECIPES = {
 
 
 # Networks, the size of their images, and how many are in a step.
-_TRANSFORMERS = (("vit_small_patch16_224", 224, 4), ("vit_large_patch16_224", 224, 1))
+_TRANSFORMERS = (("vit_small_patch16_224", 224, 4), ("vit_large_patch16_224", 224, 2))
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Recipe(Augmentation):
         profile: A `profile.json` of an earlier run, to cut the network as it was cut.
         device_speed: Speed of each rank's device relative to each other.
         wire_up, wire_down: The type in which streams, and streams with gradients, travel between stages.
-        link_timeout: Seconds that a message may take after the first tick.
+        link_timeout: Seconds that a message may take after the first ticks.
         cuda_graphs: Whether ticks that are all alike are replayed as CUDA graphs (`auto`: on a GPU, as far as it goes).
         sync_bn: Batch norms over all replicas (CUDA only, as torch has it), instead of each over its own.
         num_classes, img_size: Classes, and pixels of an image's side; null to take them from the data.
