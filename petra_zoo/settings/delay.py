@@ -15,6 +15,11 @@ BORDERS = {
 }
 # None of these was measured. Elsewhere AdamW came out level at a delay of 2 at most (arXiv 2606.07881).
 BORDER_OF_OTHERS = 2.0
+# The borders are of a network with batch norm; one without was behind at every delay that was tried, from 1 on.
+WITHOUT_BATCH_NORM = (
+    "without batch norm a delay costs more: a transformer and a ResNet with group norm that were trained from scratch "
+    "lost points at D_0 = 1 and more (docs/evidence.md): compare with method=reversible"
+)
 # timm's names of the same step: with Nesterov's momentum or without, weight decay apart or not, fused.
 FAMILIES = {
     "muon": ("muon", "nmuon"),

@@ -16,13 +16,20 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from petra_zoo.petra import Pipeline, World
-from petra_zoo.settings.delay import above_border, advice, say_update
+from petra_zoo.reversible import UnitModel
+from petra_zoo.settings.delay import WITHOUT_BATCH_NORM, above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.callbacks import ValidationEvent
 from petra_zoo.training.length import Length, warn_of_warm_up
 from petra_zoo.wording import counted
+
+
+def has_batch_norm(model: UnitModel) -> bool:
+    """Whether any of its layers normalises over the batch."""
+    return any(isinstance(m, _BatchNorm) for unit in model.units() for m in unit.modules())
 
 
 class Reporter:
@@ -75,6 +82,8 @@ class Reporter:
         self.line(say_update(recipe))
         if above := above_border(recipe.delay[0], recipe.opt):
             self.line(f"warning: {above}: {advice(recipe)}")
+        elif recipe.delay[0] >= 1.0 and not has_batch_norm(pipeline.model):
+            self.line(f"warning: {WITHOUT_BATCH_NORM}")
         if too_few := warn_of_warm_up(recipe, batches):
             self.line(f"warning: {too_few}")
         if self.console.is_terminal and not self.quiet:

@@ -1,6 +1,7 @@
 """Training by a recipe, from data to a run directory that timm loads."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from petra_zoo.settings.recipe_files import load_recipe
 from petra_zoo.training import run_directory
 from petra_zoo.training.build import build_model, open_data, preprocessing_for
 from petra_zoo.training.engine import build_pipeline
+from petra_zoo.training.preparation import prepare
 from petra_zoo.training.progress import Reporter
 from petra_zoo.training.run import Result, train
 
@@ -318,3 +320,12 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the weights are damaged") as caught:
         evaluate_checkpoint(str(result.path), "synthetic:4x8x128")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("norm", "warned"), [("groupnorm1", True), ("batchnorm2d", False)])
+def test_a_network_without_batch_norm_is_warned_of_a_delay(norm: str, warned: bool) -> None:
+    settings = {**QUICK, "model_kwargs": {"norm_layer": norm}, "stages": 2, "accumulation_steps": 1, "opt": "muon"}
+    recipe, said = Recipe(**settings), io.StringIO()
+    prepared = prepare(recipe)
+    Reporter(Console(file=said, width=200)).start(recipe, prepared.pipeline, len(prepared.train_loader), 1)
+    assert ("without batch norm a delay costs more" in said.getvalue()) == warned
