@@ -33,7 +33,7 @@ class Gate:
 
     def __init__(self, settings: StageSettings) -> None:
         self.finite, self.across = settings.finite, settings.across
-        self._begins = self.across is not None and not settings.static  # a captured tick has nothing to wait for later
+        self._ahead = None if settings.static else settings.across  # a captured tick has nothing to wait for later
         self._patience = settings.patience
         self._under_way: Averaging | None = None
 
@@ -64,9 +64,9 @@ class Gate:
             gradients: the sums, which stay as they are until then.
             count: micro-batches in the window.
         """
-        if self._begins and self.across is not None and gradients:
+        if self._ahead is not None and gradients:
             _divide(gradients, count)
-            self._under_way = Averaging(gradients, self.across)
+            self._under_way = Averaging(gradients, self._ahead)
 
     def average(self, gradients: list[Tensor], count: int, what: str, last: int) -> Tensor | None:
         """Turns the sums of a window into what an update goes by.

@@ -17,8 +17,8 @@ BORDERS = {
 BORDER_OF_OTHERS = 2.0
 # The borders are of a network with batch norm; one without was behind at every delay that was tried, from 1 on.
 WITHOUT_BATCH_NORM = (
-    "without batch norm a delay costs more: a transformer and a ResNet with group norm that were trained from scratch "
-    "lost points at D_0 = 1 and more (docs/evidence.md): compare with method=reversible"
+    "without batch norm a delay costs more: trained from scratch a transformer lost points at D_0 = 1, a ResNet with "
+    "group norm at 3.25 (docs/evidence.md): compare with method=reversible"
 )
 # timm's names of the same step: with Nesterov's momentum or without, weight decay apart or not, fused.
 FAMILIES = {

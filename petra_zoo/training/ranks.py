@@ -91,14 +91,19 @@ def require_shared(directory: Path, world: World) -> None:
     Found at the start, and not when the first checkpoint is lost.
 
     Raises:
-        UserError: a process does not see what the reporting one has just written there; the first such one.
-        OSError: the directory cannot be written.
+        UserError: the directory cannot be written, or a process does not see what has just been written there; every
+            process raises it.
     """
     if world.alone:
         return
     host, mark = world.from_reporter((socket.gethostname(), directory / f".seen-{uuid.uuid4().hex}"))
-    if world.reports:
-        mark.touch()
+
+    def leave_mark() -> None:
+        try:
+            if world.reports:
+                mark.touch()
+        except OSError as error:
+            raise UserError(f"cannot write to {directory}: {error.strerror}; choose another output=DIR") from error
 
     def look() -> None:
         until = time.monotonic() + SEEN_WITHIN
@@ -110,6 +115,7 @@ def require_shared(directory: Path, world: World) -> None:
                 )
             time.sleep(0.05)
 
+    together(world, leave_mark)
     try:
         together(world, look)
     finally:

@@ -1,5 +1,6 @@
 """What processes settle among themselves beside the training."""
 
+import re
 import socket
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from petra_zoo.petra.gather import keep_only
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.build import open_data, preprocessing_for
 from petra_zoo.training.engine import profile_for_run, share_profile
-from petra_zoo.training.ranks import average_statistics, held, together
+from petra_zoo.training.ranks import average_statistics, held, require_shared, together
 from tests.petra.processes import own_world, run_processes
 from tests.training.test_train import QUICK
 
@@ -124,3 +125,21 @@ def test_a_mistake_that_one_process_finds_says_which_and_where(tmp_path: Path) -
     alone = run_processes(2, tmp_path, find_a_mistake, False)
     assert alone == [f"rank 1 ({socket.gethostname()}): {mistake}"] * 2
     assert run_processes(2, tmp_path, find_a_mistake, True) == [mistake] * 2
+
+
+def require_a_folder(folder: str) -> str:
+    try:
+        require_shared(Path(folder), own_world())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_run_directory_that_cannot_be_written_ends_every_process_in_a_line(tmp_path: Path) -> None:
+    for said in run_processes(2, tmp_path, require_a_folder, str(tmp_path / "gone")):
+        assert re.search(
+            r"^rank 1 .*: cannot write to .*gone: No such file or directory; choose another output=DIR", said
+        )
