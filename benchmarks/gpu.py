@@ -7,7 +7,7 @@
 
 Sections: `facts` of the machine; `step`, forward and backward under bf16 autocast of networks in all the ways to save
 memory; `tick`, four stages in one process; `side_by_side`, the same beside backpropagation at several batches;
-`tests`, `pytest -m gpu`; `cpu`, only if asked for: operations of a tick, the host's time, live bytes.
+`tests`, `pytest -m gpu`; `cpu`, only if asked for: operations of a tick, the host's time, live and moved bytes.
 
 The cases come in order of worth, and the file is complete after each: what it has is not repeated, a case that breaks
 down is kept with its reason. `petra_zoo/bench/gpu` does the measuring and says what is measured how.

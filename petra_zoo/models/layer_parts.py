@@ -118,8 +118,7 @@ class Merge:
             return kind.activated(streams[0], self.activate)
         (b, a), g = streams, self.coupling()
         if g == 1.0 and rectifies(self.activate) and rectifies(self.in_front):
-            if (mean := kind.mean_rectified(b, a, self.activate.block)) is not None:
-                return mean
+            return kind.mean_rectified(b, a, self.activate.block)
         return merge(kind.activated(b, self.activate), kind.activated(a, self.in_front), g)
 
 

@@ -2,21 +2,23 @@
 
 A coupled block's h = act(b) is as wide as a stream. The branch's first layer reads it, and that layer's backward once
 more; in between, while the widest tensors of the branch stand beside the streams, nobody does. There it is let go of,
-to be computed anew from b.
+to be computed anew from b, unless the step's memory peaks elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
+from petra_zoo.reversible.rectified import add_passed
+
 # Nodes of functions that give the same whenever they are asked: torch's activations that draw nothing, and the merge.
-_LIGHT = {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward"}  # of packed streams
+_LIGHT = {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward", "_MeanOfRectifiedBackward"}  # of streams
 _PURE = _LIGHT | frozenset(
     f"{name}Backward0"
     for name in (
@@ -33,6 +35,8 @@ class Activation:
     Args:
         activate: act.
         b: the stream.
+        is_relu: whether act is relu of numbers, whose gradient asks for b alone.
+        frugal: whether h is forgotten; else the branch's graph keeps it.
 
     Attributes:
         start: where the gradient of h arrives in the branch's graph; there once h was given.
@@ -40,8 +44,10 @@ class Activation:
 
     start: GradientEdge
 
-    def __init__(self, activate: Callable[[Tensor], Tensor], b: Tensor) -> None:
-        self._activate = activate
+    def __init__(
+        self, activate: Callable[[Tensor], Tensor], b: Tensor, is_relu: bool = False, frugal: bool = True
+    ) -> None:
+        self._activate, self._is_relu, self._frugal = activate, is_relu, frugal
         self._b = b.detach().requires_grad_()
         self._forgotten: Node | None = None  # the node of the h that was given, unless h is kept
         self._h: Tensor | None = None  # with its graph from b
@@ -52,7 +58,7 @@ class Activation:
         if not h.requires_grad:  # nobody asks for gradients
             self.start = get_gradient_edge(self._b)
             return h
-        if is_pure(h):
+        if self._frugal and is_pure(h):
             h = _Unheld.apply(self._b, h.detach())
             self._forgotten = h.grad_fn
         else:
@@ -64,15 +70,27 @@ class Activation:
         """h, without a graph."""
         return self._activate(self._b.detach()) if self._h is None else self._h.detach()
 
-    def gradient(self, d_h: Tensor) -> Tensor:
-        """The gradient of b."""
+    def gradient(self, d_h: Tensor, beside: Tensor | None = None, over: bool = False) -> Tensor:
+        """The gradient of b.
+
+        Args:
+            d_h: that of h.
+            beside: what b gets besides; None counts as zero.
+            over: it may be written over `beside`.
+        """
+        if self._is_relu:
+            self._h = None
+            return add_passed(beside, d_h, self._b.detach(), over)
         h, self._h = self._again(), None
-        return d_h if h is self._b else torch.autograd.grad(h, self._b, d_h)[0]
+        d_b = d_h if h is self._b else torch.autograd.grad(h, self._b, d_h)[0]
+        if beside is None:
+            return d_b
+        return beside.add_(d_b) if over else beside + d_b
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:
         """Around the branch: its graph keeps no h."""
-        with saved_tensors_hooks(self._pack, self._unpack):
+        with saved_tensors_hooks(self._pack, self._unpack) if self._frugal else nullcontext():
             yield
 
     def _pack(self, x: Tensor) -> Tensor | None:

@@ -55,6 +55,7 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
     for unit in units[:first]:
         streams = unit(*streams)
     parts = list(segments(units[first:first_kept], reconstruct))
+    given = [_bytes_of(streams)]
     for segment in parts:
         held = [Held(unit.state) for unit in segment]
         parameters = [h.trainable() for h in held]
@@ -62,9 +63,17 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
         reverse = reconstruct and segment[0].reversible
         place = _Place([len(group) for group in parameters], reverse, len(streams), segment is parts[-1], lent)
         streams = _Segment.apply(segment, held, place, *streams, *flat)
+        given.append(_bytes_of(streams))
+    for segment, in_front, behind in zip(parts, given, given[1:], strict=False):
+        for unit in segment:
+            unit.frugal = 2 * max(in_front, behind) > max(given[1:])
     for unit in units[first_kept:]:
         streams = unit(*streams)
     return streams
+
+
+def _bytes_of(streams: Streams) -> int:
+    return sum(x.nbytes for x in streams)
 
 
 def first_to_go_backward(units: Sequence[Unit], streams: Streams) -> int:

@@ -129,6 +129,7 @@ class _Counter:
                 if keeps_graph:
                     self._through_graph(gradients)
                 elif self._unit.reversible:
+                    self._unit.frugal = True  # whatever the calls before have found: this is asked at the peak alone
                     self._unit.reverse(self.outputs, gradients, self._own, self._residue, owned=True)
                 else:
                     self._unit.recompute(self._inputs, gradients, self._own, self._needs_input_gradient, owned=True)

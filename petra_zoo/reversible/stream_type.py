@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import fixed_point, packed
 from petra_zoo.reversible.reading import Coupling, readable
+from petra_zoo.reversible.rectified import merge_rectified
 from petra_zoo.reversible.remainder import check_exact_coupling, dropped_bits, pack_bits, unpack_bits
 from petra_zoo.reversible.saturation import Saturation
 
@@ -140,9 +142,17 @@ class StreamType:
         h = activate(self.read(b))
         return self.for_branch(h, branch) if self.kind == "fixed16" and branch is not None else h
 
-    def mean_rectified(self, b: Tensor, a: Tensor, module: nn.Module) -> Tensor | None:
-        """(relu(b) + relu(a)) / 2 of two streams in the type that a module takes; None: they are no bits."""
-        return packed.mean_rectified(b, a, self.fixed, self._type_of(module)) if self._bits else None
+    def activation_in_front(
+        self, activate: Callable[[Tensor], Tensor], branch: nn.Module
+    ) -> tuple[Callable[[Tensor], Tensor], bool]:
+        """`activated` for a branch as a function of the stream, and whether it is relu of numbers in their own type."""
+        return partial(self.activated, activate=activate, branch=branch), rectifies(activate) and self.kind != "fixed16"
+
+    def mean_rectified(self, b: Tensor, a: Tensor, module: nn.Module) -> Tensor:
+        """(relu(b) + relu(a)) / 2 of two streams; of packed ones, in the type that a module takes."""
+        if self._bits:
+            return packed.mean_rectified(b, a, self.fixed, self._type_of(module))
+        return merge_rectified(b, a)
 
     def for_branch(self, h: Tensor, module: nn.Module) -> Tensor:
         """The activation of a stream in the type that a module takes; as it is for one without weights."""

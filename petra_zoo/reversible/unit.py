@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,6 +57,7 @@ class Unit(nn.Module):
             model, and layers for their coupling. To be set before the first use.
         same_parameters: whether its second evaluation sees the parameters and the generator of the first one, so that
             one that is to be exact can be looked at. An engine whose parameters change in between says no.
+        frugal: whether memory may peak in its backward, which then rather computes h twice; who knows better says no.
     """
 
     def __init__(self, name: str, anchor: bool = False) -> None:
@@ -66,6 +66,7 @@ class Unit(nn.Module):
         self.anchor = anchor
         self.outside: Sequence[nn.Module] = ()
         self.same_parameters = True
+        self.frugal = True
         self._state: ModuleState | None = None
 
     @property
@@ -293,15 +294,15 @@ class CoupledUnit(Unit):
         The primitive of reversible backpropagation and of PETRA: F's graph is built once, its value inverts the
         block and its vector-Jacobian product gives the gradients. One forward and one backward of F in all.
 
-        What stands at the peak is F's last layer, its input and output, beside two streams and their gradients: h is
-        let go of meanwhile, F's value as soon as a is known, and where all are `owned` a is written over b', the
-        gradient of b over that of a', and the gradient of a is that of b'.
+        At the peak stands F's last layer, its input and output, beside two streams and their gradients: h is let go of
+        meanwhile, F's value as soon as a is known; where all are `owned` a is written over b', and d_b over d_a'.
         """
         g, gain = self.coupling(), 1.0 if self.starts else self.gain()
         streams_type = self._streams_type()
         b_out, a_out = outputs  # [B, ...] each; a' = b: this half of the inverse is a copy
         d_b_out, d_a_out = output_gradients
-        activation = Activation(partial(streams_type.activated, activate=self.activate, branch=self.block), a_out)
+        act, is_relu = streams_type.activation_in_front(self.activate, self.block)
+        activation = Activation(act, a_out, is_relu, self.frugal)
         # PETRA's Eq. 5 goes on with a = b' - F(b), RevNet's backward (Gomez et al., Algorithm 1) takes the gradients
         # from the same evaluation. A second one would cost a fourth of the step, and be the same number under PETRA.
         with self.untouched():  # as in `recompute`
@@ -321,9 +322,8 @@ class CoupledUnit(Unit):
             # (1 - g) * h, or h where a = h, is the part of b' beside s * F(h) and g * a; F = B - id of a whole block.
             beside = (1.0 if self.starts else 1.0 - g) - (gain if self.whole else 0.0)
             d_h = _sum(d_h, _times(beside, d_b_out))
-            d_b = None if d_h is None else activation.gradient(d_h)
-        # b went two ways: through h, and, as it is, into a'.
-        d_b = d_a_out.add_(d_b) if owned and d_a_out is not None and d_b is not None else _sum(d_a_out, d_b)
+            # b went two ways: through h, and, as it is, into a'.
+            d_b = d_a_out if d_h is None else activation.gradient(d_h, d_a_out, over=owned)
         if self.starts:
             return Reversal(inputs, (d_b,), tuple(d_parameters))
         return Reversal(inputs, (d_b, _times(g, d_b_out)), tuple(d_parameters))

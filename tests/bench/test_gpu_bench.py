@@ -10,13 +10,15 @@ import torch
 
 from petra_zoo.bench.gpu import study
 from petra_zoo.bench.gpu.device import peak_bytes
-from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
+from petra_zoo.bench.gpu.kernels import Kernels
+from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, moved_gib, operations_of_a_tick
 from petra_zoo.bench.gpu.steps import StepCase, TrainingStep
 from petra_zoo.bench.gpu.study import GpuStudy
 from petra_zoo.bench.gpu.tables import gpu_tables
 from petra_zoo.bench.gpu.ticks import TickCase, covered, measure_side_by_side, measure_tick
-from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, find_way, our_ways
+from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, find_way, our_ways
 from petra_zoo.bench.results import Record, Results
+from petra_zoo.reversible.rectified import merge_rectified
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 CPU = torch.device("cpu")
@@ -90,6 +92,22 @@ def test_live_bytes_of_a_step_are_counted_in_every_way() -> None:
     found = live_mib(RESNET.network)
     images = 3 * 32 * 32 * 4 / 2**20
     assert all(found[way] > images for way in ("timm", "checkpointed", "plain", "reversible"))
+
+
+@pytest.mark.slow
+def test_a_reversible_step_moves_hardly_more_bytes_than_a_checkpointed_one() -> None:
+    found = moved_gib(Network("resnet50", image=64, classes=10), batch=64)
+    assert found["timm"] < found["plain"] < found["checkpointed"]
+    assert found["reversible_over_checkpointed"] < 1.01
+
+
+def test_a_fused_function_is_one_kernel_that_reads_and_writes_once() -> None:
+    b, a = torch.randn(2, 8, 5, 5, device="meta"), torch.randn(2, 8, 5, 5, device="meta")
+    with Kernels() as kernels:
+        mean = merge_rectified(b, a)
+        mean.relu_()
+    assert kernels.operations == 2
+    assert kernels.moved == 3 * b.nbytes + 2 * b.nbytes
 
 
 def test_host_time_is_told_over_timms() -> None:

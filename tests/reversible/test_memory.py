@@ -1,9 +1,12 @@
 """Live tensor bytes: the counter itself, and that a run's memory does not grow with its depth."""
 
+from collections import Counter
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from petra_zoo.reversible import LiveBytes, backpropagate
+from petra_zoo.reversible import FunctionUnit, LiveBytes, backpropagate
 from tests.reversible.blocks import make_run, parameters_of, run_plainly
 
 
@@ -63,3 +66,21 @@ def test_memory_freed_by_resizing_a_storage_is_seen() -> None:
         x.untyped_storage().resize_(0)
         torch.zeros(1)
         assert memory.now <= 4
+
+
+def test_an_activation_is_computed_twice_on_the_way_back_only_where_streams_are_widest() -> None:
+    called: Counter[int] = Counter()
+
+    def activate(h: Tensor) -> Tensor:
+        called[h.shape[1]] += 1
+        return F.relu(h)
+
+    def narrower(b: Tensor, a: Tensor) -> tuple[Tensor]:
+        return ((b + a)[:, :4],)
+
+    wide, narrow = (make_run(2, channels, activate=activate) for channels in (8, 4))
+    units = [*wide, FunctionUnit("between", narrower, {}), *narrow]
+    out = backpropagate(units, (torch.randn(2, 8, 5, 5, dtype=torch.float64),))
+    assert called == {8: 2, 4: 2}
+    out[0].sum().backward()
+    assert called == {8: 6, 4: 4}

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from petra_zoo.bench.gpu.device import MIB, seconds_of
+from petra_zoo.bench.gpu.kernels import Kernels
 from petra_zoo.bench.gpu.ticks import TickCase, Ticks
 from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, Network, find_way
 from petra_zoo.bench.turns import median_ratio, take_turns
 from petra_zoo.models.training_memory import step_bytes
-from petra_zoo.reversible import Dispatches, StreamKind
+from petra_zoo.reversible import StreamKind
 from petra_zoo.strict_json import JsonObject
 
 _CPU = torch.device("cpu")
+_MEMORIES = ("plain", "reversible")
 
 
 def operations_of_a_tick(
@@ -28,9 +30,9 @@ def operations_of_a_tick(
     found: JsonObject = {}
     for method in methods:
         ticks = Ticks(TickCase(network, image, 2, method, streams=streams, capture="off"), _CPU)
-        with Dispatches() as dispatches:
+        with Kernels() as kernels:
             ticks.tick()
-        found[method] = dispatches.operations
+        found[method] = kernels.operations
     return found
 
 
@@ -56,6 +58,27 @@ def _model(network: Network, name: str) -> nn.Module:
     return find_way(name).build(network, _CPU)
 
 
+def moved_gib(network: Network, batch: int = 64) -> JsonObject:
+    """GiB that a step in bfloat16 reads and writes, counted on the meta device."""
+
+    def moved(name: str) -> float:
+        model = _model(network, name).to(torch.bfloat16).to("meta")
+        images = torch.empty(batch, 3, network.image, network.image, dtype=torch.bfloat16, device="meta")
+        labels = torch.zeros(batch, dtype=torch.long, device="meta")
+        _step(model, images, labels)  # what happens once
+        with Kernels() as kernels:
+            _step(model, images, labels)
+        return kernels.moved / 2**30
+
+    names = {"timm": PLAIN, "checkpointed": CHECKPOINTED, **{word: f"petra-zoo, {word}" for word in _MEMORIES}}
+    found = {word: moved(name) for word, name in names.items()}
+    return {
+        **found,
+        "plain_over_timm": found["plain"] / found["timm"],
+        "reversible_over_checkpointed": found["reversible"] / found["checkpointed"],
+    }
+
+
 def live_mib(network: Network) -> JsonObject:
     """Peak live MiB per image of a step in float32, counted on the meta device."""
 
@@ -63,6 +86,6 @@ def live_mib(network: Network) -> JsonObject:
         return step_bytes(model, (3, network.image, network.image)).peak / MIB
 
     found = {"timm": peak(_model(network, PLAIN)), "checkpointed": peak(_model(network, CHECKPOINTED))}
-    for memory in ("plain", "reversible"):
+    for memory in _MEMORIES:
         found[memory] = peak(_model(network, f"petra-zoo, {memory}"))
     return {**found, "over_checkpointed": found["reversible"] / found["checkpointed"]}

@@ -12,7 +12,7 @@ import torch
 
 from petra_zoo.bench.built_in import BuiltInStudy
 from petra_zoo.bench.gpu.device import release
-from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, operations_of_a_tick
+from petra_zoo.bench.gpu.stand_ins import host_time, live_mib, moved_gib, operations_of_a_tick
 from petra_zoo.bench.gpu.steps import StepBench, StepCase, reason
 from petra_zoo.bench.gpu.ticks import Capture, TickCase, measure_side_by_side, measure_tick
 from petra_zoo.bench.gpu.ways import CHECKPOINTED, PLAIN, STREAMS, Network, compiled_within, our_ways
@@ -91,7 +91,8 @@ class GpuStudy(BuiltInStudy):
         yield from (_step(networks[0], name) for name in ("timm, saved tensors on the host", *compiled))
         yield Trial("pytest -m gpu", 0, {"section": "tests"})
         for resnet in resnets:
-            yield Trial("live bytes", 0, {"section": STAND_INS, "network": resnet.name})
+            for what in ("live bytes", "moved bytes"):
+                yield Trial(what, 0, {"section": STAND_INS, "network": resnet.name})
         for kind in STREAMS:
             yield Trial("operations of a tick", 0, {"section": STAND_INS, "network": self.ticks[0][0], "streams": kind})
         yield Trial("host time", 0, {"section": STAND_INS, "network": networks[0].name})
@@ -146,8 +147,11 @@ class GpuStudy(BuiltInStudy):
         name = trial.settings["network"]
         if trial.contender == "operations of a tick":
             return operations_of_a_tick(str(name), METHODS[:2], check_kind(str(trial.settings["streams"])))
-        network = next(case.network for case in self.steps if case.network.name == name)
-        return live_mib(network) if trial.contender == "live bytes" else host_time(network, 2 * self._rounds)
+        case = next(case for case in self.steps if case.network.name == name)
+        network = case.network
+        if trial.contender == "host time":
+            return host_time(network, 2 * self._rounds)
+        return live_mib(network) if trial.contender == "live bytes" else moved_gib(network, case.batches[0])
 
     @property
     def _rounds(self) -> int:

@@ -12,7 +12,7 @@ _CHECKPOINTED = "timm, checkpointed"
 
 
 def gpu_tables(results: Results) -> dict[str, str]:
-    """Of a GPU `machine`, `tests`, `step`, `tick`, `side_by_side`; of its stand-ins `live`, `operations`, `host`."""
+    """By name: of a GPU `machine`, `tests`, `step`, `tick`, `side_by_side`; `live`, `moved`, `operations`, `host`."""
     sections: dict[str, list[Record]] = {}
     for run in results.runs:
         section = str(run.settings["section"])
@@ -86,6 +86,15 @@ def _live(runs: Sequence[Record]) -> str:
                                     for run in runs))  # fmt: skip
 
 
+def _moved(runs: Sequence[Record]) -> str:
+    columns = ["GiB in a step, bfloat16", "timm", "checkpointed", "plain", "reversible", "plain over timm",
+               "reversible over checkpointed"]  # fmt: skip
+    numbers = [(name, 1) for name in ("timm", "checkpointed", "plain", "reversible")]
+    ratios = [("plain_over_timm", 2), ("reversible_over_checkpointed", 2)]
+    return markdown_table(columns, ([str(run.settings["network"]), *_cells(run, [*numbers, *ratios])]
+                                    for run in runs))  # fmt: skip
+
+
 def _by_name(first: str, digits: int) -> Callable[[Sequence[Record]], str]:
     def table(runs: Sequence[Record]) -> str:
         names = [*runs[0].result] if runs else []
@@ -111,6 +120,7 @@ _TABLES: dict[str, tuple[str, Callable[[Sequence[Record]], str]]] = {
     "side_by_side": ("side_by_side", _side_by_side),
     "tests": ("tests", _tests),
     "live bytes": ("live", _live),
+    "moved bytes": ("moved", _moved),
     "operations of a tick": ("operations", _by_name("operations in a tick", 0)),
     "host time": ("host", _by_name("step on two images of 32x32", 2)),
 }
