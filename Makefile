@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest lint docs browser clean
+.PHONY: demo test test-slow test-deep test-oldest lint docs browser clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+
+test-deep: $(STAMP)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m deep
 
 # The tests with the lowest versions that pyproject.toml allows, in an environment of their own. Versions this old have
 # wheels for Python 3.11 and 3.12 only.

@@ -32,24 +32,28 @@ SMALL = (
     "petra_revnet_tiny",
     "petra_revvit_micro",
 )
+# One of each kind, and of each kind of block.
 LARGE = (
     "petra_revnet18",
     "petra_revnet18_cifar",
     "petra_revnet18_paper",
     "petra_revnet18_paper_cifar",
-    "petra_revnet34",
-    "petra_revnet34_cifar",
-    "petra_revnet34_paper",
-    "petra_revnet34_paper_cifar",
     "petra_revnet50",
     "petra_revnet50_cifar",
     "petra_revnet50_paper",
     "petra_revnet50_paper_cifar",
+    "petra_revvit_tiny",
+)
+# They have more of the same blocks.
+DEEPER = (
+    "petra_revnet34",
+    "petra_revnet34_cifar",
+    "petra_revnet34_paper",
+    "petra_revnet34_paper_cifar",
     "petra_revnet101",
     "petra_revnet101_paper",
     "petra_revnet101_paper_cifar",
     "petra_revnet152",
-    "petra_revvit_tiny",
     "petra_revvit_small",
     "petra_revvit_base",
 )
@@ -213,7 +217,7 @@ def test_every_registered_model_is_listed() -> None:
     families = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "beit")
     twins = {f"petra_{name}" for family in families for name in timm.list_models(module=family)}
     assert twins > set(TRANSFORMERS)
-    assert set(timm.list_models("petra_*")) == twins | {*SMALL, *LARGE, "petra_any"}
+    assert set(timm.list_models("petra_*")) == twins | {*SMALL, *LARGE, *DEEPER, "petra_any"}
 
 
 @pytest.mark.timeout(OUTER_SECONDS)
@@ -228,4 +232,11 @@ def test_small_model(model: str, timm_tests: Path, request: pytest.FixtureReques
 @pytest.mark.timeout(OUTER_SECONDS)
 @pytest.mark.parametrize("model", LARGE + TRANSFORMERS)
 def test_large_model(model: str, timm_tests: Path) -> None:
+    _check(model, timm_tests, (model,))
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(OUTER_SECONDS)
+@pytest.mark.parametrize("model", DEEPER)
+def test_deeper_model(model: str, timm_tests: Path) -> None:
     _check(model, timm_tests, (model,))
