@@ -55,7 +55,7 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         *args: the arguments of timm's class.
         coupling: g; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1/4, exact 1/16).
         gain: s; None: 1, and whatever a checkpoint says (pretrained weights of timm's: 1 + g).
-        anchor_every: keep the streams every so many blocks; 0: never; None: never, or as pretrained weights need it.
+        anchor_every: keep the streams every so many blocks; 0: no more often than their inverse needs it.
         exact: reconstruct to the bit, on a grid of 2**-exact_bits.
         exact_bits: streams must stay below 2**(24 - exact_bits) in float32.
         units: ``'block'``, also ``'auto'``: a unit is a whole block; ``'branch'``: attention and MLP are, in turn.
@@ -75,7 +75,7 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         *args: Argument,
         coupling: float | None = None,
         gain: float | None = None,
-        anchor_every: int | None = None,
+        anchor_every: int = 0,
         exact: bool = False,
         exact_bits: int = 12,
         units: Units = "auto",
@@ -112,20 +112,19 @@ class ReversibleTransformer(MemoryModes, nn.Module):
         self,
         coupling: float | None,
         gain: float | None,
-        anchor_every: int | None,
+        anchor_every: int,
         exact_bits: int | None,
         units: Units,
         streams: StreamKind,
         chunks: int = 1,
     ) -> None:
-        self.anchors_chosen = anchor_every is not None  # else pretrained weights choose them
         blocks = self.get_submodule("blocks")
         assert isinstance(blocks, nn.Sequential | nn.ModuleList)
         coupled = self._container()(
             blocks,
             coupling=coupling,
             gain=gain,
-            anchor_every=anchor_every or 0,
+            anchor_every=anchor_every,
             exact=exact_bits is not None,
             exact_bits=exact_bits or 12,
             streams=streams,

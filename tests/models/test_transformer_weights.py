@@ -11,7 +11,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from petra_zoo.models.describe import describe_registered
-from petra_zoo.models.transformer_weights import transformer_anchors
 from tests.models.transformers import KINDS, SIZES, images, source, transformer
 
 DEEP = {"depth": 8}
@@ -28,7 +27,7 @@ def loaded(weights: dict[str, Tensor], kind: str = "vit", **kwargs: Any) -> Any:
 def test_plain_weights_are_coupled_while_they_load(kind: str) -> None:
     plain = source(kind, **DEEP).eval()
     model = loaded(plain.state_dict(), kind, **DEEP)
-    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.anchor_every) == (0.25, 1.25, 6)
+    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.spacing()) == (0.25, 1.25, 6)
     with torch.no_grad():
         found, expected = model(images(kind)), plain(images(kind))
     assert 0 < float((found - expected).norm()) < 0.5 * float(expected.norm())
@@ -42,21 +41,14 @@ def test_coupling_0_gives_the_sources_function_to_the_bit() -> None:
 def test_a_coupling_a_gain_and_anchors_of_ones_own_are_taken() -> None:
     weights = source(**DEEP).state_dict()
     model = loaded(weights, coupling=0.5, **DEEP)
-    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.anchor_every) == (0.5, 1.5, 0)
+    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.spacing()) == (0.5, 1.5, 8)
     model = loaded(weights, gain=1.0, anchor_every=2, **DEEP)
-    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.anchor_every) == (0.25, 1.0, 2)
-    assert loaded(weights, anchor_every=0, **DEEP).blocks.anchor_every == 0
+    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.spacing()) == (0.25, 1.0, 2)
 
 
 def test_exact_streams_come_with_the_smallest_coupling_and_no_anchors() -> None:
     model = loaded(source(**DEEP).state_dict(), exact=True, **DEEP)
-    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.anchor_every) == (1 / 16, 17 / 16, 0)
-
-
-def test_anchors_come_before_the_error_has_grown_by_12_bits() -> None:
-    spacings = {1 / 16: 3, 1 / 8: 4, 1 / 4: 6, 1 / 2: 12, 1.0: 0, 0.0: 0}
-    assert {g: transformer_anchors(24, g) for g in spacings} == spacings
-    assert transformer_anchors(6, 1 / 4) == 0
+    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.spacing()) == (1 / 16, 17 / 16, 0)
 
 
 def test_another_image_size_head_and_input_are_adapted_to() -> None:
@@ -72,7 +64,7 @@ def test_weights_with_couplings_load_as_they_are(tmp_path: Path) -> None:
     for again in (rebuilt, loaded(model.state_dict(), **DEEP)):
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
         assert torch.equal(again(images()), model(images()))
-    assert rebuilt.blocks.anchor_every == 6
+    assert rebuilt.blocks.spacing() == 6
 
 
 def test_jaxs_checkpoints_are_coupled_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +73,7 @@ def test_jaxs_checkpoints_are_coupled_too(monkeypatch: pytest.MonkeyPatch) -> No
     model = transformer(**DEEP)
     model.load_pretrained("weights.npz")
     assert read == ["weights.npz"]
-    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.anchor_every) == (0.25, 1.25, 6)
+    assert (model.blocks.g(), model.blocks.gain_now(), model.blocks.spacing()) == (0.25, 1.25, 6)
 
 
 def test_a_tag_is_described_as_its_weights_load() -> None:
