@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from petra_zoo.petra.cast_weights import CastWeights
 from petra_zoo.petra.fifo import Fifo, filled
@@ -19,6 +19,8 @@ from petra_zoo.petra.part import Part, StageSettings
 from petra_zoo.petra.stage import Stage, leaves
 from petra_zoo.petra.stage_state import copies
 from petra_zoo.reversible import Gradients, Streams
+from petra_zoo.reversible.hooks import through_hooks
+from petra_zoo.reversible.state import version_of
 
 
 class BufferedStage(Stage):
@@ -71,6 +73,20 @@ class _Graph:
     parameters: list[Tensor]  # the version the graph was built with
 
 
+class _MadeOf(NamedTuple):
+    """What the weights of a forward depend on within a window.
+
+    Attributes:
+        written: how often somebody has written into the parameters.
+        rates: the learning rates, by which weights are predicted.
+        updates_ahead: how far they are predicted: one more update may fit in before they are looked at again.
+    """
+
+    written: list[int]
+    rates: list[float]
+    updates_ahead: int
+
+
 class GraphStage(Stage):
     """Keeps the graph of the forward: plain backpropagation where there is no delay.
 
@@ -90,7 +106,7 @@ class GraphStage(Stage):
             self.casts = CastWeights(self.units, None)
         self.graphs: deque[_Graph] = deque()
         self._version: list[Tensor] | None = None
-        self._updates_ahead = 0  # of that version
+        self._made_of: _MadeOf | None = None  # that version
 
     @property
     def keeps_received(self) -> bool:
@@ -109,6 +125,10 @@ class GraphStage(Stage):
         graph = self.graphs.popleft()
         parameters = graph.parameters if self.stash else None
         gradients, found = self._vector_jacobian(graph.outputs, gradients, graph.inputs, parameters)
+        if self.stash:  # found at copies, of which hooks of the parameters know nothing
+            for p in self.own_parameters():
+                if id(p) in found:
+                    found[id(p)] = through_hooks(p, found[id(p)])
         return self._finish_backward(micro_batch, (), gradients, found)
 
     def update(self, partial: bool = False) -> bool:
@@ -121,11 +141,17 @@ class GraphStage(Stage):
         own = self.own_parameters()
         if not self.stash:  # forward and backward in one tick: the parameters themselves are still those of the forward
             return list(own)
-        # Predicted weights change within a window too, when one more update fits in before they are looked at again.
-        ahead = self.prediction.updates(self.gradients_in_window) if self.prediction else 0
-        if self._version is None or self._updates_ahead != ahead:
-            self._version, self._updates_ahead = [p.detach().clone().requires_grad_() for p in own], ahead
+        made_of = self._made_of_now()
+        if self._version is None or self._made_of != made_of:
+            self._version, self._made_of = [p.detach().clone().requires_grad_() for p in own], made_of
         return self._version
+
+    def _made_of_now(self) -> _MadeOf:
+        written = [version_of(p) for p in self.own_parameters()]
+        if self.prediction is None or self.optimizer is None:
+            return _MadeOf(written, [], 0)
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return _MadeOf(written, rates, self.prediction.updates(self.gradients_in_window))
 
     def _build(self, micro_batch: int, streams: Streams, parameters: list[Tensor]) -> _Graph:
         inputs = streams = leaves(streams, needs_gradient=self.sends_gradients)
@@ -141,9 +167,9 @@ class GraphStage(Stage):
         device = streams[0].device
         with self.precision(device):
             for i, unit in enumerate(self.units):
-                named = {name: copied[id(p)] for name, p in unit.named_parameters() if id(p) in copied}
-                with self.surroundings(i, micro_batch, device):
-                    streams = functional_call(unit, named, streams)
+                used = [copied.get(id(x), x) for x in unit.state.tensors()]
+                with self.surroundings(i, micro_batch, device), unit.state.holding(used):
+                    streams = unit(*streams)
         return streams
 
     def in_flight_state(self) -> State:
@@ -155,14 +181,16 @@ class GraphStage(Stage):
             if index == len(versions):
                 versions.append(graph.parameters)
             entries.append((graph.micro_batch, tuple(x.detach() for x in graph.inputs), index))
-        current = next((i for i, version in enumerate(versions) if version is self._version), None)
+        lasts = self._made_of is not None and self._made_of == self._made_of_now()
+        current = next((i for i, version in enumerate(versions) if version is self._version and lasts), None)
         detached = [[p.detach() for p in version] for version in versions]
-        return {"versions": detached, "graphs": entries, "current": current, "updates_ahead": self._updates_ahead}
+        ahead = self._made_of.updates_ahead if self._made_of else 0
+        return {"versions": detached, "graphs": entries, "current": current, "updates_ahead": ahead}
 
     def load_in_flight_state(self, state: State) -> None:
         versions = [[p.detach().clone().requires_grad_() for p in version] for version in state["versions"]]
         self._version = None if state["current"] is None else versions[state["current"]]
-        self._updates_ahead = state.get("updates_ahead", 0)
+        self._made_of = self._made_of_now()._replace(updates_ahead=state.get("updates_ahead", 0))
         self.graphs = deque()
         with ExitStack() as stack:  # the forward that built these graphs has updated the statistics already
             for unit in self.units:

@@ -117,7 +117,7 @@ class CastWeights:
     def stand_ins(self, i: int) -> tuple[list[nn.Parameter], list[Tensor]]:
         """Weights of unit i that want gradients, and the copies at which these arrive."""
         pairs = [pair for layer in self._of(i) for pair in layer.copies.values()]
-        wanted = [(weight, leaf) for weight, leaf in pairs if leaf.requires_grad]
+        wanted = [(weight, leaf) for weight, leaf in pairs if weight.requires_grad]
         return [weight for weight, _ in wanted], [leaf for _, leaf in wanted]
 
     def _of(self, i: int) -> list[_Layer]:

@@ -195,8 +195,8 @@ def pooled(gradients: Sequence[Tensor]) -> Tensor:
     if present[0].is_cuda:
         return get_total_norm(present, math.inf)  # a few kernels for all of them
     # A gradient scaler's own look: 1 where something is not finite. It scales, by 1 here. (A GPU's knows no bfloat16.)
-    found = torch.zeros(())
-    torch._amp_foreach_non_finite_check_and_unscale_(present, found, torch.ones(()))
+    found = torch.zeros((), dtype=torch.float32)
+    torch._amp_foreach_non_finite_check_and_unscale_(present, found, torch.ones_like(found))
     return found.atanh_()  # 0 of 0, infinity of 1
 
 

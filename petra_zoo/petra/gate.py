@@ -238,7 +238,7 @@ def holding_back(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor], 
 
 
 def _divide(sums: list[Tensor], count: int) -> None:
-    if count > 1:
+    if count > 1 and sums:
         torch._foreach_div_(sums, float(count))
 
 

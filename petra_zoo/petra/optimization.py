@@ -77,6 +77,25 @@ class Optimization:
         if self.weight_prediction not in get_args(WeightPrediction):
             raise UserError(f"weight_prediction is 'none', 'head' or 'backward', not {self.weight_prediction!r}")
 
+    def schedule_of(self, optimizer: torch.optim.Optimizer) -> LearningRateSchedule | None:
+        """The schedule of an optimizer, where there is any.
+
+        Raises:
+            UserError: it does not go by updates, which is all that it would be told of.
+        """
+        schedule = None if self.scheduler is None else self.scheduler(optimizer)
+        if getattr(schedule, "t_in_epochs", False):
+            raise UserError(
+                f"{type(schedule).__name__} counts epochs, and a pipeline tells it of updates: make it with "
+                "t_in_epochs=False, and its lengths in updates"
+            )
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UserError(
+                "ReduceLROnPlateau goes by a metric, and a pipeline tells a schedule of updates: expected another one "
+                "of torch's or timm's; or set the learning rates of pipeline.stages' optimizers in your loop"
+            )
+        return schedule
+
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
     """An optimizer's `state_dict()` without the functions among its settings (Kron has one): they are made again."""

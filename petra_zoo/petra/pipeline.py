@@ -45,6 +45,7 @@ from petra_zoo.petra.probes import Probe
 from petra_zoo.petra.process_links import make_links
 from petra_zoo.petra.stream_watch import StreamWatch
 from petra_zoo.petra.tick import run_tick
+from petra_zoo.petra.trained import TrainedWatch
 from petra_zoo.petra.world import World
 from petra_zoo.reversible import UnitModel, units_of
 
@@ -134,6 +135,7 @@ class Pipeline:
                 self.streams.require_float32()
         parts = prepared_units(units, prepare)
         self.stages = make_stages(model, parts, self.layout, self.world.rank, self.method, self.settings, self.clock)
+        self.trained = TrainedWatch(self.stages)
         # Until every stage has gone backward and updated once: what is done for the first time may take long.
         first_works = 2 * len(self.layout.stages) + self.optimization.accumulation_steps
         self.links = make_links(self.world, self.layout.ranks[self.world.rank], patient=first_works)
@@ -158,9 +160,11 @@ class Pipeline:
         Raises:
             NotFiniteError: a loss or a gradient is infinite or not a number; names the first stage that has one. No
                 such gradient has reached a parameter.
-            UserError: the type of the streams, a grid or a coupling was changed while micro-batches are in flight.
+            UserError: the type of the streams, a grid or a coupling was changed while micro-batches are in flight, or a
+                parameter was unfrozen.
         """
         self.streams.look(self.in_flight)
+        self.trained.look()
         fed = None
         if self.world.first:
             if images is None or labels is None:

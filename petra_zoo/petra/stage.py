@@ -203,7 +203,7 @@ class Stage:
             if self.settings.static or device.type == "cuda":
                 # What is predicted may go by numbers that a prepared optimizer keeps on the device: as it was made.
                 self.rates = rates_of(self.optimizer, device, prepare=optimization.weight_prediction == "none")
-            self.scheduler = optimization.scheduler(self.optimizer) if optimization.scheduler else None
+            self.scheduler = optimization.schedule_of(self.optimizer)
 
     def advance_schedule(self, updates: int) -> None:
         """Sets the learning rate for a number of updates so far, in whatever tick the stage's own come."""
@@ -296,13 +296,14 @@ class Stage:
     def _wanted_of(self, i: int) -> tuple[list[nn.Parameter], list[Tensor]]:
         """The parameters of unit i, and the tensors at which their gradients are found; one may have two."""
         weights, copies = self.casts.stand_ins(i)
-        return [*self.parameters[i], *weights], [*self.parameters[i], *copies]
+        own = [p for p in self.parameters[i] if p.requires_grad]  # but for those that were frozen since
+        return [*own, *weights], [*own, *copies]
 
     def _vector_jacobian(
         self, outputs: Streams, gradients: Gradients, inputs: Streams, parameters: list[Tensor] | None = None
     ) -> tuple[Gradients, dict[int, Tensor]]:
         """Gradients of the inputs, and of the parameters by id; `parameters` replaces the stage's own."""
-        own = self.own_parameters()
+        own = [p for p in self.own_parameters() if parameters is not None or p.requires_grad]
         at = list(own if parameters is None else parameters)
         if parameters is None:
             for i in range(len(self.units)):
@@ -394,5 +395,5 @@ def leaves(streams: Streams, needs_gradient: bool) -> Streams:
 def _collect(found: dict[int, Tensor], parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
     """Adds gradients to those found so far: a parameter may stand in several units of a stage."""
     for p, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
+        if gradient is not None and p.requires_grad:
             found[id(p)] = found[id(p)].to(p.dtype) + gradient.to(p.dtype) if id(p) in found else gradient

@@ -52,6 +52,7 @@ class Prediction:
         with torch.no_grad():
             predicted = self.coasting.ahead(updates) if updates else []
         # Storage is exchanged, not values: exact, free, and no version counter of a graph in flight moves.
+        predicted = [(p, x) for p, x in predicted if p.requires_grad]  # one that was frozen since goes nowhere
         own = [(p, p.data) for p, _ in predicted]
         try:
             for p, x in predicted:

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from petra_zoo.reversible.hooks import stand_ins
 from petra_zoo.reversible.ownership import Lent, storage_of
 from petra_zoo.reversible.replay import Replay
 from petra_zoo.reversible.state import Held, version_of
@@ -178,6 +179,11 @@ class _Segment(torch.autograd.Function):
                 "reversible backpropagation cannot be differentiated twice: "
                 "drop create_graph=True, or call model.set_memory('plain') first"
             )
+        if any(d is not None and _is_batched(d) for d in gradients):
+            raise RuntimeError(
+                "reversible backpropagation takes one gradient at a time: drop is_grads_batched=True or "
+                "vectorize=True, or call model.set_memory('plain') first"
+            )
         for replay in ctx.replays:
             if (name := replay.held.modified()) is not None:
                 raise RuntimeError(
@@ -197,14 +203,16 @@ class _Segment(torch.autograd.Function):
             own = parameters[len(parameters) - count :]
             del parameters[len(parameters) - count :]
             owned = lent.none_of([*streams, *gradients])
-            with ctx.replays[i]():
+            hooked = stand_ins(own)  # their hooks run behind this backward, at what it returns
+            wanted = [hooked.get(id(x), x) for x in own]
+            with ctx.replays[i](hooked):
                 if place.reverse:
                     residue = kept[ctx.residues[i]] if i in ctx.residues else ()
-                    reversal = unit.reverse(streams, gradients, own, residue, owned=owned)
+                    reversal = unit.reverse(streams, gradients, wanted, residue, owned=owned)
                 else:
                     inputs = kept[ctx.anchors[i]]
                     needs_input = any(ctx.needs_input_grad[3 : 3 + place.width])
-                    reversal = unit.recompute(inputs, gradients, own, needs_input, owned=owned)
+                    reversal = unit.recompute(inputs, gradients, wanted, needs_input, owned=owned)
             streams, gradients = reversal.inputs, reversal.input_gradients
             if i in ctx.anchors:  # exact again: the errors of the units above do not reach those below
                 streams = kept[ctx.anchors[i]]
@@ -235,3 +243,8 @@ def _lent(ctx: _Context, kept: Streams, gradients: Gradients) -> Lent:
     free = inner and not ctx.hooked and not torch._C._autograd._get_current_graph_task_keep_graph()
     others = [x for x in kept if not any(x is y for y in outputs)] if free else kept
     return Lent([*others, *(() if inner else gradients)], ctx.place.lent)
+
+
+def _is_batched(d: Tensor) -> bool:
+    """Whether a gradient stands for several, of torch's vmap or of the older one that autograd has of its own."""
+    return torch._C._functorch.is_batchedtensor(d) or torch._C._functorch.is_legacy_batchedtensor(d)

@@ -54,7 +54,8 @@ def _count(units: Sequence[Unit], images: Tensor, lowest: int) -> int:
     known: dict[Hashable, _Counter] = {}
     counters: list[_Counter] = []
     try:
-        with _disable_current_modes():  # whoever counts operations around the call counts the network's alone
+        # Whoever counts operations around the call counts the network's alone, and the network draws what it would.
+        with _disable_current_modes(), torch.random.fork_rng([]):
             streams: Streams = (torch.empty(BATCH, *images.shape[1:], dtype=images.dtype, device="meta"),)
             for i, unit in enumerate(units):
                 key = (_structure(unit), i > lowest, *((x.shape, x.dtype) for x in streams))

@@ -6,7 +6,7 @@ states (dropout, stochastic depth), the same autocast settings and the same trai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -98,10 +98,15 @@ class Replay:
             drawing += [held] if replay.generators else []
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Inside, the unit computes what it computed then; outside, nothing has changed."""
+    def __call__(self, stand_ins: Mapping[int, Tensor] | None = None) -> Iterator[None]:
+        """Inside, the unit computes what it computed then; outside, nothing has changed.
+
+        Args:
+            stand_ins: by id, what stands in the place of some of its tensors.
+        """
+        tensors = [stand_ins.get(id(x), x) for x in self.held.tensors] if stand_ins else self.held.tensors
         with ExitStack() as stack:
-            stack.enter_context(self.held.state.holding(self.held.tensors))
+            stack.enter_context(self.held.state.holding(tensors))
             stack.enter_context(UseStatistics(self.statistics))
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):

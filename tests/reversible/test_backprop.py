@@ -276,3 +276,24 @@ def test_remembered_statistics_give_a_batch_norm_the_same_bits(
     again = torch.autograd.grad(norm(x), wanted, weights)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(found, wanted, weights), again, strict=True))
     assert int(norm.num_batches_tracked) == 3  # this test calls it three times; frozen_statistics is another's subject
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_hooks_of_a_parameter_run_once_for_its_gradient(reconstruct: bool) -> None:
+    units, x = make_run(3), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    hooked = units[1].block[0].weight
+    found = []
+    for factor in (1.0, 0.5):
+        handle = hooked.register_hook(lambda g, factor=factor: g * factor)
+        out = backpropagate(units, (x,), reconstruct=reconstruct)
+        found.append(torch.autograd.grad(out[0].sin().sum(), parameters_of(units)))
+        handle.remove()
+    for p, whole, other in zip(parameters_of(units), *found, strict=True):
+        assert torch.allclose(other, 0.5 * whole if p is hooked else whole)
+
+
+def test_several_gradients_at_once_are_refused_with_a_clear_error() -> None:
+    units, x = make_run(2), torch.randn(2, 6, 5, 5, dtype=torch.float64, requires_grad=True)
+    out = backpropagate(units, (x,))[0]
+    with pytest.raises(RuntimeError, match=r"one gradient at a time.*set_memory\('plain'\)"):
+        torch.autograd.grad(out, x, torch.ones(3, *out.shape, dtype=out.dtype), is_grads_batched=True)

@@ -104,3 +104,19 @@ def test_surgery_is_counted_anew() -> None:
     before = kept_units(model.units(), x)
     model.layer4 = nn.Sequential(nn.Conv2d(32, 512, 3, padding=1), nn.Conv2d(512, 48, 3, padding=1))
     assert 0 < kept_units(model.units(), x) < before
+
+
+def test_counting_leaves_the_generator_where_it_was() -> None:
+    """A drop path that many write by hand draws on the CPU."""
+
+    class Drop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (torch.rand(len(x), 1, 1, 1) > 0.3).to(x.device, x.dtype)
+
+    model = tiny().train()
+    model.layer4[1].act1 = nn.Sequential(model.layer4[1].act1, Drop())
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    kept_graphs._known.clear()
+    assert kept_units(model.units(), images()) > 0
+    assert torch.equal(torch.get_rng_state(), before)
