@@ -45,7 +45,7 @@ def to_files(
     files: dict[str, State] = {}
     if with_clock:
         files[_name(replica, "pipeline")] = {
-            **{key: state[key] for key in ("method", "partition", "tick", "feeds", "fed", "shared")},
+            **{key: state[key] for key in ("method", "partition", "tick", "feeds", "fed", "windows", "shared")},
             "average": None if average is None else average.shared,
         }
     for j, weights in state["weights"].items():
@@ -88,6 +88,7 @@ def from_files(
             "tick": common["tick"],
             "feeds": common["feeds"],
             "fed": common["fed"],
+            "windows": common.get("windows"),
             "shared": common["shared"],
             "weights": {j: stage["weights"] for j, stage in stages.items()},
             "stages": {j: stage["training"] for j, stage in stages.items()},

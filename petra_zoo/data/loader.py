@@ -329,6 +329,7 @@ def create_loader(
     seed: int = 0,
     balanced: bool = False,
     drop_last: bool = False,
+    num_classes: int | None = None,
     sharding: Sharding | None = None,
     reading: Reading | None = None,
 ) -> ImageLoader:
@@ -349,6 +350,7 @@ def create_loader(
         seed: The run's seed, not negative.
         balanced: Give every class as many images of an epoch to train on, whose length stays; see `balanced_order`.
         drop_last: Leave out the last batch where it is smaller.
+        num_classes: Of the labels that are mixed or smoothed: a network may have more than the data; default: theirs.
         sharding: This replica's share of the batches; default: all.
         reading: How images are read; default: in this process, and none may be bad.
 
@@ -379,5 +381,5 @@ def create_loader(
         policy=drawn.aa if drawn else None,
     )
     mixes = drawn is not None and (drawn.mixup or drawn.cutmix or drawn.smoothing)
-    mixer = Mixer(drawn, dataset.num_classes) if drawn and mixes else None
+    mixer = Mixer(drawn, num_classes or dataset.num_classes) if drawn and mixes else None
     return ImageLoader(dataset, samples, batches, reading, mixer, BatchTransform(preprocessing))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -16,6 +16,8 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 WeightPrediction = Literal["none", "head", "backward"]
 
 
+# What users set of a parameter group; beside it some optimizers count in there.
+_SETTINGS = ("lr", "initial_lr", "lr_scale", "weight_decay", "momentum", "betas", "eps")
 _HOW_IT_COMPUTES = ("capturable", "foreach", "fused", "differentiable")
 
 
@@ -98,19 +100,33 @@ class Optimization:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """An optimizer's `state_dict()` without the functions among its settings (Kron has one): they are made again."""
+    """An optimizer's `state_dict()` without the functions and types among its settings: they are made again."""
     state = optimizer.state_dict()
-    plain = [{key: x for key, x in group.items() if not callable(x)} for group in state["param_groups"]]
+    plain = [{key: x for key, x in group.items() if not _is_made(x)} for group in state["param_groups"]]
     return {**state, "param_groups": plain}
+
+
+def _is_made(setting: object) -> bool:
+    """Whether it is no plain value: Kron has a function among its settings, AdafactorBigVision a type."""
+    return callable(setting) or isinstance(setting, torch.dtype)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
     """Restores what `optimizer_state` gave, types included: torch casts to those of the parameters.
 
     How a step is computed stays this optimizer's own: the state may have come from another device.
+
+    Raises:
+        UserError: its parameters are grouped in another way.
     """
+    theirs, mine = ([len(g["params"]) for g in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if theirs != mine:
+        raise UserError(
+            f"the state is of an optimizer with {_grouped(theirs)}, this one has {_grouped(mine)}: what "
+            "freezes parameters or groups them (layer_decay, weight_decay=0) must be as it was"
+        )
     own = [
-        {key: x for key, x in group.items() if callable(x) or key in _HOW_IT_COMPUTES}
+        {key: x for key, x in group.items() if _is_made(x) or key in _HOW_IT_COMPUTES}
         for group in optimizer.param_groups
     ]
     groups = [{**group, **made} for group, made in zip(state["param_groups"], own, strict=False)]
@@ -123,3 +139,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
             found = holder.state[p][key]
             if isinstance(x, Tensor) and isinstance(found, Tensor) and found.dtype != x.dtype:
                 holder.state[p][key] = x.to(found.device, copy=True)
+
+
+def _grouped(sizes: Sequence[int]) -> str:
+    return f"groups of {', '.join(map(str, sizes))} parameters"
+
+
+def renew_settings(optimizer: torch.optim.Optimizer, made: Sequence[State], also: Iterable[str] = ()) -> None:
+    """Gives an optimizer whose state was loaded the settings that it was made with.
+
+    Args:
+        optimizer: whose they are.
+        made: its parameter groups before it was loaded.
+        also: names of further settings.
+    """
+    for group, then in zip(optimizer.param_groups, made, strict=True):
+        group.update({key: then[key] for key in (*_SETTINGS, *also) if key in then and key in group})

@@ -140,7 +140,7 @@ class Pipeline:
         first_works = 2 * len(self.layout.stages) + self.optimization.accumulation_steps
         self.links = make_links(self.world, self.layout.ranks[self.world.rank], patient=first_works)
         self.captured = CapturedTicks(self, make_graph, self.world.device) if make_graph else None
-        self.fed = 0
+        self.fed, self.windows = 0, 0
         self._probe: Probe | None = None
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -176,10 +176,10 @@ class Pipeline:
         self.fed += 1
         output = self._run_tick(fed, feeding=True)
         self.settings.finite.look()
-        updates, rest = divmod(self.fed, self.optimization.accumulation_steps)
-        if rest == 0:
+        if self.fed % self.optimization.accumulation_steps == 0:
+            self.windows += 1
             for stage in self.stages:  # in one tick, though the stages' own updates come in several
-                stage.advance_schedule(updates)
+                stage.advance_schedule(self.windows)
         return output
 
     def drain(self) -> list[Output]:

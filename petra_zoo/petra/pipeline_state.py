@@ -21,6 +21,7 @@ from petra_zoo.petra.layout import Layout
 from petra_zoo.petra.links import Links
 from petra_zoo.petra.messages import Down, Up
 from petra_zoo.petra.methods import Method
+from petra_zoo.petra.optimization import Optimization
 from petra_zoo.petra.stage import Stage
 from petra_zoo.petra.stage_state import StageState, copies
 from petra_zoo.petra.stream_watch import StreamWatch
@@ -37,10 +38,12 @@ class Running(Protocol):
     layout: Layout
     world: World
     stages: list[Stage]
+    optimization: Optimization
     clock: Clock
     links: Links
     streams: StreamWatch
     fed: int
+    windows: int
 
 
 class Sent(TypedDict):
@@ -61,6 +64,7 @@ class PipelineState(TypedDict):
     tick: int
     feeds: dict[int, bool]
     fed: int
+    windows: int | None  # not in states of earlier versions
     shared: dict[str, Tensor]
     weights: dict[int, dict[str, Tensor]]
     stages: dict[int, StageState]
@@ -77,6 +81,7 @@ def state_of(pipeline: Running) -> PipelineState:
         "tick": clock.tick,
         "feeds": dict(clock.fed),
         "fed": pipeline.fed,
+        "windows": pipeline.windows,
         "shared": shared_tensors(pipeline.model),
         "weights": {stage.index: stage_tensors(pipeline.model, pipeline.layout, stage.index) for stage in own},
         "stages": {stage.index: stage.state_dict() for stage in own},
@@ -96,6 +101,8 @@ def restore(pipeline: Running, state: PipelineState) -> None:
     clock, layout, links = pipeline.clock, pipeline.layout, pipeline.links
     state = _on_device(state, pipeline.world.device)
     clock.tick, clock.fed, pipeline.fed = state["tick"], dict(state["feeds"]), state["fed"]
+    windows, steps = state.get("windows"), pipeline.optimization.accumulation_steps
+    pipeline.windows = pipeline.fed // steps if windows is None else windows
     load_tensors(shared_tensors(pipeline.model), state["shared"])
     for stage in pipeline.stages:  # before what they keep: graphs in flight are built of these modules
         load_tensors(stage_tensors(pipeline.model, layout, stage.index), state["weights"][stage.index])

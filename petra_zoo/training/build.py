@@ -151,6 +151,7 @@ def build_loaders(
             augmentation=recipe,
             seed=recipe.seed,
             balanced=recipe.sampler == "balanced",
+            num_classes=recipe.num_classes,
             sharding=Sharding(world.replica, world.replicas),
             reading=reading,
         ),

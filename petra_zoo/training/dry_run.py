@@ -16,7 +16,7 @@ from petra_zoo.planning.schedules import all_schedules
 from petra_zoo.settings.delay import above_border, advice, say_update
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.engine import autocast_type
-from petra_zoo.training.length import say_length, updates_per_epoch, warn_of_warm_up
+from petra_zoo.training.length import say_length, warn_of_warm_up
 from petra_zoo.training.log_writers import require_log_writers
 from petra_zoo.training.preparation import Prepared, prepare
 from petra_zoo.training.threads import threads_restored
@@ -31,7 +31,7 @@ class Outlook:
 
     Attributes:
         parameters: of the network; `trained`: of them those that change.
-        updates_per_epoch: of all epochs but for what a pipeline still holds at the end of one.
+        updates_per_epoch: on average; windows run on over an epoch's end.
         length: of the run, such as `20 epochs`.
         too_few: what is wrong where the updates do not reach behind the warm-up.
         train_images, val_images: of each class, by its name.
@@ -43,7 +43,7 @@ class Outlook:
     recipe: Recipe
     parameters: int
     trained: int
-    updates_per_epoch: int
+    updates_per_epoch: float
     length: str
     too_few: str | None
     train_images: dict[str, int]
@@ -64,7 +64,7 @@ class Outlook:
             f"checking  {_count(self.val_images)}",
             f"update    {say_update(recipe)}",
             *([f"warning   {warned}: {advice(recipe)}"] if warned else []),
-            f"schedule  {counted(self.updates_per_epoch, 'update')} per epoch, {self.length}, {recipe.opt} at a "
+            f"schedule  {_number(self.updates_per_epoch)} per epoch, {self.length}, {recipe.opt} at a "
             f"learning rate of {recipe.learning_rate:g} at most ({recipe.sched})",
             *([f"warning   {self.too_few}"] if self.too_few else []),
             *(f"stage {j:<4}{text}" for j, text in enumerate(per_stage)),
@@ -87,7 +87,7 @@ def outlook(recipe: Recipe, name: str = "run") -> Outlook:
         recipe=recipe,
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
-        updates_per_epoch=updates_per_epoch(recipe, len(prepared.train_loader)),
+        updates_per_epoch=len(prepared.train_loader) / recipe.accumulation_steps,
         length=say_length(recipe),
         too_few=warn_of_warm_up(recipe, len(prepared.train_loader)),
         train_images=_per_class(prepared.train_loader.dataset),
@@ -121,3 +121,7 @@ def _count(per_class: dict[str, int]) -> str:
         return f"{total}: {', '.join(f'{name} {n}' for name, n in per_class.items())}"
     least, most = min(per_class, key=per_class.__getitem__), max(per_class, key=per_class.__getitem__)
     return f"{total}, from {per_class[least]} ({least}) to {per_class[most]} ({most})"
+
+
+def _number(updates: float) -> str:
+    return counted(int(updates), "update") if updates.is_integer() else f"{updates:.2f} updates"

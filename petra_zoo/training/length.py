@@ -60,7 +60,7 @@ def check_run_length(recipe: Recipe, batches: int) -> None:
     """
     if recipe.max_updates is None:
         return
-    beside = recipe.epochs_beside * updates_per_epoch(recipe, batches)
+    beside = updates_in(recipe, batches, recipe.epochs_beside)
     if beside >= recipe.max_updates:
         raise UserError(
             f"max_updates={recipe.max_updates}, but cooldown_epochs and the warm-up of warmup_prefix take {beside} "
@@ -82,15 +82,15 @@ def say_length(recipe: Recipe) -> str:
 
 def warn_of_warm_up(recipe: Recipe, batches: int) -> str | None:
     """What is to be said where updates are so few that the learning rate never gets to its height."""
-    warm_up = recipe.warmup_epochs * updates_per_epoch(recipe, batches)
+    warm_up = updates_in(recipe, batches, recipe.warmup_epochs)
     if recipe.max_updates is None or recipe.sched == "none" or warm_up < recipe.max_updates:
         return None
     return (
         f"max_updates={recipe.max_updates} ends within the warm-up, warmup_epochs={recipe.warmup_epochs} of "
-        f"{counted(warm_up // recipe.warmup_epochs, 'update')}: the learning rate does not reach its height"
+        f"{counted(updates_in(recipe, batches), 'update')}: the learning rate does not reach its height"
     )
 
 
-def updates_per_epoch(recipe: Recipe, batches: int) -> int:
-    """As schedules count them: a window that an epoch's end cuts is one."""
-    return max(1, math.ceil(batches / recipe.accumulation_steps))
+def updates_in(recipe: Recipe, batches: int, epochs: float = 1) -> int:
+    """As schedules count them: a window runs on over an epoch's end, and one that the run's end cuts is an update."""
+    return math.ceil(epochs * batches / recipe.accumulation_steps)

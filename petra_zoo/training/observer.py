@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +59,7 @@ class Observer:
         self.directory: RunDirectory | None = None
         self._rate = learning_rates(run.recipe, len(run.train_loader))
         self.best: Scores | None = None  # of the run's model
+        self.best_model: str | None = None  # its SHA-256, where others than the best are saved elsewhere
         self._in_training = False
         self.skipped = 0
         self.writers: list[LogWriter] = []
@@ -72,8 +73,27 @@ class Observer:
         if self.run.world.reports:
             recipe = self.run.recipe
             self.directory = RunDirectory.of(again, recipe) if again else RunDirectory(recipe, self.run.name)
-            if self.run.profile:
-                self.run.profile.save(self.directory.path / PROFILE)
+
+    def take_over(self, logs: Mapping[str, int] | None = None) -> None:
+        """From here on the run directory is this run's, whose settings and data were found to be right.
+
+        Args:
+            logs: bytes of the logs that a run which goes on has written so far; what came later comes again.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if not self.directory:
+            return
+        self.directory.save_recipe(self.run.recipe)
+        if self.run.profile:
+            self.run.profile.save(self.directory.path / PROFILE)
+        if logs is not None:
+            self.directory.cut_logs(logs)
+        if self.best is not None and self.best_model is not None and self.directory.model_sha256() != self.best_model:
+            name = self.directory.set_model_aside()
+            self.reporter.line(f"set aside, it was saved behind what the run goes on from: {name}")
+            self.best = self.best_model = None
 
     def _log(self, **line: Json) -> None:
         """A line of metrics.jsonl, and wherever else it is shown."""
@@ -98,13 +118,13 @@ class Observer:
             "logs": self.directory.log_sizes(),
             "skipped": self.skipped,
             "best": None if self.best is None else vars(self.best),
+            "best_model": self.best_model,
             "patience": self.patience.state(),
             "divergence": self.divergence.state(),
         }
 
     def continue_from(self, state: State, *, same_directory: bool) -> None:
-        """Restores what `state` gave, and takes from the logs what came later."""
-        assert self.directory is not None
+        """Restores what `state` gave."""
         self.meter.load(state["meter"])
         self.training_seconds = state["training_seconds"]
         self.skipped = state.get("skipped", 0)
@@ -114,7 +134,7 @@ class Observer:
             self.divergence.load(state["divergence"])
         if same_directory:  # else the run's model is not in here
             self.best = None if state["best"] is None else Scores(**state["best"])
-        self.directory.cut_logs(state["logs"] if same_directory else {})
+            self.best_model = state.get("best_model")
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -162,6 +182,8 @@ class Observer:
 
     def begin_epoch(self, epoch: int, batch: int = 0) -> None:
         """From now on, losses and speed are this epoch's; of one that goes on, the losses are there already."""
+        if batch == 0 and self.epoch == 0 and epoch > 0 and self.divergence.start is None:  # an epoch without a reading
+            self.divergence.start = self.meter.first(self.run.recipe.accumulation_steps)
         self.epoch, self.speed = epoch, Speed()
         if batch == 0:
             self.meter = Meter()
@@ -184,8 +206,7 @@ class Observer:
         fill = f"{pipeline.in_flight}/{2 * len(pipeline.layout.stages) - 1}"
         self.reporter.batch(self.epoch, self.batches_done, self.length.total, images_fed, loss, top1, speed, fill)
         if loss is not None and logged:
-            updates = pipeline.fed // recipe.accumulation_steps
-            event = LogEvent(self.epoch + 1, updates, pipeline.tick, loss, top1, self.learning_rate(), speed)
+            event = LogEvent(self.epoch + 1, pipeline.windows, pipeline.tick, loss, top1, self.learning_rate(), speed)
             self._look_for_divergence(loss)
             self._log(event="train", **asdict(event))
             for callback in self.callbacks:
@@ -232,7 +253,7 @@ class Observer:
         self._log(
             event="validation",
             epoch=self.epoch + 1,
-            update=self.run.pipeline.fed // self.run.recipe.accumulation_steps,
+            update=self.run.pipeline.windows,
             top1=scores.top1,
             top5=scores.top5,
             loss=scores.loss,
@@ -267,7 +288,7 @@ class Observer:
             self.directory.save_recipe(self.run.recipe, LAST)
         if metric is None or self.best is None or is_better(scores, getattr(self.best, metric), metric):
             self.directory.save_model(whole, preprocessing, names)
-            self.best = scores
+            self.best, self.best_model = scores, None if metric is None else self.directory.model_sha256()
 
     def complete(self, ended: str) -> None:
         """Completes the run directory of a model that was saved.
@@ -298,7 +319,7 @@ class Observer:
 
     def learning_rate(self) -> float:
         """The schedule's; `layer_decay` scales it layer by layer."""
-        return self._rate(self.run.pipeline.fed // self.run.recipe.accumulation_steps)
+        return self._rate(self.run.pipeline.windows)
 
     def diverged(self) -> str | None:
         """What is wrong with the loss, in words; None where nothing is. Logs it."""

@@ -15,7 +15,7 @@ from torch import nn
 from petra_zoo.checkpoints.hub_errors import first_line
 from petra_zoo.errors import UserError
 from petra_zoo.settings.recipe import Recipe
-from petra_zoo.training.length import updates_per_epoch
+from petra_zoo.training.length import updates_in
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 # Options of `create_optimizer_v2` that it reads where it makes the groups, by their names in the functions that do.
@@ -96,7 +96,7 @@ def scheduler_factory(recipe: Recipe, batches_per_epoch: int) -> Callable[[torch
     Raises:
         UserError: there is no such schedule of these lengths.
     """
-    times = _schedule_times(recipe, updates_per_epoch(recipe, batches_per_epoch))
+    times = _schedule_times(recipe, batches_per_epoch)
 
     def make(optimizer: torch.optim.Optimizer) -> Scheduler | None:
         try:
@@ -127,25 +127,31 @@ class _Times(TypedDict):
     updates_per_epoch: int
 
 
-def _schedule_times(recipe: Recipe, updates: int) -> _Times:
-    """When a schedule does what, by epochs of so many updates; with `max_updates`, where they may not be whole, by 1.
+def _schedule_times(recipe: Recipe, batches: int) -> _Times:
+    """When a schedule does what, by epochs of so many micro-batches where these are whole updates; else by updates.
 
     What timm takes for a share of the schedule stays one.
     """
+    by_epochs = recipe.epochs is not None and batches % recipe.accumulation_steps == 0
+    per_epoch = 1 if by_epochs else batches / recipe.accumulation_steps
+
+    def length(epochs: int) -> int:
+        return epochs if by_epochs else updates_in(recipe, batches, epochs)
+
     if recipe.epochs is not None:
-        num_epochs, scale = recipe.epochs, 1
+        num_epochs = length(recipe.epochs)
     else:
         assert recipe.max_updates is not None
-        num_epochs, scale = max(1, recipe.max_updates - recipe.epochs_beside * updates), updates
+        num_epochs = max(1, recipe.max_updates - length(recipe.epochs_beside))
     decay = recipe.decay_epochs or (_TIMM_DECAY_EPOCHS if recipe.sched == "step" else None)
     is_share = decay is not None and decay < 1 and recipe.sched in ("wsd", "rsqrt")
     return {
         "num_epochs": num_epochs,
-        "warmup_epochs": recipe.warmup_epochs * scale,
-        "cooldown_epochs": recipe.cooldown_epochs * scale,
-        "decay_epochs": decay if decay is None or is_share else decay * scale,
-        "decay_milestones": [epoch * scale for epoch in recipe.decay_milestones],
-        "updates_per_epoch": updates // scale,
+        "warmup_epochs": length(recipe.warmup_epochs),
+        "cooldown_epochs": length(recipe.cooldown_epochs),
+        "decay_epochs": decay if decay is None or is_share else decay * per_epoch,
+        "decay_milestones": [length(epoch) for epoch in recipe.decay_milestones],
+        "updates_per_epoch": batches // recipe.accumulation_steps if by_epochs else 1,
     }
 
 

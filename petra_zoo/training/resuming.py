@@ -50,7 +50,19 @@ FREE = {
 }
 
 # What is saved is of these.
-FIXED = {"data_parallel", "method", "model", "split", "stages"}
+FIXED = {
+    "data_parallel",
+    "freeze",
+    "freeze_bn",
+    "layer_decay",
+    "lora_rank",
+    "lora_targets",
+    "method",
+    "model",
+    "opt",
+    "split",
+    "stages",
+}
 
 
 # What ends a run: with another one, a finished run may go on.
@@ -65,11 +77,13 @@ class Start:
         directory: of a run that goes on in its own; None: a new one.
         checkpoint: what it goes on from.
         finished: nothing is left to do.
+        changed: whether settings differ from those that it was saved with, and decide bits.
     """
 
     directory: Path | None = None
     checkpoint: RunCheckpoint | None = None
     finished: bool = False
+    changed: bool = False
 
 
 def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) -> Start:
@@ -100,7 +114,7 @@ def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) ->
     if checkpoint := Store(directory / CHECKPOINTS).newest_good():
         changed = check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change)
         done = checkpoint.manifest.finished and not changed & LENGTH
-        return Start(directory, checkpoint, finished=done)
+        return Start(directory, checkpoint, finished=done, changed=bool(changed))
     if (directory / EVALUATION).exists():  # saved nothing to go on from, but it is finished
         check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe)
         return Start(directory, finished=True)
@@ -165,12 +179,12 @@ def _by_path(path: Path, recipe: Recipe, allow_change: Sequence[str]) -> Start:
         checkpoint = verified(newest)
     except CheckpointError as error:
         raise UserError(f"--resume {path}: {error}") from error
-    check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change)
+    changed = bool(check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change))
     run = newest.resolve().parent.parent
     if recipe.output is None or recipe.output.resolve() == run:
-        return Start(recipe.output or run, checkpoint, finished=False)
+        return Start(recipe.output or run, checkpoint, changed=changed)
     check_free(recipe.output, "output=DIR")
-    return Start(None, checkpoint)
+    return Start(None, checkpoint, changed=changed)
 
 
 def _failed_to_start(directory: Path) -> bool:

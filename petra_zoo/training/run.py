@@ -36,7 +36,7 @@ from petra_zoo.training.resuming import (
 )
 from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
-from petra_zoo.training.saving import Place, Saver
+from petra_zoo.training.saving import Place, Saver, place_of
 from petra_zoo.training.stopping import Agreement, Deadline, RunStopped, Told, Word, listening
 from petra_zoo.training.threads import threads_restored
 from petra_zoo.training.validation import validate
@@ -207,16 +207,18 @@ class Run:
         """Says what is about to run; of a run that goes on, takes back all that was saved."""
         at, observer = Place(), self.observer
         if checkpoint := start.checkpoint:
-            here = start.directory is not None
-            at = together(self.world, lambda: self.saver.load(checkpoint, same_directory=here))
-            finished = checkpoint.manifest.finished
+            here, at, finished = start.directory is not None, place_of(checkpoint), checkpoint.manifest.finished
             if self.length.is_over(at.epoch, at.batch, finished=finished):
                 raise UserError(f"{checkpoint.path} has trained {at}, which is all that there are to train")
+            logs = together(self.world, lambda: self.saver.load(checkpoint, same_directory=here, changed=start.changed))
             if over := self.world.from_reporter(observer.patience.over) if finished else None:
                 raise UserError(f"{checkpoint.path} has ended by {over}: there is nothing more to train with it")
             if here:
                 together(self.world, lambda: self.saver.set_aside_behind(checkpoint))
+            together(self.world, lambda: observer.take_over(logs))
             self.reporter.line(f"goes on from {checkpoint.path}: epoch {at.epoch + 1}, micro-batch {at.batch}")
+        else:
+            together(self.world, observer.take_over)
         observer.start()
         return at
 
@@ -344,8 +346,9 @@ class Run:
     def drain(self) -> list[Output]:
         """Lets the micro-batches in flight finish; gives what comes out."""
         with self.observer.training():
+            updates = self.pipeline.in_flight > 0 or self.pipeline.fed % self.recipe.accumulation_steps > 0
             outputs = self.pipeline.drain()
-            if self.ema:
+            if self.ema and updates:
                 self.ema.update(self.model)
         self.meet()
         return outputs

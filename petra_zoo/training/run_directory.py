@@ -75,14 +75,9 @@ class RunDirectory:
 
     @classmethod
     def of(cls, path: Path, recipe: Recipe) -> Self:
-        """The directory of a run that goes on.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """The directory of a run that goes on; nothing in it changes before all is found to be right."""
         self = cls.__new__(cls)
         self.path, self._from_other_weights = path, bool(recipe.pretrained)
-        self.save_recipe(recipe)
         return self
 
     def save_recipe(self, recipe: Recipe, folder: str = ".") -> None:
@@ -165,6 +160,23 @@ class RunDirectory:
             for name in (MODEL, "config.json"):
                 _flush_to_disk(Path(new) / name)
                 os.replace(Path(new) / name, self.path / folder / name)
+
+    def model_sha256(self) -> str | None:
+        """Of the run's model; None where there is none."""
+        path = self.path / MODEL
+        with self._writing(MODEL):
+            return sha256(path) if path.exists() else None
+
+    def set_model_aside(self) -> str:
+        """Takes the run's model out of the way of another one; gives the name of the folder where it is now."""
+        names = (name for n in count(1) if not (self.path / (name := f"aside-{n}")).exists())
+        folder = self.path / next(names)
+        with self._writing(MODEL):
+            folder.mkdir()
+            for name in (MODEL, "config.json"):
+                if (self.path / name).exists():
+                    os.replace(self.path / name, folder / name)
+        return folder.name
 
     def what_is_kept(self) -> str:
         """For messages about training that cannot go on."""

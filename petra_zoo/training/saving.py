@@ -27,6 +27,7 @@ from petra_zoo.strict_json import JsonObject
 from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import SharedFailure, together
+from petra_zoo.training.renewing import MadeWith
 from petra_zoo.wording import counted
 
 T = TypeVar("T")
@@ -43,6 +44,11 @@ class Place:
     def __str__(self) -> str:
         behind = f" and {counted(self.batch, 'micro-batch')}" if self.batch else ""
         return f"{counted(self.epoch, 'epoch')}{behind}"
+
+
+def place_of(checkpoint: RunCheckpoint) -> Place:
+    """Where a run was when it was saved."""
+    return Place(checkpoint.manifest.epoch, checkpoint.manifest.batch)
 
 
 class Saver:
@@ -129,15 +135,20 @@ class Saver:
         names = Store(self.path / CHECKPOINTS).names()
         return f"the checkpoint {names[-1]} is kept" if names else "there is no checkpoint"
 
-    def load(self, checkpoint: RunCheckpoint, *, same_directory: bool) -> Place:
-        """Takes a run back from a checkpoint.
+    def load(self, checkpoint: RunCheckpoint, *, same_directory: bool, changed: bool = False) -> Mapping[str, int]:
+        """Takes a run back from a checkpoint; nothing on disk changes.
 
         Args:
             checkpoint: of the same partition.
-            same_directory: whether it goes on in the run's own directory, whose logs then lose what came later.
+            same_directory: whether it goes on in the run's own directory.
+            changed: whether settings have changed since, which then are those of the recipe.
+
+        Returns:
+            Bytes that the logs had.
 
         Raises:
-            UserError: a file is damaged, or the state is another model's.
+            UserError: a file is damaged, the state is another model's, or an epoch was left in the middle that is
+                another one now.
         """
         run, world, pipeline = self.run, self.run.world, self.run.pipeline
         own, senders = stages_to_read(pipeline.layout, world.rank)
@@ -146,17 +157,35 @@ class Saver:
             told = from_safetensors(verify_file(checkpoint.path, checkpoint.manifest, RUN))
         except CheckpointError as error:
             raise UserError(f"cannot go on: {error}") from error
+        at, batches = place_of(checkpoint), len(run.train_loader)
+        then, images = told.get("batches", batches), told.get("images", len(run.data))  # earlier versions have none
+        if at.batch and (then != batches or images != len(run.data)):
+            raise UserError(
+                f"{checkpoint.path} is {at.batch} micro-batches into an epoch of {counted(images, 'image')} in "
+                f"{counted(then, 'micro-batch')}, and now there are {counted(len(run.data), 'image')} in "
+                f"{counted(batches, 'micro-batch')}: take that back, or --resume a checkpoint from an epoch's end"
+            )
+        made_with = MadeWith(pipeline, run.recipe.opt_kwargs)
         pipeline.load_state_dict(state, images=run.recipe.batch_size)
-        if run.ema and average:
+        if changed or then != batches:
+            made_with.renew((at.epoch * batches + at.batch) // run.recipe.accumulation_steps)
+        if run.ema:
             module = run.ema.module
-            load_tensors(shared_tensors(module), average.shared)
+            averaged = average or Averages(
+                shared_tensors(run.model), {j: stage_tensors(run.model, pipeline.layout, j) for j in own}
+            )  # that of a run which has had none begins where its model is
+            load_tensors(shared_tensors(module), averaged.shared)
             for j in own:
-                load_tensors(stage_tensors(module, pipeline.layout, j), average.stages[j])
+                load_tensors(stage_tensors(module, pipeline.layout, j), averaged.stages[j])
         if world.first:
             run.data.note_bad([BadImage(**image) for image in told["bad_images"][world.replica]])
         if world.reports:
             self.observer.continue_from(told["observer"], same_directory=same_directory)
-        return Place(checkpoint.manifest.epoch, checkpoint.manifest.batch)
+        if images != len(run.data):
+            now = counted(len(run.data), "training image")
+            self.observer.reporter.line(f"warning: there are {now}, and were {images} when it was saved")
+        logs: Mapping[str, int] = told["observer"]["logs"]
+        return logs if same_directory else {}
 
     def _write(self, store: Store, tick: int, bad_images: Sequence[Sequence[JsonObject]]) -> dict[str, FileEntry]:
         """This process's own files."""
@@ -164,7 +193,8 @@ class Saver:
         average = _averages(run.ema.module, run) if run.ema else None
         files = to_files(run.pipeline.state_dict(), average, world.replica, with_clock=world.last)
         if world.reports:
-            files[RUN] = {"observer": self.observer.state(), "bad_images": bad_images}
+            data = {"batches": len(run.train_loader), "images": len(run.data)}
+            files[RUN] = {"observer": self.observer.state(), "bad_images": bad_images, **data}
         return {name: store.write(tick, name, to_safetensors(state)) for name, state in files.items()}
 
     def _publish(self, store: Store, manifest: Manifest, entries: Mapping[str, FileEntry]) -> None:
