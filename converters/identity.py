@@ -11,10 +11,11 @@ from petra_zoo.converters.families import name_of, runs_of
 from petra_zoo.errors import UserError
 from petra_zoo.models.classifier import as_classifier, config_of
 from petra_zoo.models.layer_arguments import Arguments
+from petra_zoo.models.run_buffers import RunBuffers
 
 DEFAULT_EXACT_BITS = 12  # of the models' default grid
 REVERSIBLE_ONLY = {"coupling", "gain", "anchor_every", "exact", "exact_bits", "streams", "units", "shortest"}
-_BUFFERS = (".coupling", ".exponent", ".gain")
+_BUFFERS = ("coupling", "exponent", "gain")
 _GIVEN_ANYWAY = {"num_classes", "in_chans", "dtype", "device"}
 
 
@@ -92,4 +93,6 @@ def check_computes_plain(model: nn.Module) -> None:
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """A coupled network's state dict without what only a coupled one has."""
-    return {key: x for key, x in model.state_dict().items() if not key.endswith(_BUFFERS)}
+    coupled = [f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, RunBuffers)]
+    own = {f"{prefix}{buffer}" for prefix in coupled for buffer in _BUFFERS}
+    return {key: x for key, x in model.state_dict().items() if key not in own}

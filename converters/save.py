@@ -50,7 +50,7 @@ def save_for_timm(model: nn.Module, output: Path) -> None:
     check_output(output)
     architecture = name_of(model)
     saved = copy.deepcopy(model).to("cpu").to(memory_format=torch.contiguous_format).eval()
-    images = noise(saved)
+    images, whole = noise(saved), copy.deepcopy(saved).float()  # timm builds in float32, whatever the weights are
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as holder:
@@ -59,7 +59,7 @@ def save_for_timm(model: nn.Module, output: Path) -> None:
             apply_umask(new / "model.safetensors")
             loaded = timm.create_model(f"local-dir:{new}", pretrained=True).eval()
             with torch.no_grad():
-                if not torch.equal(loaded(images), saved(images)):
+                if not torch.equal(loaded(images), whole(images)):
                     raise UserError(f"timm rebuilds another network than the converted one as {architecture}")
             os.replace(new, output)
     except UserError:

@@ -19,12 +19,17 @@ from petra_zoo.converters.checks import check_source, fit_weights
 from petra_zoo.converters.families import family_for
 from petra_zoo.converters.torchvision_source import PREFIX, load_torchvision
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier, config_of
+from petra_zoo.models.classifier import Classifier, ModelConfig, config_of
 from petra_zoo.models.memory_modes import MemoryModes
 
 Nested: TypeAlias = "Tensor | Mapping[str, Nested]"  # what torch.save wrote, numbers and texts left out
 
 PREFIXES = (PREFIX, *FROM_A_CONFIG)
+# In timm's configuration of a network, what is of certain weights.
+_OF_WEIGHTS = (
+    *("tag", "license", "origin_url", "paper_name", "paper_ids", "url", "file", "hf_hub_id", "hf_hub_filename"),
+    *("label_names", "label_descriptions", "description", "notes", "test_input_size", "test_crop_pct"),
+)
 
 
 def load_source(source: str, architecture: str | None = None) -> Classifier:
@@ -72,10 +77,22 @@ def _load_file(path: Path, architecture: str) -> Classifier:
     last = weights.get(f"{config_of(blank).get('classifier')}.weight")
     if last is not None and last.ndim == 2:
         blank.reset_classifier(len(last))
+    # Counted by torch's AveragedModel, which torchvision's training saves.
+    weights = {key: x for key, x in weights.items() if not (key.endswith("n_averaged") and x.ndim == 0)}
     fit_weights(weights, blank, str(path), architecture)
     model = create_any_model(architecture, num_classes=blank.num_classes)
     model.load_state_dict(weights)
+    # timm's words about its own weights: whose these are, what classes they tell apart and where else to test them.
+    model.pretrained_cfg = model.default_cfg = own_words(config_of(model))
     return check_source(model).eval()
+
+
+def own_words(config: ModelConfig) -> ModelConfig:
+    """timm's configuration of a network without what it says of certain weights."""
+    found = config.copy()
+    for key in _OF_WEIGHTS:
+        found.pop(key, None)  # type: ignore[misc]  # a name of the dictionary, or one that timm may have beside them
+    return found
 
 
 def _inner_network(weights: dict[str, Tensor], expected: list[str], path: Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from timm.models.resnet import ResNet
 
 from petra_zoo.converters import convert, save_converted, to_resnet
+from petra_zoo.converters.families import family_of
 from petra_zoo.errors import UserError
 from tests.cli.test_main import petra_zoo
 from tests.converters.networks import images, source
@@ -67,3 +68,11 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "layer1 has g = 0.5" in done.stderr
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_networks_own_gains_stay() -> None:
+    """Those of its standardised convolutions, which are called as the buffer beside a coupling is."""
+    network = timm.create_model("nfnet_l0", num_classes=5).eval()
+    model = convert(network, coupling=0.0)
+    back = family_of(model).plain(model)
+    assert all(torch.equal(x, back.state_dict()[name]) for name, x in network.state_dict().items())

@@ -245,3 +245,12 @@ def test_an_output_that_cannot_be_written_is_one_line(saved_source: Path, tmp_pa
     assert done.returncode == 2
     assert "cannot write" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_type_is_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    network = source("test_resnet").to(dtype)
+    model = convert(network, coupling=0.0)
+    save_converted(model, tmp_path / "out")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert torch.equal(loaded(images()), model.float()(images()))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from petra_zoo.converters import load_source
+from petra_zoo.data.labels import names_of
 from petra_zoo.errors import UserError
 from tests.converters.networks import images, source
 
@@ -120,3 +121,37 @@ def test_a_file_beside_does_not_hide_a_model_of_its_name(
     Path("resnet18").write_text("notes")
     with pytest.raises(UserError, match="--arch goes with a file of weights"):
         load_source("resnet18", ARCHITECTURE)
+
+
+def test_a_file_of_weights_is_not_timms_own(network: Any, tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", num_classes=1000).state_dict(), tmp_path / "own.pth")
+    loaded = load_source(str(tmp_path / "own.pth"), "test_resnet")
+    said = {"tag", "license", "hf_hub_id", "origin_url", "test_input_size"}
+    assert not {key for key in said if loaded.pretrained_cfg.get(key)}
+    assert names_of(loaded) is None
+
+
+def test_an_average_of_torchs_training_is_loaded(network: Any, tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    torch.save({"model": network.state_dict(), "model_ema": averaged.state_dict()}, tmp_path / "ema.pth")
+    assert_loads(tmp_path / "ema.pth", network)
+    torch.save(averaged.state_dict(), tmp_path / "bare.pth")
+    assert_loads(tmp_path / "bare.pth", network)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.mul(100).to(torch.int8), "holds int8, not floating-point numbers: a quantized checkpoint"),
+        (lambda x: x.to(torch.complex64), "holds complex64"),
+        (lambda x: x.to_sparse(), "is sparse_coo, not dense"),
+        (lambda x: x.to("meta"), "has no content"),
+    ],
+)
+def test_weights_without_a_floating_point_value_are_refused_by_name(
+    change: Any, message: str, network: Any, tmp_path: Path
+) -> None:
+    weights = network.state_dict()
+    torch.save({**weights, "layer1.0.conv1.weight": change(weights["layer1.0.conv1.weight"])}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=rf"does not fit test_resnet: layer1\.0\.conv1\.weight {message}"):
+        load_source(str(tmp_path / "odd.pth"), ARCHITECTURE)
