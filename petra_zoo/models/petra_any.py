@@ -6,13 +6,16 @@ and the coupling in the weights is all that a saved one needs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
 from petra_zoo.errors import UserError
+from petra_zoo.models.classifier import Feature
 from petra_zoo.models.layer_arguments import Argument, Arguments
 from petra_zoo.models.make_reversible import make_reversible
 
@@ -29,6 +32,8 @@ _CHAINS = (
     "streams",
     "shortest",
 )  # of `make_reversible`
+
+_PLACES = ("file", "hf_hub_id", "url", "state_dict")  # where an overlay may say that weights are
 
 
 @register_model
@@ -51,11 +56,12 @@ def petra_any(
     if not timm.is_model(source.partition(".")[0]):
         raise UserError(f"source is the name of a network of timm's, such as 'convnext_atto', not {source!r}")
     of_chains = {name: kwargs.pop(name) for name in _CHAINS if name in kwargs}
-    if own := isinstance(pretrained_cfg, dict):
-        configuration = pretrained_cfg
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    elsewhere = isinstance(overlay, dict) and any(overlay.get(key) is not None for key in _PLACES)
+    if own := isinstance(pretrained_cfg, dict) or elsewhere:
+        configuration = pretrained_cfg if isinstance(pretrained_cfg, dict) else _configuration_of(source)
     else:
-        found = get_pretrained_cfg(source)
-        configuration = {**(found.to_dict() if found else {}), "architecture": "petra_any"}
+        configuration = _configuration_of(source)
         if pretrained:
             of_chains.setdefault("coupling", 0.0)
 
@@ -63,6 +69,10 @@ def petra_any(
         model = timm.create_model(source, pretrained=pretrained and not own, **arguments)
         return make_reversible(model, **of_chains)
 
+    if kwargs.get("features_only") and "out_indices" not in kwargs:
+        with torch.device("meta"):
+            features: Sequence[Feature] = getattr(timm.create_model(source), "feature_info", ())
+        kwargs["out_indices"] = tuple(range(min(len(features), 5)))  # timm's default is five, whatever there are
     model: nn.Module = build_model_with_cfg(
         build,
         "petra_any",
@@ -73,3 +83,8 @@ def petra_any(
     )
     vars(model)["_model_args"] = {}  # the source's: timm writes those it was called with
     return model
+
+
+def _configuration_of(source: str) -> dict[str, Argument]:
+    found = get_pretrained_cfg(source)
+    return {**(found.to_dict() if found else {}), "architecture": "petra_any"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
@@ -56,3 +57,19 @@ def test_a_source_that_timm_does_not_know_is_refused() -> None:
 def test_a_source_without_chains_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match="VGG has no 3 blocks one after the other"):
         timm.create_model("petra_any", source="vgg11")
+
+
+def test_weights_that_an_overlay_names_are_taken(tmp_path: Path) -> None:
+    plain = timm.create_model("test_convnext", num_classes=5).eval()
+    save_file(plain.state_dict(), tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors"), "num_classes": 5}
+    arguments = {"source": "test_convnext", "num_classes": 5, "pretrained": True}
+    model = timm.create_model("petra_any", pretrained_cfg_overlay=overlay, **arguments).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(images), plain(images))
+
+
+def test_features_are_of_all_levels_that_there_are() -> None:
+    found = timm.create_model("petra_any", source="test_convnext", features_only=True)(torch.randn(1, 3, 64, 64))
+    expected = timm.create_model("test_convnext", features_only=True)(torch.randn(1, 3, 64, 64))
+    assert [x.shape for x in found] == [x.shape for x in expected]
