@@ -8,13 +8,21 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import TypeAdapter, ValidationError
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import explain
 from petra_zoo.checkpoints.reachable import HUB_PREFIXES, hub_repository, one_attempt
 from petra_zoo.errors import UserError
-from petra_zoo.models.classifier import Classifier, Feature, UnitClassifier, as_classifier, as_unit_classifier
+from petra_zoo.models.classifier import (
+    Classifier,
+    Feature,
+    ModelConfig,
+    UnitClassifier,
+    as_classifier,
+    as_unit_classifier,
+)
 from petra_zoo.models.describe import nearest_models, zoo_names
 
 LAST = "last"  # in a run directory: the last model, where the run's own is the best one
@@ -53,9 +61,27 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
     repository = hub_repository(name) if local or arguments.get("pretrained") else None
     try:
         with one_attempt(repository):
-            return as_classifier(timm.create_model(name, **arguments))
+            model = as_classifier(timm.create_model(name, **arguments))
+            if local:
+                check_config(model.pretrained_cfg)
+            return model
     except Exception as error:  # a repository can hold anything
         raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error
+
+
+def check_config(config: ModelConfig) -> None:
+    """Refuses a checkpoint's words about itself that are of another type than they should be.
+
+    Raises:
+        UserError: names the first.
+    """
+    try:
+        TypeAdapter(ModelConfig).validate_python({key: x for key, x in config.items() if x is not None})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = str(wrong["loc"][0])
+        value = repr({**config}[key])
+        raise UserError(f"pretrained_cfg.{key} is {value:.60}: {wrong['msg'].lower()}") from error
 
 
 def load_model(source: str, device: torch.device, cache_dir: Path | None = None) -> Classifier:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict, TypeGuard
+from typing import TypeGuard
 
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # typing's own cannot be validated before Python 3.12
 
 from petra_zoo.errors import UserError
 from petra_zoo.reversible import Unit, units_of

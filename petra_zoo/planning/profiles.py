@@ -8,7 +8,7 @@ import torch
 from timm.models import get_model_input_config
 
 from petra_zoo.checkpoints.hub_errors import first_line
-from petra_zoo.checkpoints.load import create_model, set_image_size
+from petra_zoo.checkpoints.load import create_model, resolve_source, set_image_size
 from petra_zoo.device import choose_device
 from petra_zoo.errors import UserError
 from petra_zoo.petra import Profile, measure
@@ -47,7 +47,7 @@ def profile_of(
                 raise UserError(f"{path} was measured with {what} {saved}, not {asked}: leave --profile out to measure")
         return profile
     chosen = choose_device(device)
-    model = create_model(name, in_chans=input_size[0] if input_size else 3)
+    model = create_model(resolve_source(name), in_chans=input_size[0] if input_size else 3)
     size = input_size or tuple(get_model_input_config(model)["input_size"])
     set_image_size(model, name, *size[1:])
     images = batch_size or BATCH_SIZE

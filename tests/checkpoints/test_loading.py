@@ -251,3 +251,24 @@ def test_a_model_of_timm_says_how_it_becomes_reversible() -> None:
     with pytest.raises(UserError, match=r"model 'resnet18': ResNet has no units\(\): petra-zoo convert .*revnet18"):
         create_model("resnet18")
     assert create_any_model("resnet18", num_classes=2).num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "where"),
+    [
+        ({"label_names": 7}, "label_names"),
+        ({"interpolation": ["q"]}, "interpolation"),
+        ({"crop_pct": "a"}, "crop_pct"),
+        ({"mean": [0.5, "b", 0.5]}, "mean"),
+    ],
+)
+def test_a_config_with_words_of_another_type_is_named(
+    saved: Path, tmp_path: Path, changed: dict[str, object], where: str
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["pretrained_cfg"] |= changed
+    (tmp_path / "model").mkdir()
+    for name, content in with_config(saved, pretrained_cfg=config["pretrained_cfg"]).items():
+        (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"config\.json.*pretrained_cfg\.{where} is .*should be"):
+        load_model(str(tmp_path / "model"), CPU)
