@@ -34,14 +34,23 @@ class CoupledBlock(BranchBlock):
 
     @torch.jit.unused
     def rectifies(self) -> bool:
-        """Whether the activation behind the block is relu, with nobody listening."""
+        """Whether the activation behind the block is relu, with nobody listening, and nobody's other one before it."""
+        if type(self).activate not in _ACTIVATE or not vars(self).keys().isdisjoint(("activate", "last_activation")):
+            return False
         act = self.last_activation()
-        return type(act) is nn.ReLU and not (act._forward_hooks or act._forward_pre_hooks)
+        return (
+            type(act) is nn.ReLU and "forward" not in vars(act) and not (act._forward_hooks or act._forward_pre_hooks)
+        )
 
     @torch.jit.unused
     def last_activation(self) -> nn.Module:
         """The module of the activation behind the block."""
         raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        if name == LAST_ACTIVATION.get(type(self)) and "inplace" in vars(value):
+            vars(value)["inplace"] = False  # its argument lives on as a stream
+        super().__setattr__(name, value)
 
     @torch.jit.unused
     def coupled_step(
@@ -127,6 +136,10 @@ class CoupledBottleneck(CoupledBlock, Bottleneck):
         return self.act3
 
 
+LAST_ACTIVATION: dict[type[nn.Module], str] = {CoupledBasicBlock: "act2", CoupledBottleneck: "act3"}
+_ACTIVATE = (CoupledBasicBlock.activate, CoupledBottleneck.activate)
+
+
 def is_zero(g: Coupling) -> bool:
     """Whether g is 0 for certain: a coupling that cannot be read may be anything."""
     return not isinstance(g, Tensor) and g == 0.0
@@ -157,9 +170,21 @@ def couple_block(block: nn.Module) -> CoupledBlock:
         )
     block.__class__ = coupled
     assert isinstance(block, CoupledBlock)
-    act = block.get_submodule("act2" if isinstance(block, BasicBlock) else "act3")
-    if next(act.parameters(), None) is not None:
-        raise UserError(f"an activation with parameters ({type(act).__name__}) has no coupled form: use relu or silu")
-    if "inplace" in vars(act):
-        vars(act)["inplace"] = False  # its argument lives on as a stream
+    check_activation(block, type(block).__name__)
+    name = LAST_ACTIVATION[coupled]
+    setattr(block, name, block.get_submodule(name))  # which may write into its argument no longer
     return block
+
+
+def check_activation(block: CoupledBlock, name: str) -> None:
+    """Refuses an activation behind a block whose parameters would be part of two units, the block's and the next one.
+
+    Raises:
+        UserError: it has parameters.
+    """
+    act = block.last_activation()
+    if next(act.parameters(), None) is not None:
+        raise UserError(
+            f"{name}: an activation with parameters ({type(act).__name__}) behind a block has no coupled form: "
+            "use relu or silu, or train with set_memory('plain')"
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional, overload
 import torch
 from torch import Tensor, nn
 
-from petra_zoo.models.coupled_block import CoupledBlock, couple_block, is_coupled, is_zero
+from petra_zoo.models.coupled_block import CoupledBlock, check_activation, couple_block, is_coupled, is_zero
 from petra_zoo.models.layer_parts import (
     Behind,
     Enter,
@@ -231,6 +231,8 @@ class CoupledLayer(RunBuffers):
         before: Enter = enter if self.starts else InFront(enter, self.streams)  # from the streams in front to h
         for key, block, in_run, run_index in self.positions():
             unit = f"{name}.{key}"
+            if isinstance(block, CoupledBlock):
+                check_activation(block, unit)
             if in_run and is_coupled(block):
                 coupled_unit = CoupledUnit(
                     unit,

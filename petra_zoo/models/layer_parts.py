@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from petra_zoo.models.coupled_block import CoupledBlock
-from petra_zoo.reversible import ForkedUnit, FunctionUnit, Streams, StreamType, Unit, merge
+from petra_zoo.reversible import ForkedUnit, FunctionUnit, Streams, StreamType, Unit, merge_streams
 from petra_zoo.reversible.stream_type import rectifies
 
 Enter = Callable[..., Tensor]  # what a unit makes of the streams it gets: the activation h [B, C, H, W]
@@ -93,7 +93,7 @@ class LastActivation:
     @property
     def rectifies(self) -> bool:
         """Whether it is relu and nothing else."""
-        return self.block.rectifies()
+        return isinstance(self.block, CoupledBlock) and self.block.rectifies()  # of a wrapper nobody knows
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Merge:
         (b, a), g = streams, self.coupling()
         if g == 1.0 and rectifies(self.activate) and rectifies(self.in_front):
             return kind.mean_rectified(b, a, self.activate.block)
-        return merge(kind.activated(b, self.activate), kind.activated(a, self.in_front), g)
+        return merge_streams(kind.activated(b, self.activate), kind.activated(a, self.in_front), g)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class PlainMerge:
 
     def __call__(self, *streams: Tensor) -> Tensor:
         h, *before = map(self.kind().read, streams)
-        return merge(h, before[0], self.coupling()) if before else h
+        return merge_streams(h, before[0], self.coupling()) if before else h
 
 
 @dataclass(frozen=True)

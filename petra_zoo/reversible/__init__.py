@@ -8,6 +8,7 @@ from petra_zoo.reversible.coupling import (
     couple,
     coupled,
     merge,
+    merge_streams,
     nearest_coupling,
     uncouple,
 )
@@ -24,14 +25,13 @@ from petra_zoo.reversible.unit import (
     CoupledUnit,
     Evaluation,
     FunctionUnit,
-    Gradients,
     Residue,
     Reversal,
     Streams,
     Unit,
-    gradients_of,
 )
 from petra_zoo.reversible.unit_model import UnitModel, units_of
+from petra_zoo.reversible.vector_jacobian import Gradients, gradients_of
 
 __all__ = [
     "COUPLING_STEPS",
@@ -63,6 +63,7 @@ __all__ = [
     "gradients_of",
     "kept_units",
     "merge",
+    "merge_streams",
     "nearest_coupling",
     "needs_plain_path",
     "readable",

@@ -16,16 +16,19 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 
 from petra_zoo.reversible.rectified import add_passed
+from petra_zoo.reversible.state import version_of
 
 # Nodes of functions that give the same whenever they are asked: torch's activations that draw nothing, and the merge.
 _LIGHT = {"_UnpackBackward", "_RectifyBackward", "_MeanRectifiedBackward", "_MeanOfRectifiedBackward"}  # of streams
+# Each has one operand, or operands that all have a node: a sum with a tensor that has none may be with a drawn one.
 _PURE = _LIGHT | frozenset(
     f"{name}Backward0"
     for name in (
         *("Relu", "Hardtanh", "LeakyRelu", "Elu", "Silu", "Gelu", "Mish", "Sigmoid", "Tanh"),
-        *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy", "Add", "Div"),
+        *("Hardswish", "Hardsigmoid", "Softplus", "ToCopy"),
     )
 )
+_PURE |= {"_MergedBackward"}
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
@@ -93,13 +96,22 @@ class Activation:
         with saved_tensors_hooks(self._pack, self._unpack) if self._frugal else nullcontext():
             yield
 
-    def _pack(self, x: Tensor) -> Tensor | None:
+    def _pack(self, x: Tensor) -> tuple[Tensor, int] | None:
         if self._forgotten is not None and x.grad_fn is self._forgotten:
             return None
-        return x if x.grad_fn is None else x.data  # a result that its own node saved would hold it, and so itself
+        # A result that its own node saved would hold it, and so itself.
+        return x if x.grad_fn is None else x.detach(), version_of(x)
 
-    def _unpack(self, x: Tensor | None) -> Tensor:
-        return self._again().detach() if x is None else x
+    def _unpack(self, kept: tuple[Tensor, int] | None) -> Tensor:
+        if kept is None:
+            return self._again().detach()
+        x, version = kept
+        if version_of(x) != version:  # torch's own look ends where hooks are
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {list(x.shape)} inside of a branch; let it work on a copy"
+            )
+        return x
 
     def _again(self) -> Tensor:
         if self._h is None:
@@ -113,7 +125,7 @@ def is_pure(h: Tensor) -> bool:
     nodes = [h.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node is None or not (node.name() in _PURE or _scales(node)):
+        if node is None or node.name() not in _PURE:
             return False
         nodes += [below for below, _ in node.next_functions if below is not None and below.name() != _LEAF]
     return True
@@ -122,12 +134,6 @@ def is_pure(h: Tensor) -> bool:
 def is_light(h: Tensor) -> bool:
     """Whether the graph of h keeps next to nothing: signs, where others keep tensors as wide as a stream."""
     return h.grad_fn is not None and h.grad_fn.name() in _LIGHT
-
-
-def _scales(node: Node) -> bool:
-    """Whether it multiplies by a number: by a tensor is how dropout draws."""
-    factor = getattr(node, "_saved_other", None) if node.name() == "MulBackward0" else None
-    return isinstance(factor, Tensor) and factor.dim() == 0
 
 
 class _Context(Protocol):

@@ -20,7 +20,8 @@ from petra_zoo.reversible.hooks import stand_ins
 from petra_zoo.reversible.ownership import Lent, storage_of
 from petra_zoo.reversible.replay import Replay
 from petra_zoo.reversible.state import Held, version_of
-from petra_zoo.reversible.unit import Evaluation, Gradients, Streams, Unit
+from petra_zoo.reversible.unit import Evaluation, Streams, Unit
+from petra_zoo.reversible.vector_jacobian import Gradients
 
 
 def segments(units: Sequence[Unit], reconstruct: bool = True) -> Iterator[list[Unit]]:
@@ -204,7 +205,7 @@ class _Segment(torch.autograd.Function):
             del parameters[len(parameters) - count :]
             owned = lent.none_of([*streams, *gradients])
             hooked = stand_ins(own)  # their hooks run behind this backward, at what it returns
-            wanted = [hooked.get(id(x), x) for x in own]
+            wanted = [hooked.get(id(x), x) for x in own if x.requires_grad]  # but for those that were frozen since
             with ctx.replays[i](hooked):
                 if place.reverse:
                     residue = kept[ctx.residues[i]] if i in ctx.residues else ()
@@ -216,7 +217,9 @@ class _Segment(torch.autograd.Function):
             streams, gradients = reversal.inputs, reversal.input_gradients
             if i in ctx.anchors:  # exact again: the errors of the units above do not reach those below
                 streams = kept[ctx.anchors[i]]
-            parameter_gradients[:0] = _summed(own, reversal.parameter_gradients, shared)
+            found = iter(reversal.parameter_gradients)
+            of_own = tuple(next(found) if x.requires_grad else None for x in own)
+            parameter_gradients[:0] = _summed(own, of_own, shared)
         for i, p in enumerate(ctx.parameters):
             parameter_gradients[i] = shared.pop(id(p), parameter_gradients[i])
         return None, None, None, *lent.returned(gradients), *parameter_gradients

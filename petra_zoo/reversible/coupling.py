@@ -22,6 +22,7 @@ the models that call it.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -93,6 +94,32 @@ def merge(h: Tensor, h_before: Tensor, g: Coupling) -> Tensor:
         if g == 1.0:
             return (h + h_before).div_(2.0)
     return (h + g * h_before) / (1.0 + g)
+
+
+def merge_streams(h: Tensor, h_before: Tensor, g: float) -> Tensor:
+    """`merge` as one node of a graph, which keeps nothing: of units."""
+    return _Merged.apply(h, h_before, g)
+
+
+class _Context(Protocol):
+    g: float
+
+
+class _Merged(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, h_before: Tensor, g: float) -> Tensor:
+        return merge(h, h_before, g)
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        ctx.g = inputs[2]
+
+    @staticmethod
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        d = gradients[0] / (1.0 + ctx.g)
+        return d, d if ctx.g == 1.0 else ctx.g * d, None
 
 
 def step_of(

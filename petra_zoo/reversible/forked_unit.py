@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from petra_zoo.reversible.activation import is_light, is_pure
 from petra_zoo.reversible.stream_type import StreamType
-from petra_zoo.reversible.unit import FunctionUnit, Gradients, Reversal, Streams, edge_of, gradients_of
+from petra_zoo.reversible.unit import FunctionUnit, Reversal, Streams
+from petra_zoo.reversible.vector_jacobian import Gradients, edge_of, gradients_of
 
 
 class ForkedUnit(FunctionUnit):

@@ -10,6 +10,7 @@ computed: a function of the two alone, so that a resumed run goes on with the sa
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
@@ -22,7 +23,8 @@ from petra_zoo.reversible.backprop import first_to_go_backward
 from petra_zoo.reversible.live_bytes import LiveBytes
 from petra_zoo.reversible.parts import parts_of
 from petra_zoo.reversible.state import ModuleState
-from petra_zoo.reversible.unit import CoupledUnit, Gradients, Streams, Unit, edge_of, gradients_of
+from petra_zoo.reversible.unit import CoupledUnit, Streams, Unit
+from petra_zoo.reversible.vector_jacobian import Gradients, edge_of, gradients_of
 
 BATCH = 2**12  # images, so many that what belongs to none of them, a weight's gradient, has no part in the choice
 # Of the peak. Counted are activations in the type of the weights; under bfloat16 autocast on a GPU, graphs kept up to
@@ -31,6 +33,7 @@ _SHARE = 0.8
 _MOST = 64  # structures and shapes that are remembered: those that were asked for last
 
 _known: OrderedDict[Hashable, int] = OrderedDict()
+_counting = threading.Lock()
 
 
 def kept_units(units: Sequence[Unit], images: Tensor) -> int:
@@ -42,12 +45,13 @@ def kept_units(units: Sequence[Unit], images: Tensor) -> int:
     """
     lowest = first_to_go_backward(units, (images,))
     key = (lowest, images.shape[1:], images.dtype, *(_structure(unit) for unit in units))
-    if key not in _known:  # counted however many others have been: what a process did before changes no bits
-        _known[key] = _count(units, images, lowest)
-        if len(_known) > _MOST:
-            _known.popitem(last=False)
-    _known.move_to_end(key)
-    return _known[key]
+    with _counting:  # of threads that call one network one counts, and the others wait for it
+        if key not in _known:  # counted however many others have been: what a process did before changes no bits
+            _known[key] = _count(units, images, lowest)
+            if len(_known) > _MOST:
+                _known.popitem(last=False)
+        _known.move_to_end(key)
+        return _known[key]
 
 
 def _count(units: Sequence[Unit], images: Tensor, lowest: int) -> int:

@@ -13,20 +13,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from petra_zoo.reversible.activation import Activation
 from petra_zoo.reversible.checksum import checksum
 from petra_zoo.reversible.coupling import coupled, step_of, uncouple
-from petra_zoo.reversible.operands import Operand
-from petra_zoo.reversible.ownership import apart
 from petra_zoo.reversible.parts import PartedBranch
 from petra_zoo.reversible.saturation import Saturation
 from petra_zoo.reversible.state import ModuleState
 from petra_zoo.reversible.stream_type import FLOAT_STREAMS, StreamType
+from petra_zoo.reversible.vector_jacobian import Gradients, Wanted, edge_of, gradients_of, require_known_reads
 
 Streams = tuple[Tensor, ...]
-Gradients = tuple[Tensor | None, ...]
 Residue = tuple[Tensor, ...]
 
 
@@ -149,6 +146,7 @@ class Unit(nn.Module):
         with self.untouched():  # the gradients too: a checkpoint inside the unit evaluates its part once more
             with torch.enable_grad():
                 outputs = [edge_of(y) for y in self(*leaves)]  # nobody needs their values
+            require_known_reads(next(self.children(), self), self.name, outputs, self.state, [*wanted, *parameters])
             gradients = gradients_of(outputs, output_gradients, [*wanted, *parameters])
         of_inputs = iter(gradients[: len(wanted)])
         return Reversal(
@@ -346,7 +344,9 @@ class CoupledUnit(Unit):
             # No name is bound to h, here or in a function between: only so it dies inside of the branch.
             f = self.branch(streams_type.for_branch(activation.give(), self.block))
         graph = edge_of(f)
-        return f.detach(), lambda: gradients_of((graph,), (_times(gain, d_b_out),), [activation.start, *parameters])
+        wanted: list[Wanted] = [activation.start, *parameters]
+        require_known_reads(self.block, self.name, [graph], self.state, wanted)
+        return f.detach(), lambda: gradients_of((graph,), (_times(gain, d_b_out),), wanted)
 
     def _look(self, f: Tensor, residue: Residue, g: float, streams_type: StreamType) -> Tensor | None:
         """What g has dropped, from a residue; looks whether F(h) has the bits of the forward where it tells of them."""
@@ -370,31 +370,3 @@ def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     if x is None or y is None:
         return y if x is None else x
     return x + y
-
-
-Differentiable = Tensor | GradientEdge | None  # a value, or the place in the graph where its gradient enters
-
-
-def edge_of(y: Tensor) -> GradientEdge | None:
-    """The place where y's gradient enters the graph: it can be kept without y. None: y has no graph."""
-    return get_gradient_edge(y) if y.requires_grad else None
-
-
-def gradients_of(
-    outputs: Sequence[Differentiable], output_gradients: Gradients, wanted: Sequence[Tensor | GradientEdge]
-) -> Gradients:
-    """The vector-Jacobian product of outputs with respect to what is wanted; None counts as zero, both ways.
-
-    No two of the gradients share memory, and none does with those given.
-    """
-    pairs = [(y, d) for y, d in zip(outputs, output_gradients, strict=True) if d is not None and _has_graph(y)]
-    if not pairs or not wanted:
-        return (None,) * len(wanted)
-    ys, ds = zip(*pairs, strict=True)
-    # Parameters as they are, for they are many and their edge is found by a view each.
-    inputs: list[Operand] = [x if isinstance(x, nn.Parameter | GradientEdge) else get_gradient_edge(x) for x in wanted]
-    return apart(torch.autograd.grad(ys, inputs, ds, allow_unused=True), ds)
-
-
-def _has_graph(y: Differentiable) -> bool:
-    return y.requires_grad if isinstance(y, Tensor) else y is not None
