@@ -170,7 +170,8 @@ def test_a_study_of_times_takes_one_job(toy: Toy, tmp_path: Path, monkeypatch: p
 
 def start_endless(toy: Toy, path: Path) -> subprocess.Popen[str]:
     """A process that studies `toy`, in a group of its own, in the middle of a run that does not end."""
-    code = (
+    code = (  # a shell has what it starts in the background ignore the signal, and so would this
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from pathlib import Path; from tests.bench.toy import Toy; from petra_zoo.bench.engine import run_study\n"
         f"if __name__ == '__main__': run_study(Toy(Path({str(toy.log)!r}), ('one', 'endless'), 1), Path({str(path)!r}))"
     )
