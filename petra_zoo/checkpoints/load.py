@@ -22,6 +22,7 @@ from petra_zoo.models.classifier import (
     UnitClassifier,
     as_classifier,
     as_unit_classifier,
+    config_of,
 )
 from petra_zoo.models.describe import nearest_models, zoo_names
 
@@ -64,6 +65,8 @@ def create_any_model(name: str, **arguments: Any) -> Classifier:
             model = as_classifier(timm.create_model(name, **arguments))
             if local:
                 check_config(model.pretrained_cfg)
+            if not hasattr(model, "in_chans"):  # somebody's own
+                model.in_chans = arguments.get("in_chans", config_of(model).get("input_size", (3,))[0])
             return model
     except Exception as error:  # a repository can hold anything
         raise explain(f"cannot load {name}" if local else f"model {name!r}", error, from_config=local) from error

@@ -162,6 +162,11 @@ class Outlet(_End):
         assert [x is None for x in parcel.tensors] == [x is None for x in places], "a message changed its form"
         for place, x in zip(places, parcel.tensors, strict=True):
             if place is not None and x is not None:
+                if place.shape != x.shape:
+                    raise ValueError(
+                        f"a message of shape {list(x.shape)} follows such of {list(place.shape)}: drain() the pipeline "
+                        "before images or labels change their form"
+                    )
                 place.copy_(x)
         self._last = number, size, slot
         return slot

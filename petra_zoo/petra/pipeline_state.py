@@ -112,6 +112,12 @@ def restore(pipeline: Running, state: PipelineState) -> None:
                 raise UserError(
                     f"the state has {then}, this pipeline's model {now}: call set_streams() as it was, first"
                 )
+        trained, theirs = len(stage.own_parameters()), len(state["stages"][stage.index]["gradients"])
+        if trained != theirs:
+            raise UserError(
+                f"the state is of a stage {stage.index} that trains {theirs} tensors, this one trains {trained}: "
+                "what is frozen must be as it was"
+            )
     pipeline.streams.look(in_flight=0)
     links.forget()
     for j, sent in sorted(state["sent"].items()):

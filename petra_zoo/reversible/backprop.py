@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from petra_zoo.reversible.hooks import stand_ins
 from petra_zoo.reversible.ownership import Lent, storage_of
+from petra_zoo.reversible.plain_path import operations_are_wanted
 from petra_zoo.reversible.replay import Replay
 from petra_zoo.reversible.state import Held, version_of
 from petra_zoo.reversible.unit import Evaluation, Streams, Unit
@@ -41,7 +42,8 @@ def segments(units: Sequence[Unit], reconstruct: bool = True) -> Iterator[list[U
 def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool = True, kept: int = 0) -> Streams:
     """Runs units in order; the backward pass reconstructs runs and recomputes the other units.
 
-    Computes exactly what calling the units one after the other computes, batch-norm statistics included.
+    Computes exactly what calling the units one after the other computes, batch-norm statistics included; without
+    gradients, under a compiler, an exporter, a tracer or a transform of functions it is that.
 
     Args:
         units: what to run; a parameter may appear in several of them.
@@ -52,6 +54,10 @@ def backpropagate(units: Sequence[Unit], streams: Streams, *, reconstruct: bool 
     Returns:
         The last unit's output.
     """
+    if operations_are_wanted():
+        for unit in units:
+            streams = unit(*streams)
+        return streams
     lent = [storage_of(x) for x in streams]
     first, first_kept = first_to_go_backward(units, streams), len(units) - kept
     for unit in units[:first]:

@@ -23,6 +23,17 @@ _NO_TENSORS = frozenset((bool, int, float, str, tuple, list, dict, OrderedDict, 
 _GLOBAL_HOOKS = tuple(f"_global_{kind}_hooks" for kind in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
+def operations_are_wanted() -> bool:
+    """Whether nobody goes backward, or somebody looks at operations now: a compiler, a tracer, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def needs_plain_path(module: nn.Module, x: Tensor | torch.fx.Proxy) -> bool:
     """Whether `module(x)` has to run as plain operations.
 
@@ -36,10 +47,7 @@ def needs_plain_path(module: nn.Module, x: Tensor | torch.fx.Proxy) -> bool:
         return True
     return (
         not isinstance(x, Tensor)
-        or not torch.is_grad_enabled()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or operations_are_wanted()
         or parametrize._cache_enabled > 0  # a weight that the forward caches has no graph behind it
         or any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
         or _has_hooks_or_loose_weights(module)

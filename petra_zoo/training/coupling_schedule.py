@@ -71,7 +71,7 @@ class CouplingSchedule:
     def __init__(self, model: nn.Module, epochs: int) -> None:
         if not isinstance(model, _Coupled):
             raise UserError(f"coupling_epochs={epochs}: a {type(model).__name__} has no coupling to move, set it to 0")
-        self.epochs = epochs
+        self.epochs, self._model = epochs, model
         self.starts = [layer.g() for layer in model.coupled_layers()]
         for name, layer in model.named_layers().items():
             if layer.asked_for is not None:
@@ -98,7 +98,9 @@ class CouplingSchedule:
 
     def moves(self, epoch: int) -> bool:
         """Whether couplings change before this epoch: then nothing may be in flight."""
-        return 0 < epoch <= self.epochs
+        layers = self._model.coupled_layers()
+        wanted = (self.coupling(start, epoch) for start in self.starts)
+        return any(g != layer.g() for g, layer in zip(wanted, layers, strict=True) if layer.in_run())
 
     def apply(self, epoch: int, *models: nn.Module) -> None:
         """Sets the couplings of an epoch: of the model and, where there is one, of its moving average."""

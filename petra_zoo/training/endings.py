@@ -58,11 +58,12 @@ class Patience:
 
     def state(self) -> State:
         """What a continuation needs to end where this run would have ended."""
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "metric": self.metric, "limit": self.limit}
 
     def load(self, state: State) -> None:
-        """Restores what `state` gave."""
-        self.best, self.waited = state["best"], state["waited"]
+        """Restores what `state` gave, where it counted by the same metric, and counted at all."""
+        if state.get("metric", self.metric) == self.metric and state.get("limit", self.limit) is not None:
+            self.best, self.waited = state["best"], state["waited"]
 
 
 class Divergence:

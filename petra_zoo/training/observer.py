@@ -59,7 +59,7 @@ class Observer:
         self.directory: RunDirectory | None = None
         self._rate = learning_rates(run.recipe, len(run.train_loader))
         self.best: Scores | None = None  # of the run's model
-        self.best_model: str | None = None  # its SHA-256, where others than the best are saved elsewhere
+        self.best_model: str | None = None  # its SHA-256
         self._in_training = False
         self.skipped = 0
         self.writers: list[LogWriter] = []
@@ -90,10 +90,13 @@ class Observer:
             self.run.profile.save(self.directory.path / PROFILE)
         if logs is not None:
             self.directory.cut_logs(logs)
-        if self.best is not None and self.best_model is not None and self.directory.model_sha256() != self.best_model:
-            name = self.directory.set_model_aside()
-            self.reporter.line(f"set aside, it was saved behind what the run goes on from: {name}")
+        metric = self.run.recipe.checkpoint_metric
+        if metric and self.best is not None and self.directory.model_sha256() != self.best_model:
+            aside = self.directory.set_model_aside()
+            self.reporter.line(f"set aside, it was saved behind what the run goes on from: {aside}")
             self.best = self.best_model = None
+        if metric is None and (name := self.directory.set_last_aside()):
+            self.reporter.line(f"set aside, for the run's model is its last one now: {name}")
 
     def _log(self, **line: Json) -> None:
         """A line of metrics.jsonl, and wherever else it is shown."""
@@ -123,15 +126,17 @@ class Observer:
             "divergence": self.divergence.state(),
         }
 
-    def continue_from(self, state: State, *, same_directory: bool) -> None:
-        """Restores what `state` gave."""
-        self.meter.load(state["meter"])
+    def continue_from(self, state: State, *, same_directory: bool, another_loss: bool = False) -> None:
+        """Restores what `state` gave; of another loss than today's, no losses."""
+        if not another_loss:
+            self.meter.load(state["meter"])
         self.training_seconds = state["training_seconds"]
         self.skipped = state.get("skipped", 0)
         self.started = time.perf_counter() - state["wall_seconds"]
         if "patience" in state:  # not in checkpoints of earlier versions
             self.patience.load(state["patience"])
-            self.divergence.load(state["divergence"])
+            if not another_loss:
+                self.divergence.load(state["divergence"])
         if same_directory:  # else the run's model is not in here
             self.best = None if state["best"] is None else Scores(**state["best"])
             self.best_model = state.get("best_model")
@@ -288,7 +293,7 @@ class Observer:
             self.directory.save_recipe(self.run.recipe, LAST)
         if metric is None or self.best is None or is_better(scores, getattr(self.best, metric), metric):
             self.directory.save_model(whole, preprocessing, names)
-            self.best, self.best_model = scores, None if metric is None else self.directory.model_sha256()
+            self.best, self.best_model = scores, self.directory.model_sha256()
 
     def complete(self, ended: str) -> None:
         """Completes the run directory of a model that was saved.

@@ -25,6 +25,7 @@ from petra_zoo.strict_json import Json, JsonObject, to_json
 from petra_zoo.training.log_writers import TENSORBOARD, WANDB, WANDB_ID
 from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
 from petra_zoo.training.run_lock import LOCK, held_by_this_run
+from petra_zoo.wording import counted
 
 _LAUNCH = ".launch"  # in a run directory: which launch has made it
 # Launching, logging, output and workers: they decide no bit of a run. Nor does what is done where it cannot go on.
@@ -60,13 +61,24 @@ FIXED = {
     "method",
     "model",
     "opt",
+    "opt_kwargs",
     "split",
     "stages",
+    "train_last",
+}
+# Of what micro-batches in flight are made, and what orders an epoch: these cannot change in the middle of either.
+_FORM = ("img_size", "in_chans", "num_classes", "kd_model_name")
+_SOFT = ("mixup", "cutmix", "smoothing")
+_ORDER = {"seed", "sampler"}
+# What makes another loss of the same network.
+LOSS = {"loss", "smoothing", "mixup", "cutmix", "kd_model_name", "kd_temperature", "task_loss_weight"} | {
+    "distill_loss_weight",
+    "class_weights",
 }
 
 
 # What ends a run: with another one, a finished run may go on.
-LENGTH = {"epochs", "max_updates", "patience"}
+LENGTH = {"epochs", "max_updates", "patience", "cooldown_epochs", "warmup_prefix"}
 
 
 @dataclass(frozen=True)
@@ -77,13 +89,13 @@ class Start:
         directory: of a run that goes on in its own; None: a new one.
         checkpoint: what it goes on from.
         finished: nothing is left to do.
-        changed: whether settings differ from those that it was saved with, and decide bits.
+        changed: settings that differ from those that it was saved with, and decide bits.
     """
 
     directory: Path | None = None
     checkpoint: RunCheckpoint | None = None
     finished: bool = False
-    changed: bool = False
+    changed: frozenset[str] = frozenset()
 
 
 def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) -> Start:
@@ -114,9 +126,10 @@ def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) ->
     if checkpoint := Store(directory / CHECKPOINTS).newest_good():
         changed = check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change)
         done = checkpoint.manifest.finished and not changed & LENGTH
-        return Start(directory, checkpoint, finished=done, changed=bool(changed))
+        return Start(directory, checkpoint, finished=done, changed=frozenset(changed))
     if (directory / EVALUATION).exists():  # saved nothing to go on from, but it is finished
-        check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe)
+        if check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe, allow_change) & LENGTH:
+            raise UserError(f"{directory} is finished and has no checkpoint to go on from: choose another output=DIR")
         return Start(directory, finished=True)
     if not _failed_to_start(directory):
         check_free(directory, "output=DIR")
@@ -144,15 +157,53 @@ def check_unchanged(
     if refused := sorted(differing - set(allow_change)):
         words = ", ".join(f"{key} was {_shown(then[key])} and is {_shown(now[key])}" for key in refused)
         allowed = " ".join(f"--allow-change {key}" for key in refused)
-        raise UserError(
-            f"{where} is of a run with other settings: {words}; take them back, choose another output=DIR, "
-            f"or add {allowed}"
-        )
+        another = "choose another output=DIR"
+        add = f"or {another}" if FIXED & set(refused) else f"{another}, or add {allowed}"
+        raise UserError(f"{where} is of a run with other settings: {words}; take them back, {add}")
     return differing
+
+
+def check_middle(start: Start, recipe: Recipe, *, in_flight: int, in_epoch: bool) -> None:
+    """Refuses settings that may change, but not where a run was left.
+
+    Args:
+        start: what it goes on from.
+        recipe: today's.
+        in_flight: how many micro-batches were saved with it.
+        in_epoch: whether an epoch was left in the middle.
+
+    Raises:
+        UserError: names the first.
+    """
+    assert start.checkpoint
+    then = start.checkpoint.manifest.recipe
+    now = recipe.model_dump(mode="json")
+    another = [key for key in _FORM if key in start.changed]
+    soft = [key for key in _SOFT if key in start.changed]
+    if soft and any(map(then.get, _SOFT)) != any(map(now.get, _SOFT)):
+        another += soft
+    if another and in_flight:
+        raise UserError(
+            f"{start.checkpoint.path} has {counted(in_flight, 'micro-batch')} in flight, made with {another[0]} as "
+            "it was: take it back, or start a run from its weights (pretrained=DIR)"
+        )
+    moving, epoch = then.get("coupling_epochs"), start.checkpoint.manifest.epoch
+    if recipe.coupling_epochs == 0 and isinstance(moving, int) and 0 < epoch < moving:
+        raise UserError(
+            f"{start.checkpoint.path} has couplings on their way to 1 (coupling_epochs={moving}), which 0 would leave "
+            "there: take it back, or give a smaller number"
+        )
+    if in_epoch and (order := sorted(_ORDER & start.changed)):
+        raise UserError(
+            f"{start.checkpoint.path} is in the middle of an epoch, whose order {order[0]} decides: take it back, or "
+            "--resume a checkpoint from an epoch's end"
+        )
 
 
 def adopt(start: Start) -> None:
     """Sets what of a run's process decides bits: the number of threads."""
+    if "threads" in start.changed:
+        return
     if start.checkpoint and start.checkpoint.manifest.threads != torch.get_num_threads():
         torch.set_num_threads(max(1, min(start.checkpoint.manifest.threads, 4096)))
 
@@ -179,7 +230,7 @@ def _by_path(path: Path, recipe: Recipe, allow_change: Sequence[str]) -> Start:
         checkpoint = verified(newest)
     except CheckpointError as error:
         raise UserError(f"--resume {path}: {error}") from error
-    changed = bool(check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change))
+    changed = frozenset(check_unchanged(checkpoint.path, checkpoint.manifest.recipe, recipe, allow_change))
     run = newest.resolve().parent.parent
     if recipe.output is None or recipe.output.resolve() == run:
         return Start(recipe.output or run, checkpoint, changed=changed)

@@ -160,6 +160,7 @@ class Run:
         # In one of several processes an error in the middle of a tick would leave the others waiting.
         self.finite.raises = self.world.alone
         self.skipped = 0
+        self.fed_elsewhere = 0  # micro-batches fed so far, less those of epochs as they are now
         every, limit = self.recipe.drift_every, self.recipe.drift_limit
         self.guard = DriftGuard(self.pipeline.stages, every, limit) if every else None
         self.observer = Observer(prepared, reporter, callbacks)
@@ -210,7 +211,8 @@ class Run:
             here, at, finished = start.directory is not None, place_of(checkpoint), checkpoint.manifest.finished
             if self.length.is_over(at.epoch, at.batch, finished=finished):
                 raise UserError(f"{checkpoint.path} has trained {at}, which is all that there are to train")
-            logs = together(self.world, lambda: self.saver.load(checkpoint, same_directory=here, changed=start.changed))
+            logs = together(self.world, lambda: self.saver.load(start))
+            self.fed_elsewhere = self.pipeline.fed - (at.epoch * len(self.prepared.train_loader) + at.batch)
             if over := self.world.from_reporter(observer.patience.over) if finished else None:
                 raise UserError(f"{checkpoint.path} has ended by {over}: there is nothing more to train with it")
             if here:
@@ -379,9 +381,9 @@ class Run:
     def place_of(self, fed: range) -> str:
         """Where micro-batches are in the data, in words."""
         loader = self.prepared.train_loader
-        if not fed or fed.start < 0:
+        if not fed or fed.start < max(0, self.fed_elsewhere):
             return ""
-        (epoch, first), (_, last) = (divmod(number, len(loader)) for number in (fed[0], fed[-1]))
+        (epoch, first), (_, last) = (divmod(n - self.fed_elsewhere, len(loader)) for n in (fed[0], fed[-1]))
         if first != last:
             return f" (micro-batches {first + 1} to {last + 1} of epoch {epoch + 1})"
         images = loader.images_of(epoch, first)

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
+from petra_zoo.checkpoints.load import LAST
 from petra_zoo.checkpoints.provenance import (
     ENVIRONMENT,
     EVALUATION,
@@ -169,14 +170,25 @@ class RunDirectory:
 
     def set_model_aside(self) -> str:
         """Takes the run's model out of the way of another one; gives the name of the folder where it is now."""
-        names = (name for n in count(1) if not (self.path / (name := f"aside-{n}")).exists())
-        folder = self.path / next(names)
+        folder = self._aside()
         with self._writing(MODEL):
             folder.mkdir()
             for name in (MODEL, "config.json"):
                 if (self.path / name).exists():
                     os.replace(self.path / name, folder / name)
         return folder.name
+
+    def set_last_aside(self) -> str | None:
+        """Takes the last model out of the way, where it is another one than the run's; gives its new name."""
+        if not (self.path / LAST).is_dir():
+            return None
+        folder = self._aside()
+        with self._writing(LAST):
+            os.replace(self.path / LAST, folder)
+        return folder.name
+
+    def _aside(self) -> Path:
+        return next(path for n in count(1) if not (path := self.path / f"aside-{n}").exists())
 
     def what_is_kept(self) -> str:
         """For messages about training that cannot go on."""

@@ -5,6 +5,7 @@ A save reads and copies, and changes nothing: with it and without it a run compu
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from petra_zoo.training.observer import Observer
 from petra_zoo.training.preparation import Prepared
 from petra_zoo.training.ranks import SharedFailure, together
 from petra_zoo.training.renewing import MadeWith
+from petra_zoo.training.resuming import LOSS, Start, check_middle
 from petra_zoo.wording import counted
 
 T = TypeVar("T")
@@ -135,21 +137,21 @@ class Saver:
         names = Store(self.path / CHECKPOINTS).names()
         return f"the checkpoint {names[-1]} is kept" if names else "there is no checkpoint"
 
-    def load(self, checkpoint: RunCheckpoint, *, same_directory: bool, changed: bool = False) -> Mapping[str, int]:
-        """Takes a run back from a checkpoint; nothing on disk changes.
+    def load(self, start: Start) -> Mapping[str, int]:
+        """Takes a run back from a checkpoint, of the same partition; nothing on disk changes.
 
         Args:
-            checkpoint: of the same partition.
-            same_directory: whether it goes on in the run's own directory.
-            changed: whether settings have changed since, which then are those of the recipe.
+            start: which; settings that have changed since are those of the recipe.
 
         Returns:
             Bytes that the logs had.
 
         Raises:
-            UserError: a file is damaged, the state is another model's, or an epoch was left in the middle that is
-                another one now.
+            UserError: a file is damaged, the state is another model's, or something has changed that cannot where the
+                run was left.
         """
+        checkpoint, same_directory = start.checkpoint, start.directory is not None
+        assert checkpoint
         run, world, pipeline = self.run, self.run.world, self.run.pipeline
         own, senders = stages_to_read(pipeline.layout, world.rank)
         try:
@@ -165,9 +167,12 @@ class Saver:
                 f"{counted(then, 'micro-batch')}, and now there are {counted(len(run.data), 'image')} in "
                 f"{counted(batches, 'micro-batch')}: take that back, or --resume a checkpoint from an epoch's end"
             )
+        clock = copy.copy(pipeline.clock)
+        clock.tick, clock.fed = state["tick"], dict(state["feeds"])
+        check_middle(start, run.recipe, in_flight=clock.in_flight, in_epoch=at.batch > 0)
         made_with = MadeWith(pipeline, run.recipe.opt_kwargs)
         pipeline.load_state_dict(state, images=run.recipe.batch_size)
-        if changed or then != batches:
+        if start.changed or then != batches:
             made_with.renew((at.epoch * batches + at.batch) // run.recipe.accumulation_steps)
         if run.ema:
             module = run.ema.module
@@ -180,7 +185,8 @@ class Saver:
         if world.first:
             run.data.note_bad([BadImage(**image) for image in told["bad_images"][world.replica]])
         if world.reports:
-            self.observer.continue_from(told["observer"], same_directory=same_directory)
+            another_loss = not LOSS.isdisjoint(start.changed)
+            self.observer.continue_from(told["observer"], same_directory=same_directory, another_loss=another_loss)
         if images != len(run.data):
             now = counted(len(run.data), "training image")
             self.observer.reporter.line(f"warning: there are {now}, and were {images} when it was saved")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from petra_zoo.errors import UserError
+from petra_zoo.errors import Failure, UserError
+from petra_zoo.evaluation.checkpoint_evaluation import evaluate_checkpoint
 from petra_zoo.petra import Pipeline
 from petra_zoo.settings.recipe import Recipe
 from petra_zoo.training.optimization import learning_rates
@@ -210,3 +211,75 @@ def test_an_optimizer_with_a_type_among_its_settings_is_saved_and_goes_on(tmp_pa
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     result = go(tmp_path / "run", {"opt": "adafactorbv", "epochs": 3}, "epochs")
     assert result.evaluation.images > 0
+
+
+def test_a_best_model_of_which_nothing_is_known_is_set_aside(tmp_path: Path) -> None:
+    go(tmp_path / "run", {"epochs": 3, "keep_last": 9})  # without a metric
+    newest = (tmp_path / "run" / "model.safetensors").read_bytes()
+    first = min((tmp_path / "run" / "checkpoints").iterdir())
+    changed = {"checkpoint_metric": "loss", "lr": 1e-6, "epochs": 2}
+    go(tmp_path / "run", {"keep_last": 9, **changed}, *changed, resume=str(first))
+    assert (tmp_path / "run" / "aside-1" / "model.safetensors").read_bytes() == newest
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluate_checkpoint(str(tmp_path / "run"), SMALL["dataset"]).evaluation.loss == pytest.approx(
+        measured["loss"], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("changed", [{"seed": 7}, {"sampler": "balanced"}])
+def test_the_order_of_an_epoch_that_was_left_in_the_middle_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    stop_in_tick(monkeypatch, tmp_path / "run", {}, 3)
+    with pytest.raises(UserError, match=f"in the middle of an epoch, whose order {next(iter(changed))} decides"):
+        go(tmp_path / "run", changed, *changed)
+
+
+@pytest.mark.parametrize("changed", [{"img_size": 12}, {"smoothing": 0.1}])
+def test_micro_batches_in_flight_keep_their_form(tmp_path: Path, changed: dict[str, Any]) -> None:
+    delayed = {"method": "petra", "stages": 3, "keep_last": 9}
+    go(tmp_path / "run", delayed)
+    first = min((tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(UserError, match=f"micro-batches in flight, made with {next(iter(changed))} as it was"):
+        go(tmp_path / "run", {**delayed, **changed}, *changed, resume=str(first))
+
+
+def test_patience_by_another_metric_counts_anew(tmp_path: Path) -> None:
+    go(tmp_path / "run", {"checkpoint_metric": "loss", "lr": 1e-6})
+    changed = {"checkpoint_metric": "top1", "patience": 1, "epochs": 3}
+    go(tmp_path / "run", {**changed, "lr": 1e-6}, *changed)
+
+
+def test_a_finished_run_goes_on_into_a_cooldown(tmp_path: Path) -> None:
+    go(tmp_path / "run", {})
+    go(tmp_path / "run", {"cooldown_epochs": 1}, "cooldown_epochs")
+    assert (tmp_path / "run" / "summary.csv").read_text().count("\n") == 4
+
+
+def test_a_setting_that_cannot_change_is_no_hint(tmp_path: Path) -> None:
+    go(tmp_path / "run", {"epochs": 1})
+    with pytest.raises(UserError) as caught:
+        go(tmp_path / "run", {"opt": "adamw", "epochs": 1})
+    assert "allow-change" not in str(caught.value)
+
+
+def test_a_finished_run_without_checkpoints_says_that_it_cannot_go_on(tmp_path: Path) -> None:
+    go(tmp_path / "run", {"checkpoint_every": None, "epochs": 1})
+    with pytest.raises(UserError, match="is finished and has no checkpoint to go on from"):
+        go(tmp_path / "run", {"checkpoint_every": None}, "epochs")
+
+
+def test_the_images_of_a_batch_that_is_not_finite_are_named_behind_other_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tmp_path / "run", {"epochs": 1})
+    real, ticks = Pipeline.step, []
+
+    def step(self: Pipeline, images: Any, labels: Any) -> Any:
+        ticks.append(1)
+        spoilt = (images[0] * float("nan"), *images[1:]) if len(ticks) == 2 else images
+        return real(self, spoilt, labels)
+
+    monkeypatch.setattr(Pipeline, "step", step)
+    with pytest.raises(Failure, match=r"micro-batch 2 of epoch 2"):
+        go(tmp_path / "run", {"batch_size": 64}, "batch_size", "epochs")

@@ -30,15 +30,27 @@ def couplings(model: PetraRevNet) -> list[float]:
 def test_couplings_reach_1_linearly_in_multiples_of_1_256() -> None:
     model = convert(small(), coupling=[1 / 16, 1 / 2, 1.0, 0.0])
     schedule = CouplingSchedule(model, 4)
-    seen = []
+    seen, moved = [], []
     for epoch in range(6):
+        moved.append(schedule.moves(epoch))
         schedule.apply(epoch, model)
         seen.append(couplings(model))
     assert [g[0] for g in seen] == [1 / 16, 76 / 256, 136 / 256, 196 / 256, 1.0, 1.0]
     assert [g[1] for g in seen] == [1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0, 1.0]
     assert {g[2] for g in seen} == {1.0}
     assert [g[3] for g in seen][:2] == [1 / 256, 1 / 4]  # above 0 from the start: the pipeline's layout is fixed
-    assert [schedule.moves(epoch) for epoch in range(6)] == [False, True, True, True, True, False]
+    assert moved == [True, True, True, True, True, False]
+
+
+def test_a_schedule_that_was_made_shorter_brings_couplings_to_1_at_once() -> None:
+    model = convert(small(), coupling=1 / 4)
+    schedule = CouplingSchedule(model, 1)
+    for layer in model.coupled_layers():
+        move_coupling(layer, 0.5)  # as a longer one had left them
+    assert schedule.moves(2)
+    schedule.apply(2, model)
+    assert couplings(model) == [1.0] * 4
+    assert not schedule.moves(3)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "seresnet18", "ecaresnet26t"])
