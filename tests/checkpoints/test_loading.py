@@ -272,3 +272,12 @@ def test_a_config_with_words_of_another_type_is_named(
         (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"config\.json.*pretrained_cfg\.{where} is .*should be"):
         load_model(str(tmp_path / "model"), CPU)
+
+
+def test_a_network_of_ones_own_that_does_not_say_its_channels_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Module):
+        num_classes, num_features, pretrained_cfg = 10, 4, {"input_size": (3, 8, 8)}
+
+    monkeypatch.setattr("timm.create_model", lambda name, **arguments: Own())
+    assert create_any_model("resnet18").in_chans == 3
+    assert create_any_model("resnet18", in_chans=1).in_chans == 1

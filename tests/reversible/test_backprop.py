@@ -297,3 +297,21 @@ def test_several_gradients_at_once_are_refused_with_a_clear_error() -> None:
     out = backpropagate(units, (x,))[0]
     with pytest.raises(RuntimeError, match=r"one gradient at a time.*set_memory\('plain'\)"):
         torch.autograd.grad(out, x, torch.ones(3, *out.shape, dtype=out.dtype), is_grads_batched=True)
+
+
+def test_where_nobody_goes_backward_or_operations_are_looked_at_units_run_as_they_are() -> None:
+    units, x = make_run(2), torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    expected = run_plainly(units, (x,))[0]
+    with torch.no_grad():
+        assert torch.equal(backpropagate(units, (x,))[0], expected)
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(unit.block for unit in units)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return backpropagate(units, (x,))[0]
+
+    found = torch.export.export(Chain().eval(), (x,)).module()(x)
+    assert torch.equal(found, backpropagate(units, (x,))[0])
