@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from petra_zoo.checkpoints.load import LAST
 from petra_zoo.checkpoints.packing import CheckpointError
 from petra_zoo.checkpoints.provenance import ENVIRONMENT, EVALUATION
 from petra_zoo.checkpoints.store import CHECKPOINTS, RunCheckpoint, Store, checkpoints_in, verified
@@ -23,7 +25,7 @@ from petra_zoo.settings.recipe import Recipe
 from petra_zoo.settings.recipe_files import recipe_settings
 from petra_zoo.strict_json import Json, JsonObject, to_json
 from petra_zoo.training.log_writers import TENSORBOARD, WANDB, WANDB_ID
-from petra_zoo.training.run_directory import LOGS, PROFILE, RECIPE
+from petra_zoo.training.run_directory import LOGS, MODEL, PROFILE, RECIPE, SAVING
 from petra_zoo.training.run_lock import LOCK, held_by_this_run
 from petra_zoo.wording import counted
 
@@ -131,7 +133,7 @@ def find_start(recipe: Recipe, resume: str, allow_change: Sequence[str] = ()) ->
         if check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe, allow_change) & LENGTH:
             raise UserError(f"{directory} is finished and has no checkpoint to go on from: choose another output=DIR")
         return Start(directory, finished=True)
-    if not _failed_to_start(directory):
+    if not _failed_to_start(directory, recipe):
         check_free(directory, "output=DIR")
     for name in LOGS:
         (directory / name).unlink(missing_ok=True)
@@ -238,10 +240,17 @@ def _by_path(path: Path, recipe: Recipe, allow_change: Sequence[str]) -> Start:
     return Start(None, checkpoint, changed=changed)
 
 
-def _failed_to_start(directory: Path) -> bool:
-    """Whether it holds a run that ended before anything was saved: the corrected one begins anew."""
+def _failed_to_start(directory: Path, recipe: Recipe) -> bool:
+    """Whether it holds a run that ended before anything was saved: the corrected one begins anew.
+
+    One that ended between its first model and its first checkpoint makes that model once more, by the same settings.
+    """
     its_own = {RECIPE, PROFILE, LOCK, _LAUNCH, *LOGS, TENSORBOARD, WANDB, WANDB_ID}
-    if any(path.name not in its_own and not _empty(path) for path in directory.iterdir()):
+    with suppress(UserError):
+        check_unchanged(directory, recipe_settings(str(directory / RECIPE)), recipe)
+        its_own |= {MODEL, "config.json", LAST}
+    others = [path for path in directory.iterdir() if path.name not in its_own and not path.name.startswith(SAVING)]
+    if not all(map(_empty, others)):
         return False
     try:
         return recipe_settings(str(directory / RECIPE)).keys() >= Recipe.model_fields.keys()  # no user writes them all

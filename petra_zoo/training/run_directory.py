@@ -43,6 +43,7 @@ from petra_zoo.strict_json import Json, JsonObject, to_json
 
 RECIPE, MODEL = "recipe.yaml", "model.safetensors"
 PROFILE = "profile.json"
+SAVING = ".saving-"  # how folders begin in which a model is put together
 LOGS = ("metrics.jsonl", "summary.csv")
 
 
@@ -148,7 +149,7 @@ class RunDirectory:
         if not self._from_other_weights:  # whoever trained it from nothing has not chosen the architecture's licence
             others["license"] = None
         words = {"pretrained_cfg": others, "label_names": all_named(class_names, model.num_classes)}
-        with self._writing(MODEL), tempfile.TemporaryDirectory(dir=self.path, prefix=".saving-") as new:
+        with self._writing(MODEL), tempfile.TemporaryDirectory(dir=self.path, prefix=SAVING) as new:
             save_for_hf(
                 model,
                 new,

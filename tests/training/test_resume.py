@@ -24,6 +24,7 @@ from petra_zoo.training.progress import Reporter
 from petra_zoo.training.resuming import check_unchanged, remember_launch, with_the_launchs_directory
 from petra_zoo.training.run import Result, train
 from petra_zoo.training.run_lock import held_by_this_run
+from petra_zoo.training.saving import Saver
 from petra_zoo.training.stopping import RunStopped, parse_duration
 
 # Five micro-batches per epoch, the last one smaller; windows of two close across the end of an epoch.
@@ -333,3 +334,21 @@ def test_somebodys_own_recipe_is_not_taken_for_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds a run"):
         go(tmp_path, {})
     assert (tmp_path / "recipe.yaml").read_text() == "model: petra_revnet_tiny\n"
+
+
+def test_a_run_that_died_between_its_first_model_and_its_first_checkpoint_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: Saver, *args: Any, **kwargs: Any) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save", die)
+        with pytest.raises(Died):
+            go(tmp_path / "run", {})
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    with pytest.raises(UserError, match="already holds a run"):
+        go(tmp_path / "run", {"lr": 0.01})
+    go(tmp_path / "run", {})
+    go(tmp_path / "undisturbed", {})
+    assert not differing(tmp_path / "run", tmp_path / "undisturbed")
