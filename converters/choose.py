@@ -108,11 +108,13 @@ def anchor_runs(model: nn.Module, runs: Sequence[BlockRun], images: Tensor, tole
 
 
 def _choose(run: BlockRun, calls: Sequence[Call], couplings: Sequence[float], limits: Limits) -> CoupledRun:
+    closest = limits.closest_anchors or run.blocks
     for g in couplings:
         run.couple(g)
         trial = InversionTrial(run, calls)
-        found = _anchor(run, trial, limits.tolerance, limits.closest_anchors or run.blocks)
-        if found.error <= limits.tolerance:
+        found = _anchor(run, trial, limits.tolerance, closest)
+        # A run keeps its streams more often by itself where its coupling needs it, which costs the memory of anchors.
+        if found.error <= limits.tolerance and (found.anchor_every == 0 or found.anchor_every >= closest):
             return found
     return _anchor(run, trial, limits.tolerance)
 

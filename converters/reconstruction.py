@@ -54,7 +54,7 @@ def with_calls(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> li
 
 def describe(run: BlockRun, error: float) -> CoupledRun:
     """A run as it stands."""
-    return CoupledRun(run.name, run.blocks, run.g(), run.anchor_every, error, run.bits)
+    return CoupledRun(run.name, run.blocks, run.g(), _kept_every(run), error, run.bits)
 
 
 def largest_stream(model: nn.Module, runs: Sequence[BlockRun], images: Tensor) -> float:
@@ -147,3 +147,9 @@ class InversionTrial:
                     if worst > tolerance:
                         return worst
         return worst
+
+
+def _kept_every(run: BlockRun) -> int:
+    """After how many blocks the streams are kept in fact: more often than was asked for where the inverse needs it."""
+    spacing = run.container.spacing()
+    return spacing if 0 < spacing < run.blocks else 0

@@ -83,7 +83,8 @@ def test_auto_takes_the_smallest_coupling_that_passes() -> None:
     (g,) = {layer.g() for layer in convert(network, tolerance=1e-4).coupled_layers()[2:3]}
     assert g > 1 / 16
     smaller = convert(network, coupling=[0.0, 0.0, g / 2, 0.0], tolerance=1.0)
-    assert measure_runs(smaller, noise(smaller))[2].error > 1e-4
+    run = measure_runs(smaller, noise(smaller))[2]
+    assert run.error > 1e-4 or run.anchor_every > 0
 
 
 def long_network() -> ResNet:
