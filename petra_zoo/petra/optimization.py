@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -145,13 +145,12 @@ def _grouped(sizes: Sequence[int]) -> str:
     return f"groups of {', '.join(map(str, sizes))} parameters"
 
 
-def renew_settings(optimizer: torch.optim.Optimizer, made: Sequence[State], also: Iterable[str] = ()) -> None:
+def renew_settings(optimizer: torch.optim.Optimizer, made: Sequence[State]) -> None:
     """Gives an optimizer whose state was loaded the settings that it was made with.
 
     Args:
         optimizer: whose they are.
         made: its parameter groups before it was loaded.
-        also: names of further settings.
     """
     for group, then in zip(optimizer.param_groups, made, strict=True):
-        group.update({key: then[key] for key in (*_SETTINGS, *also) if key in then and key in group})
+        group.update({key: then[key] for key in _SETTINGS if key in then and key in group})

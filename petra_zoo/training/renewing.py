@@ -6,7 +6,7 @@ A state brings the settings along that it was saved with, timm's schedules even 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from petra_zoo.petra import Pipeline
 from petra_zoo.petra.optimization import State, renew_settings
@@ -18,11 +18,10 @@ class MadeWith:
 
     Args:
         pipeline: as it was built.
-        also: names of an optimizer's settings beyond those that all have.
     """
 
-    def __init__(self, pipeline: Pipeline, also: Iterable[str] = ()) -> None:
-        self.pipeline, self.also = pipeline, tuple(also)
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
         self._groups = [_groups_of(stage) for stage in pipeline.stages]
         self._schedules = [
             copy.deepcopy(stage.scheduler.state_dict()) if stage.scheduler else None for stage in pipeline.stages
@@ -37,7 +36,7 @@ class MadeWith:
         self.pipeline.windows = updates
         for stage, groups, schedule in zip(self.pipeline.stages, self._groups, self._schedules, strict=True):
             if stage.optimizer:
-                renew_settings(stage.optimizer, groups, self.also)
+                renew_settings(stage.optimizer, groups)
             if stage.scheduler and schedule is not None:
                 stage.scheduler.load_state_dict(schedule)
                 if updates:

@@ -73,9 +73,16 @@ _FORM = ("img_size", "in_chans", "num_classes", "kd_model_name")
 _SOFT = ("mixup", "cutmix", "smoothing")
 _ORDER = {"seed", "sampler"}
 # What makes another loss of the same network.
-LOSS = {"loss", "smoothing", "mixup", "cutmix", "kd_model_name", "kd_temperature", "task_loss_weight"} | {
-    "distill_loss_weight",
+LOSS = {
     "class_weights",
+    "cutmix",
+    "distill_loss_weight",
+    "kd_model_name",
+    "kd_temperature",
+    "loss",
+    "mixup",
+    "smoothing",
+    "task_loss_weight",
 }
 
 

@@ -36,7 +36,7 @@ from petra_zoo.training.resuming import (
 )
 from petra_zoo.training.resuming import with_the_launchs_directory as fixed
 from petra_zoo.training.run_lock import held_by_this_run
-from petra_zoo.training.saving import Place, Saver, place_of
+from petra_zoo.training.saving import Place, Saver
 from petra_zoo.training.stopping import Agreement, Deadline, RunStopped, Told, Word, listening
 from petra_zoo.training.threads import threads_restored
 from petra_zoo.training.validation import validate
@@ -208,7 +208,7 @@ class Run:
         """Says what is about to run; of a run that goes on, takes back all that was saved."""
         at, observer = Place(), self.observer
         if checkpoint := start.checkpoint:
-            here, at, finished = start.directory is not None, place_of(checkpoint), checkpoint.manifest.finished
+            here, at, finished = start.directory is not None, Place.of(checkpoint), checkpoint.manifest.finished
             if self.length.is_over(at.epoch, at.batch, finished=finished):
                 raise UserError(f"{checkpoint.path} has trained {at}, which is all that there are to train")
             logs = together(self.world, lambda: self.saver.load(start))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -43,14 +43,14 @@ class Place:
     epoch: int = 0
     batch: int = 0
 
+    @classmethod
+    def of(cls, checkpoint: RunCheckpoint) -> Self:
+        """Where a run was when it was saved."""
+        return cls(checkpoint.manifest.epoch, checkpoint.manifest.batch)
+
     def __str__(self) -> str:
         behind = f" and {counted(self.batch, 'micro-batch')}" if self.batch else ""
         return f"{counted(self.epoch, 'epoch')}{behind}"
-
-
-def place_of(checkpoint: RunCheckpoint) -> Place:
-    """Where a run was when it was saved."""
-    return Place(checkpoint.manifest.epoch, checkpoint.manifest.batch)
 
 
 class Saver:
@@ -159,7 +159,7 @@ class Saver:
             told = from_safetensors(verify_file(checkpoint.path, checkpoint.manifest, RUN))
         except CheckpointError as error:
             raise UserError(f"cannot go on: {error}") from error
-        at, batches = place_of(checkpoint), len(run.train_loader)
+        at, batches = Place.of(checkpoint), len(run.train_loader)
         then, images = told.get("batches", batches), told.get("images", len(run.data))  # earlier versions have none
         if at.batch and (then != batches or images != len(run.data)):
             raise UserError(
@@ -170,15 +170,13 @@ class Saver:
         clock = copy.copy(pipeline.clock)
         clock.tick, clock.fed = state["tick"], dict(state["feeds"])
         check_middle(start, run.recipe, in_flight=clock.in_flight, in_epoch=at.batch > 0)
-        made_with = MadeWith(pipeline, run.recipe.opt_kwargs)
+        made_with = MadeWith(pipeline)
         pipeline.load_state_dict(state, images=run.recipe.batch_size)
         if start.changed or then != batches:
             made_with.renew((at.epoch * batches + at.batch) // run.recipe.accumulation_steps)
         if run.ema:
             module = run.ema.module
-            averaged = average or Averages(
-                shared_tensors(run.model), {j: stage_tensors(run.model, pipeline.layout, j) for j in own}
-            )  # that of a run which has had none begins where its model is
+            averaged = average or _averages(run.model, run)  # of a run that has had none: it begins where its model is
             load_tensors(shared_tensors(module), averaged.shared)
             for j in own:
                 load_tensors(stage_tensors(module, pipeline.layout, j), averaged.stages[j])
